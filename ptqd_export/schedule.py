@@ -1,0 +1,171 @@
+"""NoiseSchedule: what a sampler needs to know about the diffusion process, step by step.
+
+Axis T is sampling order everywhere: row 0 is the noisiest step. Notation of DDIM (Song et al. 2021): abar_t = alphas_cumprod[t].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ModelError, RecipeError
+
+F64 = npt.NDArray[np.float64]
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The steps of one sampling run.
+
+    Attributes:
+        timesteps: train timesteps, int64 (T,), decreasing.
+        alphas_cumprod: abar at each step, float64 (T,).
+        alphas_cumprod_prev: abar at the step that follows in sampling order (the next, cleaner one), float64 (T,).
+        eta: 0 is deterministic DDIM, 1 is DDPM (eq. 16 of DDIM).
+        prediction_type: what the network outputs: "epsilon", "v_prediction" or "sample".
+        clip_sample: bound of the predicted x_0 inside a step, or None.
+    """
+
+    timesteps: npt.NDArray[np.int64]
+    alphas_cumprod: F64
+    alphas_cumprod_prev: F64
+    eta: float
+    prediction_type: str = "epsilon"
+    clip_sample: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def sigmas(self) -> F64:
+        """Std of the noise that each step injects, (T,): eta^2 (1 - abar_prev) / (1 - abar) (1 - abar / abar_prev), square root."""
+        a, p = self.alphas_cumprod, self.alphas_cumprod_prev
+        return np.asarray(self.eta * np.sqrt(np.maximum(0.0, (1 - p) / (1 - a) * (1 - a / p))))
+
+    @property
+    def epsilon_gains(self) -> F64:
+        """c_i, (T,): the factor with which a step multiplies e: sqrt(1 - abar_prev - sigma^2) - sqrt(abar_prev (1 - abar) / abar)."""
+        a, p = self.alphas_cumprod, self.alphas_cumprod_prev
+        return np.asarray(np.sqrt(np.maximum(0.0, 1 - p - self.sigmas**2)) - np.sqrt(p * (1 - a) / a))
+
+    @property
+    def snr(self) -> F64:
+        """SNR_F of the forward process, (T,): abar / (1 - abar) (PTQD, section 3.4)."""
+        return self.alphas_cumprod / (1 - self.alphas_cumprod)
+
+    def recalibrated_sigmas(self, var: F64) -> F64:
+        """sigma', (T,): sqrt(max(0, sigma^2 - c^2 var)), with the variance `var` (T,) of the corrected network's residual noise.
+
+        PTQD eq. 12 generalised to any eta. A step computes x_prev = ... + c_i e + sigma_i z; a residual of variance var
+        adds c_i^2 var, so that much is taken off the injected variance. Only the injected noise changes: the direction term
+        keeps the original sigma. (The official code puts sigma' there as well, and what was removed re-enters.) For DDPM
+        this is sigma^2 - beta^2 / (alpha (1 - abar)) var.
+        """
+        return np.asarray(np.sqrt(np.maximum(0.0, self.sigmas**2 - self.epsilon_gains**2 * np.asarray(var, np.float64))))
+
+    def epsilon_coefficients(self) -> tuple[F64, F64]:
+        """(a, b), each (T,): epsilon = a * output + b * x_t, for the schedule's prediction type."""
+        alpha, sigma = np.sqrt(self.alphas_cumprod), np.sqrt(1 - self.alphas_cumprod)
+        if self.prediction_type == "epsilon":
+            return np.ones(len(self)), np.zeros(len(self))
+        if self.prediction_type == "v_prediction":  # v = alpha e - sigma x0, x_t = alpha x0 + sigma e  (Salimans & Ho 2022)
+            return alpha, sigma
+        return -alpha / sigma, 1 / sigma
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; floats survive a round trip exactly."""
+        return {
+            "timesteps": self.timesteps.tolist(),
+            "alphas_cumprod": self.alphas_cumprod.tolist(),
+            "alphas_cumprod_prev": self.alphas_cumprod_prev.tolist(),
+            "eta": self.eta,
+            "prediction_type": self.prediction_type,
+            "clip_sample": self.clip_sample,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> NoiseSchedule:
+        return cls(
+            np.asarray(data["timesteps"], np.int64),
+            np.asarray(data["alphas_cumprod"], np.float64),
+            np.asarray(data["alphas_cumprod_prev"], np.float64),
+            float(data["eta"]),
+            str(data["prediction_type"]),
+            None if data["clip_sample"] is None else float(data["clip_sample"]),
+        )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], n_steps: int, eta: float) -> NoiseSchedule:
+        """From a diffusers scheduler config (DDIM, DDPM or any other over discrete train timesteps).
+
+        Raises:
+            ModelError: a setting that this package does not compute.
+            RecipeError: n_steps or eta out of range.
+        """
+        n_train = int(config.get("num_train_timesteps", 1000))
+        if not 1 <= n_steps <= n_train:
+            raise RecipeError(f"n_steps is {n_steps}: give 1 to {n_train}, the scheduler's num_train_timesteps")
+        if not 0.0 <= eta <= 1.0:
+            raise RecipeError(f"eta is {eta}: give a value in [0, 1] (0 is DDIM, 1 is DDPM)")
+        for key in ("thresholding", "rescale_betas_zero_snr", "use_karras_sigmas"):
+            if config.get(key):
+                raise ModelError(f"the scheduler config sets {key}, which is not supported: set it to false if the model allows")
+        prediction_type = str(config.get("prediction_type", "epsilon"))
+        if prediction_type not in PREDICTION_TYPES:
+            raise ModelError(f"the scheduler config says prediction_type {prediction_type!r}: expected one of {', '.join(PREDICTION_TYPES)}")
+        if str(config.get("variance_type") or "fixed_small").startswith("learned"):
+            raise ModelError("the scheduler config says a learned variance, which is not supported: use a model that predicts the noise alone")
+        abar: F64 = np.cumprod(1.0 - _betas(config, n_train))
+        timesteps = _timesteps(config, n_train, n_steps)
+        if config.get("_class_name") == "DDPMScheduler" or config.get("set_alpha_to_one", True):
+            final = 1.0
+        else:
+            final = float(abar[0])
+        a = abar[timesteps]
+        prev_t = timesteps - n_train // n_steps
+        if str(config.get("timestep_spacing", "leading")) != "leading":
+            prev_t = np.append(timesteps[1:], -1)
+        prev: F64 = np.where(prev_t >= 0, abar[np.maximum(prev_t, 0)], final)
+        clip = float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", False) else None
+        return cls(timesteps, a, prev, float(eta), prediction_type, clip)
+
+
+def _betas(config: Mapping[str, Any], n: int) -> F64:
+    if config.get("trained_betas") is not None:
+        betas = np.asarray(config["trained_betas"], np.float64)
+        if betas.shape != (n,):
+            raise ModelError(f"the scheduler config has {betas.size} trained_betas for {n} train timesteps")
+        return betas
+    kind = str(config.get("beta_schedule", "linear"))
+    start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+    if kind == "linear":
+        return np.linspace(start, end, n)
+    if kind == "scaled_linear":
+        return np.asarray(np.linspace(math.sqrt(start), math.sqrt(end), n) ** 2)
+    if kind == "squaredcos_cap_v2":
+        u = np.arange(n + 1) / n
+        bar = np.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+        return np.asarray(np.minimum(1 - bar[1:] / bar[:-1], 0.999))
+    raise ModelError(f"the scheduler config says beta_schedule {kind!r}: expected linear, scaled_linear, squaredcos_cap_v2 or trained_betas")
+
+
+def _timesteps(config: Mapping[str, Any], n_train: int, n_steps: int) -> npt.NDArray[np.int64]:
+    spacing = str(config.get("timestep_spacing", "leading"))
+    if spacing == "leading":
+        t: npt.NDArray[np.floating | np.integer] = np.arange(n_steps)[::-1] * (n_train // n_steps) + int(config.get("steps_offset", 0))
+    elif spacing == "trailing":
+        t = np.round(np.arange(n_train, 0, -n_train / n_steps)) - 1
+    elif spacing == "linspace":
+        t = np.linspace(0, n_train - 1, n_steps).round()[::-1]
+    else:
+        raise ModelError(f"the scheduler config says timestep_spacing {spacing!r}: expected leading, trailing or linspace")
+    timesteps = t.astype(np.int64)
+    if timesteps.max() >= n_train or timesteps.min() < 0:
+        raise ModelError(f"timesteps {timesteps.min()}..{timesteps.max()} leave the scheduler's 0..{n_train - 1}: lower steps_offset or n_steps")
+    return timesteps
