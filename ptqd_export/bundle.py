@@ -185,13 +185,13 @@ class Bundle:
             raise BundleError(f"{self.path / TABLES} has no table {key}: rebuild the bundle")
         return self.tables[key]
 
-    def sigmas(self, backend: str) -> npt.NDArray[np.float64]:
-        """sigma' per step, (T,), under the plan and the graphs that `backend` runs; the original sigma where recalibration is off."""
+    def sigmas(self, backend: str, plan: Plan | None = None) -> npt.NDArray[np.float64]:
+        """sigma' per step, (T,), under a plan and the graphs that `backend` runs; the original sigma where recalibration is off."""
         schedule = self.manifest.schedule
         if not self.manifest.recalibrate_variance:
             return schedule.sigmas
         var = np.zeros(len(schedule))
-        for precision, steps in self.manifest.plan.runs():
+        for precision, steps in (plan or self.manifest.plan).runs():
             emission = self.manifest.artifact(precision, backend).emission
             var[steps.start : steps.stop] = self.correction(precision, emission).var[steps.start : steps.stop]
         return schedule.recalibrated_sigmas(var)

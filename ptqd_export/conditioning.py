@@ -40,12 +40,12 @@ class ModelInfo:
         return next((spec for spec in self.inputs if spec.num_classes is not None), None)
 
     @property
-    def num_labels(self) -> int:
-        """How many class labels a user may ask for: the classes less the null class; 0 for a model without classes."""
+    def labels(self) -> tuple[int, ...]:
+        """The class labels a user may ask for: the classes without the null class; none for a model without classes."""
         spec = self.class_input
         if spec is None or spec.num_classes is None:
-            return 0
-        return spec.num_classes - (spec.null_class is not None)
+            return ()
+        return tuple(i for i in range(spec.num_classes) if i != spec.null_class)
 
     def check_guidance(self, guidance_scale: float) -> None:
         """Guidance needs an unconditional prediction.
@@ -67,7 +67,7 @@ class ModelInfo:
         """Feeds of the conditioning inputs for n samples.
 
         Args:
-            labels: one class per sample, or None: classes 0, 1, 2, ... in turn.
+            labels: one class per sample, or None: all classes in turn.
             tensors: float conditions (n, *shape) by input name; zeros where one is missing.
         Raises:
             RecipeError: a label out of range, a wrong count or a wrong shape.
@@ -80,13 +80,14 @@ class ModelInfo:
             raise RecipeError(f"{self.name} has no tensor condition {min(unknown)!r}: it takes {', '.join(s.name for s in self.inputs) or 'none'}")
         for spec in self.inputs:
             if spec.num_classes is not None:
-                values = np.arange(n) % self.num_labels if labels is None else np.asarray(labels)
+                known = self.labels
+                values = np.array([known[i % len(known)] for i in range(n)] if labels is None else labels, np.int64)
                 if len(values) != n:
                     raise RecipeError(f"{len(values)} class labels for {n} samples: give one per sample")
-                bad = [int(v) for v in values if not 0 <= v < spec.num_classes]
+                bad = sorted(set(values.tolist()) - set(known))
                 if bad:
-                    raise RecipeError(f"class label {bad[0]} is out of range: {self.name} has classes 0 to {self.num_labels - 1}")
-                feeds[spec.name] = values.astype(np.int64)
+                    raise RecipeError(f"class label {bad[0]} is out of range: {self.name} has classes {known[0]} to {known[-1]}")
+                feeds[spec.name] = values
             else:
                 value = (tensors or {}).get(spec.name)
                 if value is None:

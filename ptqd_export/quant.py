@@ -109,6 +109,11 @@ class QuantizedNetwork:
     float_macs: Mapping[str, int] = field(default_factory=dict)
 
     @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one network evaluation for one sample."""
+        return sum(layer.macs for layer in self.layers.values()) + sum(self.float_macs.values())
+
+    @property
     def bops(self) -> int:
         """Bit operations of one network evaluation for one sample; layers left in float count 32 x 32 bits."""
         return sum(layer.bops for layer in self.layers.values()) + sum(self.float_macs.values()) * 32 * 32

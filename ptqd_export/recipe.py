@@ -148,13 +148,10 @@ class Recipe:
 
     def override(self, **sections: dict[str, Any] | tuple[str, ...]) -> Recipe:
         """A copy with single values replaced, checked: override(sampler={"eta": 1.0}, backends=("ort-cpu",))."""
-        changed: dict[str, Any] = {}
+        data = self.to_dict()
         for name, values in sections.items():
-            current = getattr(self, name)
-            changed[name] = dataclasses.replace(current, **values) if isinstance(values, dict) else values
-        recipe = dataclasses.replace(self, **changed)
-        check(recipe)
-        return recipe
+            data[name] = {**data[name], **values} if isinstance(values, dict) else values
+        return Recipe.from_dict(data, self.folder)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], folder: Path = Path(".")) -> Recipe:
@@ -169,7 +166,7 @@ class Recipe:
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
-        """From a recipe file, a folder that holds recipe.toml, or a bare model (folder or "file.py:function") with all defaults.
+        """From a recipe file, a folder that holds recipe.toml, or a diffusers folder with all defaults.
 
         Raises:
             RecipeError: nothing there, not TOML, or wrong values.
@@ -177,6 +174,8 @@ class Recipe:
         file = path / RECIPE_FILE if path.is_dir() else path
         if path.is_dir() and not file.exists():
             return cls.from_dict({"model": {"source": str(path.resolve())}}, path.resolve())
+        if ".py:" in path.name:
+            raise RecipeError(f"{path}: a model from a function needs a recipe that says model.source, model.sample_shape and model.scheduler")
         if not file.is_file():
             raise RecipeError(f"{path} does not exist: give a recipe file, a folder that holds {RECIPE_FILE}, or a diffusers model folder")
         try:
@@ -239,7 +238,13 @@ def check(recipe: Recipe) -> None:
     need(c.size >= 2, f"calibration.size is {c.size}: give at least 2 trajectories")
     need(c.held_out >= 2, f"calibration.held_out is {c.held_out}: give at least 2 trajectories")
     need(c.batch_size >= 1, f"calibration.batch_size is {c.batch_size}: give at least 1")
-    need(c.seed >= 0, f"calibration.seed is {c.seed}: give a value >= 0")
+    need(0 <= c.seed < 2**63, f"calibration.seed is {c.seed}: give a value from 0 to 2^63 - 1")
+    shape = recipe.model.sample_shape
+    need(len(shape) in (0, 3) and all(d >= 1 for d in shape), f"model.sample_shape is {list(shape)}: give [channels, height, width]")
+    for spec in recipe.model.inputs:
+        n, null = spec.num_classes, spec.null_class
+        need(n is None or n >= 1, f"input {spec.name!r}: num_classes is {n}: give at least 1")
+        need(null is None or (n is not None and n > 1 and 0 <= null < n), f"input {spec.name!r}: null_class is {null}: give one of at least two ids below num_classes ({n})")
     need(50 < c.percentile <= 100, f"calibration.percentile is {c.percentile}: give a value in (50, 100]")
     need(bool(q.precisions), "quantization.precisions is empty: give at least one, such as w8a8")
     precisions = [Precision.parse(text) for text in q.precisions]

@@ -79,6 +79,8 @@ def ddim_step(x: F64, epsilon: F64, step: int, schedule: NoiseSchedule, sigma_in
     x0 = (x - np.sqrt(1 - a) * epsilon) / np.sqrt(a)
     if schedule.clip_sample is not None:
         x0 = np.clip(x0, -schedule.clip_sample, schedule.clip_sample)
+        if schedule.rederive_epsilon:
+            epsilon = (x - np.sqrt(a) * x0) / np.sqrt(1 - a)
     x = np.sqrt(p) * x0 + np.sqrt(max(0.0, 1 - p - sigma**2)) * epsilon
     return x if noise is None else x + sigma_injected * noise
 

@@ -30,6 +30,7 @@ class NoiseSchedule:
         eta: 0 is deterministic DDIM, 1 is DDPM (eq. 16 of DDIM).
         prediction_type: what the network outputs: "epsilon", "v_prediction" or "sample".
         clip_sample: bound of the predicted x_0 inside a step, or None.
+        rederive_epsilon: after clipping x_0, take e from the clipped x_0 (DDPM's posterior mean) instead of the prediction (DDIM).
     """
 
     timesteps: npt.NDArray[np.int64]
@@ -38,6 +39,7 @@ class NoiseSchedule:
     eta: float
     prediction_type: str = "epsilon"
     clip_sample: float | None = None
+    rederive_epsilon: bool = False
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -87,6 +89,7 @@ class NoiseSchedule:
             "eta": self.eta,
             "prediction_type": self.prediction_type,
             "clip_sample": self.clip_sample,
+            "rederive_epsilon": self.rederive_epsilon,
         }
 
     @classmethod
@@ -98,11 +101,12 @@ class NoiseSchedule:
             float(data["eta"]),
             str(data["prediction_type"]),
             None if data["clip_sample"] is None else float(data["clip_sample"]),
+            bool(data["rederive_epsilon"]),
         )
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], n_steps: int, eta: float) -> NoiseSchedule:
-        """From a diffusers scheduler config (DDIM, DDPM or any other over discrete train timesteps).
+    def from_config(cls, config: Mapping[str, Any], n_steps: int, eta: float, solver: str = "ddim") -> NoiseSchedule:
+        """From a diffusers scheduler config (DDIM, DDPM or any other over discrete train timesteps); solver "ddim" or "ddpm".
 
         Raises:
             ModelError: a setting that this package does not compute.
@@ -121,7 +125,9 @@ class NoiseSchedule:
             raise ModelError(f"the scheduler config says prediction_type {prediction_type!r}: expected one of {', '.join(PREDICTION_TYPES)}")
         if str(config.get("variance_type") or "fixed_small").startswith("learned"):
             raise ModelError("the scheduler config says a learned variance, which is not supported: use a model that predicts the noise alone")
-        abar: F64 = np.cumprod(1.0 - _betas(config, n_train))
+        if solver == "ddpm" and config.get("variance_type") == "fixed_large":
+            raise ModelError('the scheduler config says variance_type fixed_large, which solver "ddpm" does not compute: use solver "ddim" with eta 1')
+        abar = np.asarray(np.cumprod(1.0 - _betas(config, n_train)), np.float64)
         timesteps = _timesteps(config, n_train, n_steps)
         if config.get("_class_name") == "DDPMScheduler" or config.get("set_alpha_to_one", True):
             final = 1.0
@@ -132,8 +138,9 @@ class NoiseSchedule:
         if str(config.get("timestep_spacing", "leading")) != "leading":
             prev_t = np.append(timesteps[1:], -1)
         prev: F64 = np.where(prev_t >= 0, abar[np.maximum(prev_t, 0)], final)
-        clip = float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", False) else None
-        return cls(timesteps, a, prev, float(eta), prediction_type, clip)
+        clips = config.get("clip_sample", config.get("_class_name") in ("DDIMScheduler", "DDPMScheduler"))  # diffusers' default
+        clip = float(config.get("clip_sample_range", 1.0)) if clips else None
+        return cls(timesteps, a, prev, float(eta), prediction_type, clip, solver == "ddpm")
 
 
 def _betas(config: Mapping[str, Any], n: int) -> F64:

@@ -1,0 +1,41 @@
+# make demo   build the bundle of the reference model and sample a grid from it
+# make test   lint, type check and run the tests
+# make check  lint and type check alone
+# make bench  timings side by side
+# make clean  remove what these commands wrote (.venv stays: remove it by hand)
+#
+# Each of them creates .venv first if it is missing or older than pyproject.toml and constraints.txt.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test check bench clean
+.DEFAULT_GOAL := test
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11: set PYTHON, as in make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Installing the pinned packages into .venv (once)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,build,dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/ptqd-export build calib/fashion_mnist --out engines/fashion_mnist
+	$(BIN)/ptqd-export run engines/fashion_mnist --out engines/fashion_mnist_samples --num-samples 64
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy ptqd_export
+
+test: check
+	$(BIN)/pytest
+
+bench: $(INSTALLED)
+	set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+
+clean:
+	rm -rf engines/fashion_mnist engines/fashion_mnist_samples build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,374 @@
+"""build: recipe in, bundle out. Composes calibration, export and backends; they exchange only the values of the core.
+
+Intermediate results live in `<out>.work/`, each under a key of everything that decides it, so that a rerun takes up where a
+killed build stopped; the folder is removed once the bundle stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from .evaluate import parity
+from .bundle import QUANTIZATION, TABLES, Artifact, Bundle, Manifest, check_target, write_manifest, writing
+from .errors import ModelError
+from .noise import Correction, NoiseStats
+from .plan import Plan, by_budget, by_snr, fixed, pareto_front, step_weights
+from .precision import FLOAT_BITS, Precision
+from .quant import Emission, QuantizedNetwork
+from .recipe import Recipe
+from .schedule import NoiseSchedule
+
+F64 = npt.NDArray[np.float64]
+Key = tuple[Precision, Emission]
+BACKENDS_OF = {Emission.ORT_CPU: ("ort-cpu", "torch"), Emission.PORTABLE: ()}
+LOWERING = {
+    Emission.ORT_CPU: "QLinearConv: U8 activations (zero_point 128) x S8 weights, conv outputs in 8 bits; {bits}",
+    Emission.PORTABLE: "QDQ on layer inputs, S8 symmetric, float bias; {bits}",
+}
+VERSIONS = ("ptqd-export", "torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Noise sums of one (precision, emission): single calibration and held-out trajectories, and what was concluded from them."""
+
+    calibration: Sequence[NoiseStats]
+    held_out: Sequence[NoiseStats]
+    correction: Correction
+    kept: npt.NDArray[np.bool_]
+    drop: F64
+    drop_error: F64
+
+    @property
+    def pooled(self) -> NoiseStats:
+        return NoiseStats.pool(self.calibration)
+
+    def error(self) -> F64:
+        """Squared error to full precision after correction on held-out trajectories, (T,)."""
+        return NoiseStats.pool(self.held_out).mse(self.correction.gain, self.correction.offset)
+
+
+def build(recipe: Recipe, out: Path, *, resume: bool = True, say: Callable[[str], None] = lambda text: None) -> Bundle:
+    """Build the bundle of a recipe at `out`, atomically.
+
+    Args:
+        resume: take up intermediate results of an earlier, stopped build of the same settings.
+        say: told what is being done, a line at a time.
+    Raises:
+        PTQDError: one clear line; `out` is as it was before.
+    """
+    from .calibrate import collect, observe, open_model, quantize
+
+    started = time.monotonic()
+    check_target(out)
+    network = open_model(recipe)
+    info = network.info
+    info.check_guidance(recipe.sampler.guidance_scale)
+    schedule = NoiseSchedule.from_config(network.scheduler_config, recipe.sampler.n_steps, recipe.sampler.eta, recipe.sampler.solver)
+    if recipe.plan.rule == "fixed":
+        _check_fixed(recipe, schedule)
+    work = out.resolve().with_name(out.name + ".work")
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    key = _digest(info.sha256, schedule.to_dict(), recipe.digest("model", "sampler", "calibration"), _versions())
+
+    say(f"{info.name}: {len(schedule)} steps, eta {schedule.eta:g}, guidance {recipe.sampler.guidance_scale:g}")
+    trajectories = collect(network, schedule, recipe, work / f"trajectories-{key[:16]}")
+    observed = observe(network, schedule, recipe, trajectories)
+    quantized = {p: quantize(network, observed, p, recipe) for p in recipe.precisions}
+    measured = _measure_all(recipe, network, schedule, trajectories, quantized, work, key)
+
+    with writing(out) as tmp:
+        graphs = _export(network, schedule, quantized, measured, tmp)
+        figures, artifacts, costs = _check_engines(recipe, info, schedule, trajectories, quantized, measured, graphs, network, tmp, say)
+        plan, plan_info = choose_plan(recipe, schedule, quantized, costs, measured)
+        _write_tables(tmp, measured, quantized)
+        kept = {
+            f"{p}.{e}": {
+                "kept": m.kept.tolist(),
+                "mse_drop_over_standard_error": (m.drop / np.maximum(m.drop_error, 1e-300)).round(2).tolist(),
+            }
+            for (p, e), m in measured.items()
+        }
+        manifest = Manifest(
+            model=info,
+            schedule=schedule,
+            solver=recipe.sampler.solver,
+            guidance_scale=recipe.sampler.guidance_scale,
+            recalibrate_variance=recipe.quantization.recalibrate_variance,
+            plan=plan,
+            plan_info=plan_info,
+            artifacts=tuple(artifacts),
+            correction={"mode": recipe.quantization.correction, "clamp_k": recipe.quantization.clamp_k, "steps": kept},
+            parity=figures,
+            bops={p: n.bops for p, n in quantized.items()},
+            provenance={
+                "recipe": recipe.to_dict(),
+                "seed": recipe.calibration.seed,
+                "versions": _versions(),
+                "machine": {"processor": platform.machine(), "cpus": len(os.sched_getaffinity(0))},
+                "seconds": round(time.monotonic() - started, 1),
+            },
+            files={},
+        )
+        write_manifest(tmp, manifest)
+    shutil.rmtree(work, ignore_errors=True)
+    return Bundle.open(out)
+
+
+def _check_fixed(recipe: Recipe, schedule: NoiseSchedule) -> Plan:
+    plan = fixed(recipe.plan.steps, len(schedule))
+    for precision in plan.precisions:
+        if precision not in recipe.precisions:
+            raise ModelError(f"the fixed plan uses {precision}, which is not built: add it to quantization.precisions, or --precision {precision}")
+    return plan
+
+
+def _measure_all(
+    recipe: Recipe,
+    network: Any,
+    schedule: NoiseSchedule,
+    trajectories: Any,
+    quantized: Mapping[Precision, QuantizedNetwork],
+    work: Path,
+    key: str,
+) -> dict[Key, Measured]:
+    """Noise statistics per precision and emission on the simulated network (science.md sections 1-2), and the gated corrections."""
+    from .calibrate import SimulatedEngine, measure
+
+    n_fit = recipe.calibration.size
+    measured: dict[Key, Measured] = {}
+    for precision, net in quantized.items():
+        if precision.is_float:
+            continue
+        for emission in Emission:
+            file = work / f"stats-{_digest(key, recipe.digest('quantization'), str(precision), str(emission))[:16]}.safetensors"
+            parts = _load_stats(file)
+            if parts is None:
+                with SimulatedEngine(network, net, emission, schedule) as engine:
+                    parts = measure(engine, network.info, schedule, trajectories, recipe.sampler.guidance_scale, "all")
+                _save_stats(file, parts)
+            measured[precision, emission] = conclude(recipe, parts[:n_fit], parts[n_fit:])
+    return measured
+
+
+def conclude(recipe: Recipe, calibration: Sequence[NoiseStats], held_out: Sequence[NoiseStats]) -> Measured:
+    """Fit the correction on the calibration trajectories, gate it on the held-out ones."""
+    q, pooled = recipe.quantization, NoiseStats.pool(calibration)
+    correction, none = (Correction.from_stats(pooled, mode, q.clamp_k) for mode in (q.correction, "none"))
+    if q.correction == "none" or not q.gate:
+        n = len(correction.var)
+        return Measured(calibration, held_out, correction, np.full(n, q.correction != "none"), np.zeros(n), np.zeros(n))
+    gated, kept, drop, error = correction.gated(held_out, none)
+    return Measured(calibration, held_out, gated, kept, drop, error)
+
+
+def _export(
+    network: Any, schedule: NoiseSchedule, quantized: Mapping[Precision, QuantizedNetwork], measured: Mapping[Key, Measured], folder: Path
+) -> dict[Key, Path]:
+    """One FP export; every graph a rewrite of it. Returns the files."""
+    from .export import export_fp, fold, lint, lower, save
+    from .export import quantize as insert_qdq
+
+    base = export_fp(network.module, network.info)
+    a, b = schedule.epsilon_coefficients()
+    models = {}
+    for precision, net in quantized.items():
+        for emission in Emission:
+            c = Correction.identity(len(schedule), network.info.channels) if precision.is_float else measured[precision, emission].correction
+            # epsilon = a out + b x (prediction type), then gain epsilon + offset: one affine map of the raw output and of x.
+            sample_gain = None if not b.any() else c.gain * b[:, None]
+            graph = insert_qdq(base, net, emission)
+            models[precision, emission] = lower(fold(graph, c.gain * a[:, None], c.offset, sample_gain), emission)
+    save({f"{p}.{e}": m for (p, e), m in models.items()}, folder)
+    files = {(p, e): folder / f"{p}.{e}.onnx" for p, e in models}
+    for file in files.values():
+        lint(file)
+    return files
+
+
+def _check_engines(
+    recipe: Recipe,
+    info: Any,
+    schedule: NoiseSchedule,
+    trajectories: Any,
+    quantized: Mapping[Precision, QuantizedNetwork],
+    measured: Mapping[Key, Measured],
+    graphs: Mapping[Key, Path],
+    network: Any,
+    folder: Path,
+    say: Callable[[str], None],
+) -> tuple[dict[str, Any], list[Artifact], dict[Precision, float]]:
+    """The parity gate on every graph, what the optimised graphs hold, and the measured time of every ORT CPU engine."""
+    from .backends.ort import OrtEngine
+    from .calibrate import TorchEngine, measure
+    from .export import op_counts, quantized_convs
+    from .timing import time_engines
+
+    figures: dict[str, Any] = {}
+    engines: dict[Precision, OrtEngine] = {}
+    ops: dict[Key, dict[str, int]] = {}
+    scale = recipe.sampler.guidance_scale
+    try:
+        for (precision, emission), file in graphs.items():
+            native = emission is Emission.ORT_CPU
+            optimised = folder / ".optimised.onnx"
+            engine = OrtEngine(file, optimise=native, optimised_path=optimised if native else None)
+            emitted = op_counts(file)
+            ops[precision, emission] = dict(sorted((op_counts(optimised) if native else emitted).items()))
+            for leftover in folder.glob(".optimised*"):
+                leftover.unlink()
+            name = f"{precision}.{emission}"
+            if precision.is_float:
+                with TorchEngine(network, schedule) as reference:
+                    figures[name] = parity.check_float(name, engine, reference, info, schedule, trajectories, scale)
+            else:
+                net, m = quantized[precision], measured[precision, emission]
+                if native:
+                    parity.check_structure(name, emitted, ops[precision, emission], quantized_convs(file))
+                layers = parity.check_layers(name, file, net, emission, info, schedule, trajectories, network)
+                noise = measure(engine, info, schedule, trajectories, scale, "held_out")
+                figures[name] = {"layers": layers, "noise": parity.check_noise(name, noise, parity.correct_all(m.held_out, m.correction))}
+            say(f"parity {name}: {parity.summary(figures[name])}")
+            if native:
+                engines[precision] = engine
+            else:
+                engine.close()
+        branches = 1 if scale in (0.0, 1.0) else 2
+        n = recipe.plan.batch_size * branches
+        feeds = {
+            "sample": np.random.default_rng(0).standard_normal((n, *info.sample_shape)).astype(np.float32),
+            "timestep": np.full(n, schedule.timesteps[0]),
+            "step": np.zeros(1, np.int64),
+            **info.conditions(None, n),
+        }
+        seconds = time_engines({str(p): e for p, e in engines.items()}, feeds)
+    finally:
+        for engine in engines.values():
+            engine.close()
+    times = {p: seconds[str(p)] for p in engines}
+    artifacts = [
+        Artifact(
+            precision=p,
+            emission=e,
+            backends=BACKENDS_OF[e],
+            file=file.name,
+            lowering="float32" if p.is_float else LOWERING[e].format(bits=_bits(p)),
+            runtime=f"onnxruntime {metadata.version('onnxruntime')}",
+            ops=ops[p, e],
+            time_ms=round(times[p] * 1e3, 3) if e is Emission.ORT_CPU else None,
+        )
+        for (p, e), file in graphs.items()
+    ]
+    return figures, artifacts, times
+
+
+def _bits(p: Precision) -> str:
+    narrow = [
+        f"{bits}-bit {what} on a grid inside INT8" for bits, what in ((p.weight_bits, "weights"), (p.activation_bits, "activations")) if bits < 8
+    ]
+    return ", ".join(narrow) or "full 8-bit range"
+
+
+def choose_plan(
+    recipe: Recipe,
+    schedule: NoiseSchedule,
+    quantized: Mapping[Precision, QuantizedNetwork],
+    seconds: Mapping[Precision, float],
+    measured: Mapping[Key, Measured],
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan of the recipe's rule, and what the manifest keeps of the choice: costs, SNR_Q, errors, Pareto front."""
+    spec, n = recipe.plan, len(schedule)
+    candidates = list(quantized)
+    bops = {p: float(net.bops) for p, net in quantized.items()}
+    native = {p: measured[p, Emission.ORT_CPU] for p in candidates if not p.is_float}
+    snr = {p: native[p].pooled.corrected(native[p].correction).snr if p in native else np.full(n, np.inf) for p in candidates}
+    weights = step_weights(schedule, spec.objective)
+    errors = {p: weights * native[p].error() if p in native else np.zeros(n) for p in candidates}
+    cost: dict[Precision, float] = {p: (seconds[p] if spec.cost == "time" else bops[p]) for p in candidates}
+    front = pareto_front(errors, cost)
+    budget = spec.budget * max(cost.values()) * n
+    if spec.rule == "snr":
+        plan = by_snr(snr, bops, schedule)
+    elif spec.rule == "fixed":
+        plan = _check_fixed(recipe, schedule)
+    else:
+        plan = by_budget(front, budget).plan
+    return plan, {
+        "rule": spec.rule,
+        "objective": spec.objective,
+        "cost": spec.cost,
+        "budget": budget,
+        "bops": int(plan.total(bops)),
+        "bops_fp32": next(iter(quantized.values())).macs * FLOAT_BITS**2 * n,
+        "seconds_per_evaluation": {str(p): round(v, 6) for p, v in seconds.items()},
+        "snr_q": {str(p): _finite(v) for p, v in snr.items()},
+        "error": {str(p): v.tolist() for p, v in errors.items()},
+        "front": [{"cost": f.cost, "error": f.error, "plan": str(f.plan)} for f in front],
+    }
+
+
+def _finite(values: F64) -> list[float | None]:
+    return [float(v) if np.isfinite(v) else None for v in values]
+
+
+def _write_tables(folder: Path, measured: Mapping[Key, Measured], quantized: Mapping[Precision, QuantizedNetwork]) -> None:
+    tables: dict[str, npt.NDArray[Any]] = {}
+    for (p, e), m in measured.items():
+        for source in (m.correction, m.pooled):
+            for f in fields(source):
+                tables[f"{p}.{e}.{f.name}"] = np.ascontiguousarray(getattr(source, f.name))
+    save_file(tables, folder / TABLES)
+    scales: dict[str, npt.NDArray[Any]] = {}
+    for p, net in quantized.items():
+        for layer in net.layers.values():
+            head = f"{p}/{layer.name}"
+            scales[f"{head}/weight_scale"] = np.ascontiguousarray(layer.weight_scale)
+            scales[f"{head}/input_scale"] = np.array([layer.input_scale], np.float32)
+            scales[f"{head}/output_scale"] = np.array([np.nan if layer.output_scale is None else layer.output_scale], np.float32)
+            scales[f"{head}/bits"] = np.array([layer.weight_bits, layer.activation_bits], np.int64)
+    save_file(scales, folder / QUANTIZATION)
+
+
+def _save_stats(file: Path, parts: Sequence[NoiseStats]) -> None:
+    tmp = file.with_suffix(".tmp")
+    save_file({f.name: np.stack([getattr(s, f.name) for s in parts]) for f in fields(NoiseStats)}, tmp)
+    os.replace(tmp, file)
+
+
+def _load_stats(file: Path) -> list[NoiseStats] | None:
+    try:
+        data = load_file(file)
+        return [NoiseStats(*(data[f.name][i] for f in fields(NoiseStats))) for i in range(len(data["count"]))]
+    except (OSError, KeyError, SafetensorError):
+        return None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {**found, "python": platform.python_version()}
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

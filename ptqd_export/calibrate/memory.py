@@ -1,0 +1,82 @@
+"""Does a batch fit into memory? Asked before a long calibration, not found out in the middle of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RecipeError
+from .models import Network, trial_feeds
+
+LIVE_LAYERS = 3
+"""Layers' worth of activations assumed alive at the peak: the largest one, the skip connections and the convolution's scratch."""
+GIB = 1 << 30
+
+
+def check_memory(network: Network, batch_size: int, guidance_scale: float) -> None:
+    """Refuse a batch that would not fit.
+
+    The estimate: bytes of the largest module's inputs and outputs at batch 1, times LIVE_LAYERS, times the batch (twice under guidance).
+
+    Raises:
+        RecipeError: it would need more than the free memory; says which batch size fits.
+    """
+    branches = 1 if guidance_scale in (0.0, 1.0) else 2
+    per_sample = largest_layer_bytes(network) * LIVE_LAYERS * branches
+    free = available_bytes()
+    if per_sample * batch_size > free:
+        fits = free // per_sample
+        advice = f"set it to at most {fits}" if fits else "use a machine with more memory"
+        raise RecipeError(
+            f"calibration.batch_size {batch_size} needs about {per_sample * batch_size / GIB:.1f} GiB for activations, "
+            f"{free / GIB:.1f} GiB is free: {advice}"
+        )
+
+
+def largest_layer_bytes(network: Network) -> int:
+    """Bytes of inputs and outputs of the module that handles most of them, for one sample."""
+    largest = 0
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        nonlocal largest
+        largest = max(largest, sum(t.numel() * t.element_size() for t in _tensors((args, kwargs, output))))
+
+    handles = [m.register_forward_hook(hook, with_kwargs=True) for m in network.module.modules()]
+    try:
+        with torch.inference_mode():
+            network.module(**{name: torch.from_numpy(value) for name, value in trial_feeds(network.info, 1).items()})
+    finally:
+        for handle in handles:
+            handle.remove()
+    return largest
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        yield from _tensors(tuple(tree.values()))
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            yield from _tensors(item)
+
+
+def available_bytes() -> int:
+    """Free memory in bytes: what the system could give, and no more than the control group's limit leaves."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    limit = (group / "memory.max").read_text().strip() if (group / "memory.max").exists() else "max"
+    if limit != "max":
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # the page cache gives way
+        free = min(free, max(0, int(limit) - used))
+    return free

@@ -1,0 +1,205 @@
+"""From a full-precision network to its quantized layers: observe the activations once, then quantize at any precision."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..precision import Precision
+from ..progress import progress
+from ..quant import F32, OUTPUT_BITS, LayerQuant, QuantizedNetwork
+from ..recipe import Recipe
+from ..sampler import predict_epsilon
+from ..schedule import NoiseSchedule
+from .engine import TorchEngine
+from .models import Network
+from .ranges import AbsHistogram, weight_scales
+from .rounding import gptq, nearest
+from .trajectories import Trajectories
+
+OBSERVED_TRAJECTORIES = 8
+"""Trajectories whose x_t are looked at, all steps and both guidance branches: millions of values per layer."""
+HESSIAN_ROWS = 1024
+"""Input vectors per layer and call that enter its Hessian; over all steps and batches there are ten and more per column."""
+EDGE_BITS = 8
+MAX_BIAS_CODE = 1 << 30
+"""Largest int32 bias code allowed; channels of tiny weights get a scale that keeps their bias below it."""
+Rounding = Literal["nearest", "gptq"]
+
+
+@dataclass
+class ObservedLayer:
+    """What a Conv2d or Linear was seen doing.
+
+    Attributes:
+        kind: "conv" or "linear".
+        macs: multiply-accumulates per sample.
+        vector: the input is 2-D, one vector per sample (time and class embeddings): such a layer stays float.
+        input, output: histograms of |values|.
+        hessians: float64 (groups, K, K), sums of x x^T of what meets a flattened weight row of K values; only with hessians asked for.
+    """
+
+    kind: str
+    macs: int = 0
+    vector: bool = False
+    input: AbsHistogram = field(default_factory=AbsHistogram)
+    output: AbsHistogram = field(default_factory=AbsHistogram)
+    hessians: npt.NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Observed layers by module path, in call order."""
+
+    layers: Mapping[str, ObservedLayer]
+
+
+def observe(network: Network, schedule: NoiseSchedule, recipe: Recipe, trajectories: Trajectories, hessians: bool = False) -> Observed:
+    """Input and output histograms of every Conv2d and Linear on full-precision trajectories.
+
+    Up to OBSERVED_TRAJECTORIES of the calibration trajectories, evenly spaced, all steps, in the guidance branches that are used.
+
+    Args:
+        hessians: also sum x x^T per layer, for GPTQ; needs K^2 doubles per layer.
+    Raises:
+        ModelError: a layer's values are not finite, or the network has no Conv2d or Linear.
+    """
+    spec, scale = recipe.calibration, recipe.sampler.guidance_scale
+    chosen = np.unique(np.linspace(0, spec.size - 1, min(OBSERVED_TRAJECTORIES, spec.size)).round().astype(int))
+    layers: dict[str, ObservedLayer] = {}
+    with TorchEngine(network, schedule) as engine, progress(len(chosen) * len(schedule), "activation ranges", "step") as bar:
+        for indices, x, _, conditions in trajectories:
+            rows = chosen[(chosen >= indices.start) & (chosen < indices.stop)] - indices.start
+            if not len(rows):
+                continue
+            own = {name: value[rows] for name, value in conditions.items()}
+            for step in range(len(schedule)):
+                # MACs are those of the first call, over the samples in it.
+                batch = 0 if layers else len(rows) * (1 if scale in (0.0, 1.0) else 2)
+                with _watching(network, layers, step, hessians, count_macs=batch > 0):
+                    predict_epsilon(engine, x[step][rows], step, schedule, network.info, own, scale)
+                for layer in layers.values() if batch else ():
+                    layer.macs = round(layer.macs / batch)
+                bar.update(len(rows))
+    if not layers:
+        raise ModelError(f"{network.info.name} calls no Conv2d and no Linear: there is nothing to quantize")
+    return Observed(layers)
+
+
+def _layer_kind(module: nn.Module) -> str | None:
+    """Only layers that compute what their class says: a subclass with a forward of its own is left alone."""
+    forward = type(module).forward
+    if forward is nn.Conv2d.forward:
+        return "conv"
+    return "linear" if forward is nn.Linear.forward else None
+
+
+@contextmanager
+def _watching(network: Network, layers: dict[str, ObservedLayer], step: int, hessians: bool, count_macs: bool) -> Iterator[None]:
+    def hook_of(name: str, kind: str) -> Any:
+        def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            layer = layers.setdefault(name, ObservedLayer(kind))
+            (x,) = args
+            layer.vector = x.ndim == 2
+            if count_macs:
+                layer.macs += output.numel() * module.weight[0].numel()
+            try:
+                layer.input.add(x)
+                layer.output.add(output)
+            except ValueError as error:
+                raise ModelError(f"layer {name} computes {error} at step {step}: check the model's weights and scheduler config") from error
+            if hessians and not layer.vector:
+                products = _input_products(module, kind, x, step)
+                layer.hessians = products if layer.hessians is None else layer.hessians + products
+
+        return hook
+
+    handles = []
+    for name, module in network.module.named_modules():
+        kind = _layer_kind(module)
+        if kind is not None:
+            handles.append(module.register_forward_hook(hook_of(name, kind)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _input_products(module: Any, kind: str, x: Tensor, step: int) -> npt.NDArray[np.float64]:
+    """sum x x^T, (groups, K, K), over some HESSIAN_ROWS of the positions at which the weight meets `x`."""
+    if kind == "linear":
+        rows = x.reshape(1, -1, x.shape[-1])
+    else:
+        columns = F.unfold(F.pad(x, module._reversed_padding_repeated_twice), module.kernel_size, module.dilation, 0, module.stride)
+        rows = columns.reshape(len(x), module.groups, -1, columns.shape[-1]).permute(1, 0, 3, 2)  # from (B, C kh kw, L)
+        rows = rows.reshape(module.groups, -1, rows.shape[-1])
+    # An odd stride never falls in with an image's width and so takes positions from everywhere.
+    stride = (rows.shape[1] // HESSIAN_ROWS) | 1
+    rows = rows[:, step % stride :: stride]
+    products: npt.NDArray[np.float64] = (rows.transpose(1, 2) @ rows).double().numpy()
+    return products
+
+
+def quantize(network: Network, observed: Observed, precision: Precision, recipe: Recipe, rounding: Rounding = "nearest") -> QuantizedNetwork:
+    """The network's layers at one precision: scales and weight codes.
+
+    Left in float: embedding layers (see ObservedLayer.vector), convs with a padding mode other than zeros, globs of
+    quantization.skip, and the first and last conv where quantization.edge_layers says so (else they get 8/8 bits). fp32 quantizes nothing.
+
+    Args:
+        rounding: "gptq" needs an Observed with hessians; 8-bit weights are rounded to the nearest all the same, GPTQ gains nothing there.
+    Raises:
+        ModelError: nothing is left to quantize.
+    """
+    convs = [name for name, layer in observed.layers.items() if layer.kind == "conv"]
+    edges = {convs[0], convs[-1]} if convs else set()
+    layers: dict[str, LayerQuant] = {}
+    float_macs: dict[str, int] = {}
+    for name, seen in observed.layers.items():
+        module: Any = network.module.get_submodule(name)
+        stays = (
+            precision.is_float
+            or seen.vector
+            or (seen.kind == "conv" and module.padding_mode != "zeros")
+            or any(fnmatch.fnmatchcase(name, glob) for glob in recipe.quantization.skip)
+            or (name in edges and recipe.quantization.edge_layers == "float")
+        )
+        if stays:
+            float_macs[name] = seen.macs
+        else:
+            used = Precision(EDGE_BITS, EDGE_BITS) if name in edges else precision
+            layers[name] = _quantize_layer(name, module, seen, used, recipe, rounding)
+    if not layers and not precision.is_float:
+        raise ModelError(
+            f"{network.info.name} has no layer left to quantize at {precision}: check quantization.skip and edge_layers, or ask for fp32"
+        )
+    return QuantizedNetwork(precision, layers, float_macs)
+
+
+def _quantize_layer(name: str, module: Any, seen: ObservedLayer, precision: Precision, recipe: Recipe, rounding: Rounding) -> LayerQuant:
+    spec = recipe.calibration
+    weight: F32 = np.ascontiguousarray(module.weight.detach().numpy(), np.float32)
+    bias: F32 | None = None if module.bias is None else module.bias.detach().numpy().astype(np.float32)
+    input_scale = seen.input.scale(spec.activation_range, precision.activation_bits, spec.percentile)
+    scale = weight_scales(weight, precision.weight_bits, spec.weight_range, spec.percentile)
+    if bias is not None:
+        scale = np.maximum(scale, np.abs(bias) / np.float32(input_scale * MAX_BIAS_CODE)).astype(np.float32)
+    scale = np.where(scale > 0, scale, np.float32(1.0)).astype(np.float32)
+    if rounding == "nearest" or precision.weight_bits >= EDGE_BITS:
+        codes = nearest(weight, scale, precision.weight_bits)
+    elif seen.hessians is None:
+        raise ModelError(f"layer {name} was observed without Hessians, which GPTQ needs: observe(..., hessians=True)")
+    else:
+        codes = gptq(weight, scale, precision.weight_bits, seen.hessians)
+    output_scale = seen.output.scale(spec.activation_range, OUTPUT_BITS, spec.percentile) if seen.kind == "conv" else None
+    return LayerQuant(name, seen.kind, codes, scale, precision.weight_bits, input_scale, precision.activation_bits, output_scale, bias, seen.macs)

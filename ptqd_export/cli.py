@@ -1,0 +1,293 @@
+"""The command line: build, run, inspect, verify. Composes; holds no numerics. Heavy parts are imported inside the commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .errors import PTQDError, RecipeError
+from .recipe import BACKENDS, Recipe
+
+
+def common(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that every command has."""
+    command = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")(command)
+    return click.option("--json", "as_json", is_flag=True, help="Print one machine-readable JSON object on stdout.")(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ptqd-export")
+def cli() -> None:
+    """Quantize a diffusion UNet, correct it (PTQD), and sample from it with an engine per bitwidth."""
+
+
+@cli.command()
+@click.argument("recipe_or_model")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle; an older bundle there is replaced at the end.")
+@click.option("--precision", "precisions", multiple=True, help="fp32, w8a8, w4a8, w4a4, ...; repeat for several.")
+@click.option("--solver", type=click.Choice(["ddim", "ddpm"]))
+@click.option("--n-steps", type=int, help="Denoising steps.")
+@click.option("--eta", type=float, help="0 is deterministic DDIM, 1 is DDPM.")
+@click.option("--guidance-scale", type=float)
+@click.option("--calib-size", type=int, help="Calibration trajectories; half as many more are held out for the gate.")
+@click.option("--batch-size", type=int, help="Trajectories per batch in calibration.")
+@click.option("--seed", type=int)
+@click.option("--plan", "plan", help="snr, budget, or a plan by hand such as w4a8*12,w8a8*8.")
+@click.option("--budget", type=float, help="Mean cost per step as a fraction of the dearest precision's (for --plan budget).")
+@click.option("--cost", type=click.Choice(["time", "bops"]), help="What the budget counts.")
+@click.option("--correction", type=click.Choice(["ptqd", "affine", "none"]))
+@click.option("--backend", "backends", multiple=True, type=click.Choice(BACKENDS), help="Repeat for several.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Take up the intermediate results of a build that was stopped.")
+@common
+def build(recipe_or_model: str, out: Path, as_json: bool, resume: bool, **options: Any) -> None:
+    """Calibrate, correct, export and pack RECIPE_OR_MODEL (a recipe, a folder with recipe.toml, or a diffusers folder)."""
+    from .build import build as build_bundle
+
+    recipe = _override(Recipe.load(Path(recipe_or_model)), **options)
+    started = time.monotonic()
+    bundle = build_bundle(recipe, out, resume=resume, say=_say)
+    m = bundle.manifest
+    result = {
+        "bundle": str(out),
+        "plan": str(m.plan),
+        "bops_of_fp32": m.plan_info["bops"] / m.plan_info["bops_fp32"],
+        "engines": [{"precision": str(a.precision), "emission": str(a.emission), "time_ms": a.time_ms} for a in m.artifacts],
+        "parity": m.parity,
+        "bytes": sum(int(f["size"]) for f in m.files.values()),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    _print(
+        result,
+        as_json,
+        f"{out}: plan {m.plan}, {result['bytes'] / 1e6:.1f} MB, {result['seconds']:.0f} s; sample with `ptqd-export run {out} --out DIR`",
+    )
+
+
+def _override(recipe: Recipe, **options: Any) -> Recipe:
+    sections: dict[str, Any] = {}
+
+    def put(section: str, name: str, value: Any) -> None:
+        if value is not None:
+            sections.setdefault(section, {})[name] = value
+
+    for name in ("solver", "n_steps", "eta", "guidance_scale"):
+        put("sampler", name, options[name])
+    if options["solver"] == "ddpm" and options["eta"] is None:
+        put("sampler", "eta", 1.0)
+    if options["calib_size"] is not None:
+        put("calibration", "size", options["calib_size"])
+        put("calibration", "held_out", max(2, options["calib_size"] // 2))
+    put("calibration", "batch_size", options["batch_size"])
+    put("calibration", "seed", options["seed"])
+    put("quantization", "precisions", options["precisions"] or None)
+    put("quantization", "correction", options["correction"])
+    plan = options["plan"]
+    if plan in ("snr", "budget"):
+        put("plan", "rule", plan)
+    elif plan is not None:
+        put("plan", "rule", "fixed")
+        put("plan", "steps", tuple(plan.replace(",", " ").split()))
+    put("plan", "budget", options["budget"])
+    put("plan", "cost", options["cost"])
+    if options["backends"]:
+        sections["backends"] = options["backends"]
+    return recipe.override(**sections)
+
+
+@cli.command()
+@click.argument("bundle_dir", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the pictures.")
+@click.option("--num-samples", type=int, default=16, show_default=True)
+@click.option("--class-labels", help="Classes in turn, such as 3 or 0,1,2 or 0-9; all classes in turn if left out.")
+@click.option("--condition", "conditions", multiple=True, metavar="NAME=FILE.npy", help="A tensor condition (N, ...), e.g. text embeddings.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--batch-size", type=int, default=16, show_default=True)
+@click.option("--workers", type=int, default=1, show_default=True, help="Processes of one thread each that split the batches.")
+@click.option("--backend", type=click.Choice(BACKENDS), default="ort-cpu", show_default=True)
+@click.option("--model", type=click.Path(path_type=Path), help="The recipe or model the bundle was built from (for --backend torch).")
+@click.option("--format", "file_format", type=click.Choice(["png", "npy"]), default="png", show_default=True)
+@click.option("--n-steps", type=int, help="Checked against the bundle.")
+@click.option("--eta", type=float, help="Checked against the bundle.")
+@click.option("--guidance-scale", type=float, help="Checked against the bundle.")
+@click.option("--solver", type=click.Choice(["ddim", "ddpm"]), help="Checked against the bundle.")
+@common
+def run(
+    bundle_dir: Path,
+    out: Path,
+    num_samples: int,
+    class_labels: str | None,
+    conditions: tuple[str, ...],
+    seed: int,
+    batch_size: int,
+    workers: int,
+    backend: str,
+    model: Path | None,
+    file_format: str,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    """Sample from BUNDLE: single images and a grid, or an array and a grid."""
+    from . import images
+    from .bundle import Bundle
+    from .progress import progress
+    from .runtime import Asked
+    from .runtime import run as run_bundle
+
+    for name, value in (("num-samples", num_samples), ("batch-size", batch_size), ("workers", workers)):
+        if value < 1:
+            raise RecipeError(f"--{name} is {value}: give at least 1")
+    if not 0 <= seed < 2**64:
+        raise RecipeError(f"--seed is {seed}: give a value from 0 to 2^64 - 1")
+    bundle = Bundle.open(bundle_dir)
+    Asked(**asked).check(bundle)
+    labels = None if class_labels is None else _labels(class_labels, num_samples)
+    tensors = _tensors(conditions)
+    images.check_folder(out)
+    m = bundle.manifest
+    started = time.monotonic()
+    with progress(num_samples * len(m.schedule), f"sampling {m.plan}", "step") as bar:
+        x = run_bundle(
+            bundle,
+            num_samples,
+            labels,
+            seed=seed,
+            batch_size=batch_size,
+            workers=workers,
+            backend=backend,
+            model=model,
+            tensors=tensors,
+            advance=bar.update,
+        )
+    seconds = time.monotonic() - started
+    files = images.save_images(out, x) if file_format == "png" else [images.save_array(x, out / "samples.npy")]
+    grid = out / "grid.png"
+    pictures = x.shape[1] in (1, 3)
+    if pictures:
+        images.save_png(images.image_grid(x, columns=round(num_samples**0.5)), grid)
+    result = {
+        "out": str(out),
+        "files": [file.name for file in files],
+        "grid": grid.name if pictures else None,
+        "plan": str(m.plan),
+        "backend": backend,
+        "state": "float64",
+        "seed": seed,
+        "seconds": round(seconds, 3),
+        "seconds_per_sample": round(seconds / num_samples, 4),
+        "largest_value": float(abs(x).max()),
+    }
+    _print(
+        result,
+        as_json,
+        f"{num_samples} samples in {out}{f' (look at {grid})' if pictures else ''}, {seconds:.1f} s, {seconds / num_samples:.3f} s each",
+    )
+
+
+def _labels(text: str, n: int) -> list[int]:
+    labels: list[int] = []
+    for part in text.replace(",", " ").split():
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise RecipeError(f"--class-labels {text!r}: expected numbers, such as 3 or 0,1,2 or 0-9")
+        labels += range(int(first), int(last) + 1) if dash else [int(first)]
+    if not labels:
+        raise RecipeError(f"--class-labels {text!r} names no class: give numbers, such as 3 or 0,1,2 or 0-9")
+    return [labels[i % len(labels)] for i in range(n)]
+
+
+def _tensors(conditions: Sequence[str]) -> dict[str, Any]:
+    import numpy as np
+
+    tensors = {}
+    for text in conditions:
+        name, _, file = text.partition("=")
+        try:
+            tensors[name] = np.load(file, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"--condition {text}: cannot read {file or 'a file'} as .npy ({error}); give NAME=FILE.npy") from error
+    return tensors
+
+
+@cli.command()
+@click.argument("bundle_dir", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the per-step figures and the Pareto front to this PNG.")
+@common
+def inspect(bundle_dir: Path, plot: Path | None, as_json: bool) -> None:
+    """What BUNDLE holds: engines, and per step precision, k, bias, sigma, sigma', SNR."""
+    from .bundle import Bundle
+    from .inspect import per_step, plot_bundle, text
+
+    bundle = Bundle.open(bundle_dir)
+    rows = per_step(bundle)
+    if plot is not None:
+        plot_bundle(bundle, plot)
+    m = bundle.manifest
+    result = {"manifest": {k: v for k, v in m.to_dict().items() if k != "files"}, "steps": [asdict(row) for row in rows]}
+    _print(result, as_json, text(bundle, rows))
+
+
+@cli.command()
+@click.argument("bundle_dir", metavar="BUNDLE", type=click.Path(path_type=Path))
+@common
+def verify(bundle_dir: Path, as_json: bool) -> None:
+    """Check every hash of BUNDLE, load every engine that works here and evaluate it once."""
+    from .bundle import Bundle
+    from .inspect import verify_engines
+
+    bundle = Bundle.open(bundle_dir)
+    engines = verify_engines(bundle)
+    result = {"bundle": str(bundle_dir), "files": len(bundle.manifest.files), "engines": engines, "ok": True}
+    _print(result, as_json, f"{bundle_dir}: {result['files']} files match their SHA-256; engines evaluated: {', '.join(engines)}")
+
+
+def _say(text: str) -> None:
+    if sys.stderr.isatty():
+        click.echo(text, err=True)
+
+
+def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
+    click.echo(json.dumps(result, indent=1) if as_json else text)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point: every expected failure is one line on stderr and exit code 1."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        cli.main(argv, prog_name="ptqd-export", standalone_mode=False)
+    except click.Abort:
+        _fail("interrupted: nothing was changed; the same command takes up where it stopped", 130)
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (PTQDError, OSError, MemoryError, RuntimeError) as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        _fail(_line(error))
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, PTQDError):
+        return text
+    if isinstance(error, OSError):
+        return f"{error.strerror or text}{f': {error.filename}' if error.filename else ''}: nothing was changed"
+    if isinstance(error, MemoryError) or "allocate memory" in text:
+        return f"out of memory ({text[:120]}): lower --batch-size"
+    return f"{type(error).__name__}: {text[:300]} (run again with --debug for the traceback)"
+
+
+def _fail(line: str, code: int = 1) -> None:
+    click.echo(f"Error: {line}", err=True)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How good samples are, and pictures of what a bundle does. numpy alone; matplotlib inside the plotting functions."""

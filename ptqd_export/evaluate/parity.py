@@ -1,0 +1,202 @@
+"""The parity gate: does an engine compute what was simulated? In the sense of the only thing that can be asked of it.
+
+Two correct executions of one quantized network drift apart: a float difference of 1e-7 flips a rounding, and more follow.
+So engines are judged layer by layer on the same inputs (outputs equal, or one quantization step apart in rare ties, never
+two), and end to end by statistics: k, bias and residual variance per step within their standard errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..conditioning import ModelInfo
+from ..engine import SAMPLE, STEP, TIMESTEP, Array, Engine
+from ..errors import ParityError
+from ..noise import Correction, NoiseStats, jackknife
+from ..quant import Emission, QuantizedNetwork
+from ..sampler import predict_epsilon
+from ..schedule import NoiseSchedule
+
+F64 = npt.NDArray[np.float64]
+
+MAX_SHARE_APART = 1e-3
+"""Share of a layer's outputs that may lie one quantization step from the simulation: rounding ties."""
+FLOAT_TOLERANCE = 2e-5
+"""Relative to a channel's largest output: what float32 accumulation of one layer may differ by; a quantization step is far above."""
+FALSE_ALARM = 0.0027
+"""Chance that a right engine fails on one statistic over all steps: that of three standard deviations."""
+MAX_FLOAT_ERROR = 1e-3
+"""RMS difference of an fp32 engine to the torch model, relative to the RMS of epsilon."""
+
+
+def check_layers(
+    name: str,
+    graph: Path,
+    network: QuantizedNetwork,
+    emission: Emission,
+    info: ModelInfo,
+    schedule: NoiseSchedule,
+    trajectories: Any,
+    torch_network: Any,
+) -> dict[str, float]:
+    """Each quantized layer of the shipped graph against its simulation, both on the inputs that the engine computed.
+
+    At the first, middle and last step, for two samples. A copy of the graph with the layers' inputs and outputs exposed runs in
+    the engine; where the output is not quantized, a step is the largest change that one input code makes.
+
+    Returns:
+        {"layers", "outputs", "share_apart", "largest_steps"}.
+    Raises:
+        ParityError: naming the layer.
+    """
+    from ..backends.ort import OrtEngine
+    from ..calibrate import LayerSimulator
+    from ..export import expose_layers
+
+    debug = graph.with_name(f".layers-{graph.name}")
+    try:
+        sites = expose_layers(graph, debug)
+        missing = sorted(set(network.layers) - set(sites))
+        if missing:
+            raise ParityError(f"{name}: layer {missing[0]} is quantized in the simulation but not in the graph")
+        # The portable graph is an interchange form: judged as written, without a runtime's fusions.
+        engine = OrtEngine(debug, optimise=emission is Emission.ORT_CPU)
+        total, apart, worst = 0, 0, 0.0
+        with engine:
+            for step in sorted({0, len(schedule) // 2, len(schedule) - 1}):
+                values = engine(_feeds(info, schedule, trajectories, step))
+                for layer_name, (source, target) in sites.items():
+                    layer = network.layers[layer_name]
+                    simulated = LayerSimulator(torch_network, layer, emission)(np.asarray(values[source], np.float32))
+                    got = np.asarray(values[target], np.float32)
+                    axis = 1 if layer.kind == "conv" else got.ndim - 1
+                    one = _steps(layer, emission, got.ndim, axis)
+                    scale = np.abs(simulated).max(axis=tuple(i for i in range(got.ndim) if i != axis), keepdims=True)
+                    difference = np.abs(got - simulated)
+                    off = difference > FLOAT_TOLERANCE * np.maximum(scale, one)
+                    largest = float((difference / one).max())
+                    share = float(off.mean())
+                    if share > MAX_SHARE_APART or largest > 1.5:
+                        raise ParityError(
+                            f"{name}: layer {layer_name} at step {step} differs from its simulation: {share:.2%} of outputs, by up to {largest:.1f} "
+                            f"quantization steps (allowed: {MAX_SHARE_APART:.2%}, 1 step); the backend does not compute what was calibrated"
+                        )
+                    total, apart, worst = total + off.size, apart + int(off.sum()), max(worst, largest if off.any() else 0.0)
+        return {"layers": len(sites), "outputs": total, "share_apart": apart / total, "largest_steps": round(worst, 3)}
+    finally:
+        debug.unlink(missing_ok=True)
+
+
+def _steps(layer: Any, emission: Emission, ndim: int, axis: int) -> F64:
+    """One quantization step of a layer's output, broadcastable to it."""
+    if emission is Emission.ORT_CPU and layer.output_scale is not None:
+        steps = np.full(len(layer.weight_scale), layer.output_scale, np.float64)
+    else:
+        codes = np.abs(layer.weight.reshape(len(layer.weight), -1).astype(np.float64)).max(1)
+        steps = np.maximum(codes, 1.0) * layer.weight_scale.astype(np.float64) * layer.input_scale
+    shape = [1] * ndim
+    shape[axis] = -1
+    return steps.reshape(shape)
+
+
+def _feeds(info: ModelInfo, schedule: NoiseSchedule, trajectories: Any, step: int) -> dict[str, Array]:
+    _, x, _, conditions = trajectories.first(2)
+    n = x.shape[1]
+    return {
+        SAMPLE: np.ascontiguousarray(x[step]),
+        TIMESTEP: np.full(n, schedule.timesteps[step], np.int64),
+        STEP: np.array([step], np.int64),
+        **conditions,
+    }
+
+
+def check_noise(name: str, engine: Sequence[NoiseStats], simulated: Sequence[NoiseStats]) -> dict[str, Any]:
+    """k, bias, residual variance and error per step of engine and simulation, both corrected, over the same held-out trajectories.
+
+    Returns:
+        {"largest_z": {statistic: value}, "limit_z", "mse_ratio": engine / simulation per step, "snr_q": engine's per step}.
+    Raises:
+        ParityError: naming the step and the statistic.
+    """
+    ours, theirs = ({**jackknife(parts), "mse": _mse(parts)} for parts in (engine, simulated))
+    limit = max_standard_errors(len(engine), len(engine[0].count))
+    worst: dict[str, float] = {}
+    for statistic in ours:
+        (a, sa), (b, sb) = ours[statistic], theirs[statistic]
+        difference = a - b if statistic == "mse" else np.abs(a - b)  # a smaller error than the simulation's is no fault
+        z = (difference / np.maximum(np.hypot(sa, sb), 1e-12)).reshape(len(a), -1).max(1)
+        worst[statistic] = round(float(z.max()), 3)
+        if not z.max() <= limit:
+            step = int(z.argmax())
+            raise ParityError(
+                f"{name}: {statistic} at step {step} is {np.ravel(a[step])[0]:.4g} on the engine and {np.ravel(b[step])[0]:.4g} in the simulation, "
+                f"{z.max():.1f} standard errors apart (allowed: {limit:.1f})"
+            )
+    ratio = ours["mse"][0] / np.maximum(theirs["mse"][0], 1e-30)
+    return {"largest_z": worst, "limit_z": round(limit, 3), "mse_ratio": ratio.round(4).tolist(), "snr_q": NoiseStats.pool(engine).snr.tolist()}
+
+
+def max_standard_errors(n: int, n_steps: int) -> float:
+    """Standard errors that statistics of two right executions may differ by: Student's t for n trajectories, over n_steps at once."""
+    from scipy.stats import t
+
+    return float(t.ppf(1 - FALSE_ALARM / 2 / n_steps, n - 1))
+
+
+def _mse(parts: Sequence[NoiseStats]) -> tuple[F64, F64]:
+    """Mean squared error to full precision per step and its standard error over trajectories, (T,) each."""
+    one, zero = np.ones_like(parts[0].e), np.zeros_like(parts[0].e)
+    errors = np.stack([s.mse(one, zero) for s in parts])
+    return errors.mean(0), errors.std(0, ddof=1) / np.sqrt(len(parts))
+
+
+def check_float(
+    name: str, engine: Engine, reference: Engine, info: ModelInfo, schedule: NoiseSchedule, trajectories: Any, guidance_scale: float
+) -> dict[str, float]:
+    """An fp32 engine against the torch model, per step, on two trajectories.
+
+    Raises:
+        ParityError: naming the step.
+    """
+    _, x, _, conditions = trajectories.first(2)
+    worst = 0.0
+    for step in range(len(schedule)):
+        got, expected = (predict_epsilon(e, x[step], step, schedule, info, conditions, guidance_scale) for e in (engine, reference))
+        error = float(np.sqrt(((got - expected) ** 2).mean() / (expected**2).mean()))
+        if not error <= MAX_FLOAT_ERROR:
+            raise ParityError(f"{name}: step {step} differs from the torch model by {error:.2g} of its RMS (allowed: {MAX_FLOAT_ERROR:g})")
+        worst = max(worst, error)
+    return {"largest_relative_error": worst}
+
+
+def check_structure(name: str, emitted: Mapping[str, int], optimised: Mapping[str, int], quantized_convs: int) -> None:
+    """Every conv that was to run in integers is a QLinearConv in the optimised graph, and none of them is a float Conv.
+
+    Raises:
+        ParityError: with the counts.
+    """
+    left = optimised.get("Conv", 0) + optimised.get("FusedConv", 0)
+    integer = optimised.get("QLinearConv", 0)
+    if integer != quantized_convs or left != emitted.get("Conv", 0) - quantized_convs:
+        raise ParityError(
+            f"{name}: {integer} of {quantized_convs} quantized convs run as QLinearConv, and {left} convs run in float where "
+            f"{emitted.get('Conv', 0) - quantized_convs} were meant to: this onnxruntime fuses the graph differently; install the pinned version"
+        )
+
+
+def correct_all(parts: Sequence[NoiseStats], correction: Correction) -> list[NoiseStats]:
+    """The simulation's sums as the corrected graph would have given them."""
+    return [part.corrected(correction) for part in parts]
+
+
+def summary(figures: Mapping[str, Any]) -> str:
+    """One line for people."""
+    if "largest_relative_error" in figures:
+        return f"equal to the torch model within {figures['largest_relative_error']:.1g} RMS"
+    layers, z = figures["layers"], max(figures["noise"]["largest_z"].values())
+    return f"{layers['layers']} layers, {layers['share_apart']:.1e} of outputs one step apart; noise within {z:.2f} standard errors"

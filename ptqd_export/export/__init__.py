@@ -1,0 +1,24 @@
+"""Graphs: one full-precision ONNX export, every precision a rewrite of it. Only this folder imports onnx and onnx_ir."""
+
+from .fold import fold
+from .from_torch import export_fp
+from .graph import layer_sites, lint, with_outputs
+from .lower import lower
+from .quantize import quantize
+from .save import expose_layers, save
+from .structure import float_convs, op_counts, quantized_convs
+
+__all__ = [
+    "export_fp",
+    "expose_layers",
+    "float_convs",
+    "fold",
+    "layer_sites",
+    "lint",
+    "lower",
+    "op_counts",
+    "quantize",
+    "quantized_convs",
+    "save",
+    "with_outputs",
+]

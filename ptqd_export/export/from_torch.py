@@ -1,0 +1,206 @@
+"""One full-precision export of a torch network; every precision is a rewrite of its graph.
+
+Only this file of the folder imports torch, and only when it is called.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..conditioning import ModelInfo
+from ..engine import SAMPLE, TIMESTEP
+from ..errors import GraphError
+from .graph import ATTENTION, LAYER, OUTPUT, first_line, is_const
+
+if TYPE_CHECKING:
+    import torch
+
+OPSET = 21
+"""At 23 and later torch emits `Attention`, which TensorRT does not take."""
+BATCH = "batch"
+PRODUCER = "ptqd-export"
+EXAMPLE_BATCH = 2  # 0 and 1 would be specialised by torch.export
+SCOPES = "pkg.torch.onnx.name_scopes"
+PREFIX = "module."  # what the wrapper adds to every path
+
+
+def export_fp(module: torch.nn.Module, info: ModelInfo) -> ir.Model:
+    """The network in full precision, as ONNX of opset 21.
+
+    Inputs: sample f32 (batch, C, H, W), timestep int64 (batch,), then info.inputs (batch, *shape); output: `output`
+    f32 (batch, C, H, W), what the network returns, whatever its prediction type. The nodes of Conv2d and Linear modules carry
+    their module path (`LAYER`), which is all that is kept of the exporter's metadata: the same module gives the same bytes.
+    The model owns its weights: training on afterwards does not change it.
+
+    Args:
+        module: called as module(sample, timestep, **conditions) -> Tensor; put into evaluation mode.
+    Raises:
+        GraphError: the module cannot be exported, or its batch dimension became static (pytorch/pytorch#152018).
+    """
+    import torch
+
+    conditions = info.null_conditions(EXAMPLE_BATCH)
+    names = [SAMPLE, TIMESTEP, *conditions]
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    arrays = [np.zeros((EXAMPLE_BATCH, *info.sample_shape), np.float32), np.zeros(EXAMPLE_BATCH, np.int64), *conditions.values()]
+    example = tuple(torch.from_numpy(array).to(device) for array in arrays)
+    dynamic = (tuple({0: torch.export.Dim.DYNAMIC} for _ in example),)
+    wrapper = _wrap(module, list(conditions))
+    try:
+        with _silence(), torch.no_grad():
+            program = torch.onnx.export(
+                wrapper, example, dynamo=True, opset_version=OPSET, input_names=names, output_names=[OUTPUT], dynamic_shapes=dynamic, verbose=False
+            )
+    except Exception as error:  # the exporter lets through whatever the module or any of its passes raises
+        raise GraphError(f"{info.name} cannot be exported to ONNX: {first_line(error)}") from error
+    if program is None or len(program.model.graph.outputs) != 1:
+        raise GraphError(f"{info.name} cannot be exported to ONNX: expected a module that returns one tensor, the raw network output")
+    model = program.model
+    _check_batch(model, names, info)
+    _own_weights(model)
+    _note_origins(model, module)
+    _strip(model)
+    _name_batch(model)
+    return model
+
+
+def _wrap(module: torch.nn.Module, conditions: list[str]) -> torch.nn.Module:
+    import torch
+
+    class Positional(torch.nn.Module):
+        """Positional inputs whatever the module calls them, so that the order of the graph's inputs is ours."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *tensors: torch.Tensor) -> Any:
+            return self.module(tensors[0], tensors[1], **dict(zip(conditions, tensors[2:], strict=True)))
+
+    return Positional().eval()
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """No prints, warnings or log lines from the exporter; what matters is raised."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def _check_batch(model: ir.Model, names: list[str], info: ModelInfo) -> None:
+    inputs = [value.name for value in model.graph.inputs]
+    if inputs != names:
+        raise GraphError(f"the exported graph of {info.name} has inputs {inputs}: expected {names}")
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is None or len(value.shape) == 0 or isinstance(value.shape[0], int):
+            shape = "unknown" if value.shape is None else str(value.shape)
+            raise GraphError(
+                f"the batch of {value.name!r} became static in the export of {info.name} (shape {shape}): "
+                "do not turn sizes into Python numbers in the module's forward"
+            )
+
+
+def _own_weights(model: ir.Model) -> None:
+    """Copies instead of views of torch's storage, under names relative to the module."""
+    graph = model.graph
+    for value in list(graph.initializers.values()):
+        name = str(value.name)
+        short = name.removeprefix(PREFIX)
+        if short != name and short not in graph.initializers and all(v.name != short for v in graph.inputs):
+            name = short
+        assert value.const_value is not None
+        array = np.array(value.const_value.numpy())
+        value.const_value = ir.tensor(array, dtype=value.const_value.dtype, name=name)
+        value.name = name
+
+
+def _note_origins(model: ir.Model, module: torch.nn.Module) -> None:
+    """Set LAYER on the nodes of Conv2d and Linear modules, and ATTENTION on those of scaled_dot_product_attention.
+
+    A node whose weight is not the module's own (the exporter has folded a normalisation into it) is not noted: its module has
+    no layer in the graph that could be quantized with the module's weight.
+    """
+    import torch
+
+    layers = {
+        id(m): (name, m)
+        for name, m in reversed(list(module.named_modules(remove_duplicate=False)))
+        if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)
+    }
+    paths = dict(module.named_modules(remove_duplicate=False))
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
+        if len(scopes) < 2:
+            continue
+        if scopes[-1].startswith("scaled_dot_product_attention"):
+            node.metadata_props[ATTENTION] = "1"
+        # A second call of a module is told by a suffix: "module.conv@1".
+        path = re.sub(r"@\d+", "", scopes[-2]).removeprefix(PREFIX)
+        name, layer = layers.get(id(paths.get(path)), ("", None))
+        if layer is None or node.op_type not in ("Conv", "MatMul", "Gemm", "Add"):
+            continue
+        if node.op_type == "Add" or _same_weight(node.inputs[1], layer.weight.detach().cpu().numpy()):
+            node.metadata_props[LAYER] = name
+
+
+def _same_weight(value: ir.Value | None, weight: np.ndarray[Any, Any]) -> bool:
+    """Whether a node's weight holds the module's numbers, transposed (MatMul) or not."""
+    producer = None if value is None else value.producer()
+    if producer is not None and producer.op_type == "Transpose":
+        value = producer.inputs[0]
+    if value is None or not is_const(value) or value.const_value is None:
+        return False
+    array = value.const_value.numpy()
+    return np.array_equal(array, weight) or (weight.ndim == 2 and np.array_equal(array, weight.T))
+
+
+def _strip(model: ir.Model) -> None:
+    """Keep what the graph computes and our own notes; attributes in alphabetical order, because the exporter's order changes from run to run."""
+    model.producer_name, model.producer_version, model.doc_string = PRODUCER, None, None
+    model.metadata_props.clear()
+    graph = model.graph
+    graph.name, graph.doc_string = PRODUCER, None
+    graph.metadata_props.clear()
+    for value in (*graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+        value.doc_string = None
+    for node in graph:
+        kept = {key: node.metadata_props[key] for key in (ATTENTION, LAYER) if key in node.metadata_props}
+        node.metadata_props.clear()
+        node.metadata_props.update(kept)
+        node.doc_string = None
+        attributes = sorted(node.attributes.values(), key=lambda attribute: attribute.name)
+        node.attributes.clear()
+        for attribute in attributes:
+            node.attributes.add(attribute)
+        for value in node.outputs:
+            value.metadata_props.clear()
+            value.doc_string = None
+
+
+def _name_batch(model: ir.Model) -> None:
+    """One readable name for the batch dimension, in place of torch's symbols (an unused input has one of its own)."""
+    graph = model.graph
+    symbols = {str(value.shape[0]) for value in graph.inputs if value.shape is not None}
+    pattern = re.compile(r"\b(" + "|".join(sorted(re.escape(s) for s in symbols)) + r")\b")
+    for value in (*graph.inputs, *(v for node in graph for v in node.outputs)):
+        if value.shape is None:
+            continue
+        dims = [d if isinstance(d, int) else (None if d.value is None else pattern.sub(BATCH, str(d.value))) for d in value.shape]
+        value.shape = ir.Shape(dims)

@@ -1,0 +1,133 @@
+"""Rewrites that change how a graph is computed, not what: what ONNX Runtime's CPU kernels are fast at.
+
+GroupNorm. ONNX Runtime has no CPU kernel for GroupNormalization and inlines it into dozens of nodes. With x (B, C, H, W), G groups:
+
+    GroupNormalization(x) = gamma * N(x) + beta,  N = reshape^-1 . InstanceNormalization(1, 0) . reshape to (B, G, C H W / G)
+
+gamma and beta are applied by one BatchNormalization with mean 0, variance 1, epsilon 0: one pass where Mul and Add take two
+(5 % of a small w8a8 UNet, the same bits). LayerNormalization with a broadcast scale does all in one node, but slower.
+
+Attention. Softmax(Q K^T s) V over heads becomes one com.microsoft.MultiHeadAttention, which takes Q, K, V as (B, S, heads * d)
+and splits the heads itself:
+
+    Q, K, V -> Reshape (B, S, h, d) -> Transpose (B, h, S, d);  MatMul(Q a, K^T b) -> Softmax -> MatMul V -> Transpose -> Reshape
+
+with s = a b. It is matched only inside what torch exported as scaled_dot_product_attention, without a mask; else it is left alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from ..quant import Emission
+from .graph import ATTENTION, Builder, prune, static_dims, take_over
+
+FLOAT = ir.DataType.FLOAT
+MICROSOFT = "com.microsoft"
+HEADS_FIRST = [0, 2, 1, 3]
+
+
+def lower(model: ir.Model, emission: Emission) -> ir.Model:
+    """A new model, equal up to float rounding, for the runtime of an emission; the portable one is for any, and stays as it is."""
+    copy = model.clone()
+    if emission is not Emission.ORT_CPU:
+        return copy
+    build = Builder(copy.graph)
+    for node in list(copy.graph):
+        if node.op_type == "GroupNormalization" and node.domain == "":
+            _group_norm(build, node)
+        elif node.op_type == "Softmax" and ATTENTION in node.metadata_props and _attention(build, node):
+            copy.graph.opset_imports[MICROSOFT] = 1
+    return prune(copy)
+
+
+def _group_norm(build: Builder, node: ir.Node) -> None:
+    x, gamma, beta = node.inputs
+    old = node.outputs[0]
+    dims = static_dims(x)
+    if x is None or x.shape is None or len(dims) < 3 or None in dims[1:]:
+        return
+    channels, *size = (int(dim) for dim in dims[1:] if dim is not None)
+    groups, epsilon = node.attributes["num_groups"].as_int(), node.attributes.get_float("epsilon", 1e-5)
+    per_group = ir.Shape([x.shape[0], groups, channels * math.prod(size) // groups])
+    split = build.const(f"{old.name}.groups", np.array([0, groups, -1], np.int64))
+    joined = build.const(f"{old.name}.shape", np.array([0, channels, *size], np.int64))
+    ones, zeros = (build.const(f"{old.name}.{name}", np.full(groups, v, np.float32)) for name, v in (("ones", 1), ("zeros", 0)))
+    mean, var = (build.const(f"{old.name}.{name}", np.full(channels, v, np.float32)) for name, v in (("mean", 0), ("var", 1)))
+    h = build.node(node, "Reshape", [x, split], f"{old.name}.grouped", FLOAT, per_group)
+    h = build.node(node, "InstanceNormalization", [h, ones, zeros], f"{old.name}.normalised", FLOAT, per_group, {"epsilon": epsilon})
+    h = build.node(node, "Reshape", [h, joined], f"{old.name}.joined", FLOAT, x.shape)
+    h = build.node(node, "BatchNormalization", [h, gamma, beta, mean, var], f"{old.name}.affine", FLOAT, x.shape, {"epsilon": 0.0})
+    take_over(old, h)
+
+
+def _attention(build: Builder, softmax: ir.Node) -> bool:
+    """Fuse around one Softmax; False where the pattern does not match."""
+    scores = _from(softmax.inputs[0], "MatMul")
+    weighted = _only_consumer(softmax, "MatMul")
+    transposed = None if weighted is None else _only_consumer(weighted, "Transpose")
+    merged = None if transposed is None else _only_consumer(transposed, "Reshape")
+    if scores is None or weighted is None or transposed is None or merged is None or _perm(transposed) != HEADS_FIRST:
+        return False
+    query, query_factor = _scaled(scores.inputs[0])
+    key_t, key_factor = _scaled(scores.inputs[1])
+    heads = [_split_heads(v) for v in (query, _untransposed(key_t), weighted.inputs[1])]
+    found = [h for h in heads if h is not None]
+    out = merged.outputs[0]
+    if len(found) != 3 or len({count for _, count in found}) != 1 or len(static_dims(out)) != 3:
+        return False
+    attributes: dict[str, int | float] = {"num_heads": found[0][1], "scale": query_factor * key_factor}
+    new = build.node(merged, "MultiHeadAttention", [value for value, _ in found], f"{out.name}.attention", FLOAT, out.shape, attributes, MICROSOFT)
+    take_over(out, new)
+    return True
+
+
+def _from(value: ir.Value | None, op: str) -> ir.Node | None:
+    """The producer of a value, if it is this operator."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == op else None
+
+
+def _only_consumer(node: ir.Node, op: str) -> ir.Node | None:
+    consumers = node.outputs[0].consumers()
+    return consumers[0] if len(consumers) == 1 and consumers[0].op_type == op and not node.outputs[0].is_graph_output() else None
+
+
+def _perm(node: ir.Node) -> list[int]:
+    return list(node.attributes.get_ints("perm", []))
+
+
+def _scaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
+    """(v, a) of a value a * v with a constant a; (value, 1) if there is no factor."""
+    node = _from(value, "Mul")
+    if node is not None and (factor := node.inputs[1]) is not None and factor.const_value is not None and factor.const_value.size == 1:
+        return node.inputs[0], float(factor.const_value.numpy().reshape(()))
+    return value, 1.0
+
+
+def _untransposed(value: ir.Value | None) -> ir.Value | None:
+    """K of K^T. torch writes the transposition of the last two axes as Reshape (-1, L, d) -> Transpose -> Reshape (B, h, d, L)."""
+    node = _from(value, "Transpose")
+    if node is not None and _perm(node) == [0, 1, 3, 2]:
+        return node.inputs[0]
+    back = _from(value, "Reshape")
+    swap = None if back is None else _from(back.inputs[0], "Transpose")
+    flat = None if swap is None else _from(swap.inputs[0], "Reshape")
+    if swap is None or flat is None or _perm(swap) != [0, 2, 1] or ATTENTION not in flat.metadata_props:
+        return None
+    return flat.inputs[0]
+
+
+def _split_heads(value: ir.Value | None) -> tuple[ir.Value, int] | None:
+    """(x, heads) of Transpose(Reshape(x, (B, S, heads, d)), (0, 2, 1, 3)) with x (B, S, heads * d)."""
+    node = _from(value, "Transpose")
+    reshape = None if node is None or _perm(node) != HEADS_FIRST else _from(node.inputs[0], "Reshape")
+    if reshape is None or reshape.inputs[0] is None:
+        return None
+    x, split = static_dims(reshape.inputs[0]), static_dims(reshape.outputs[0])
+    if len(x) != 3 or len(split) != 4 or split[2] is None or split[3] is None or x[2] != split[2] * split[3] or x[1] != split[1]:
+        return None
+    return reshape.inputs[0], split[2]

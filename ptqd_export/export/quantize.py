@@ -1,0 +1,156 @@
+"""Quantized graphs: one rewrite of the full-precision graph per precision and emission.
+
+Everything is symmetric (see ptqd_export.quant). For a layer y = W x + b with codes q_W, scales s_W (per output channel) and s_x:
+
+    portable   x -> QuantizeLinear(s_x, int8 0) [-> Clip] -> DequantizeLinear -> Conv | MatMul (W = DequantizeLinear(q_W, s_W)), b in float
+    ort-cpu    the same codes as uint8 with zero point 128; a Conv also gets b = DequantizeLinear(int32 codes, s_x s_W) and
+               -> QuantizeLinear(s_y, uint8 128) -> DequantizeLinear, so that ONNX Runtime fuses it into a QLinearConv;
+               a MatMul stays without an output scale and becomes MatMulIntegerToFloat
+
+Clip narrows the codes to [qmin, qmax] where the activation has fewer than 8 bits; the container stays 8 bits wide.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from ..errors import GraphError
+from ..quant import Emission, LayerQuant, QuantizedNetwork, qmax, qmin
+from .graph import LAYER, LAYER_OUTPUT, Builder, prune, static_dims, take_over
+
+FLOAT = ir.DataType.FLOAT
+
+
+def quantize(base: ir.Model, network: QuantizedNetwork, emission: Emission) -> ir.Model:
+    """A new model in which every layer of `network` is quantized; `base` (from `export_fp`) is left as it is.
+
+    Values keep their names: a layer's float input and output are called what they are called in `base`. A Gemm becomes
+    MatMul and Add (Sub). QuantizeLinear and DequantizeLinear of one value are shared between the layers that use the same scale and bits.
+
+    Raises:
+        GraphError: a layer is not in the graph, or is there with another kind or weight shape.
+    """
+    model = base.clone()
+    rewriter = _Rewriter(model.graph, emission)
+    done: set[str] = set()
+    for node in list(model.graph):
+        path = node.metadata_props.get(LAYER)
+        if path is None or path not in network.layers or node.op_type == "Add":
+            continue
+        layer = network.layers[path]
+        if node.op_type == "Conv":
+            rewriter.conv(node, layer)
+        else:
+            rewriter.linear(node, layer)
+        done.add(path)
+    missing = [name for name in network.layers if name not in done]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise GraphError(
+            f"layer {missing[0]!r}{more} is not in the exported graph: leave it in float (quantization.skip), or check that the network calls it"
+        )
+    return prune(model)
+
+
+class _Rewriter:
+    def __init__(self, graph: ir.Graph, emission: Emission) -> None:
+        self.build = Builder(graph)
+        self.ort = emission is Emission.ORT_CPU
+        self.zero = 128 if self.ort else 0
+        self.container = np.dtype(np.uint8) if self.ort else np.dtype(np.int8)
+        self.shared: dict[tuple[ir.Value, float, int], ir.Value] = {}
+        self.consts: dict[str, ir.Value] = {}
+
+    def conv(self, node: ir.Node, layer: LayerQuant) -> None:
+        self._check(node, layer, "conv", list(layer.weight.shape))
+        old = node.outputs[0]
+        inputs: list[ir.Value | None] = [self._input(node, layer), self._weight(node, layer, layer.weight, axis=0)]
+        if layer.bias is not None:
+            inputs.append(self._bias(node, layer))
+        new = self.build.node(node, "Conv", inputs, f"{old.name}.conv", FLOAT, old.shape, node.attributes)
+        _note(new, LAYER, layer)
+        if self.ort:
+            if layer.output_scale is None:
+                raise GraphError(f"conv {layer.name!r} has no output_scale, which the {Emission.ORT_CPU} emission needs: calibrate its output")
+            new = self._quantize_dequantize(node, new, str(old.name), layer.output_scale, 8)
+        _note(new, LAYER_OUTPUT, layer)
+        take_over(old, new)
+
+    def linear(self, node: ir.Node, layer: LayerQuant) -> None:
+        self._check(node, layer, "linear", list(layer.weight.shape))
+        old, last = node.outputs[0], node
+        if node.op_type == "MatMul":
+            consumers = list(old.consumers())
+            if len(consumers) == 1 and consumers[0].op_type == "Add" and consumers[0].metadata_props.get(LAYER) == layer.name:
+                last = consumers[0]
+                old = last.outputs[0]
+        inputs = [self._input(node, layer), self._weight(node, layer, np.ascontiguousarray(layer.weight.T), axis=1)]
+        new = self.build.node(last, "MatMul", inputs, f"{old.name}.matmul", FLOAT, old.shape)
+        _note(new, LAYER, layer)
+        if layer.bias is not None:
+            # y - (-b) is y + b bit for bit. ONNX Runtime would fuse a 2-D MatMul and Add into a Gemm, which then runs in float.
+            op, word, bias = ("Sub", "negative", -layer.bias) if self.ort and len(static_dims(old)) == 2 else ("Add", "float", layer.bias)
+            new = self.build.node(last, op, [new, self._const(f"{layer.name}.bias.{word}", bias)], f"{old.name}.biased", FLOAT, old.shape)
+        _note(new, LAYER_OUTPUT, layer)
+        take_over(old, new)
+
+    def _check(self, node: ir.Node, layer: LayerQuant, kind: str, shape: list[int]) -> None:
+        if layer.kind != kind:
+            raise GraphError(
+                f"layer {layer.name!r} is a {layer.kind} in the quantized network but a {node.op_type} in the graph: export what was calibrated"
+            )
+        dims: list[int | None] = static_dims(node.inputs[1])
+        if dims not in (shape, shape[::-1] if kind == "linear" else shape):
+            raise GraphError(
+                f"layer {layer.name!r} has weight codes of shape {shape} but a weight of shape {dims} in the graph: export what was calibrated"
+            )
+        plain = {"alpha": 1, "beta": 1, "transA": 0}
+        if any(attribute.value != plain.get(name, attribute.value) for name, attribute in node.attributes.items()):
+            raise GraphError(f"layer {layer.name!r} is a Gemm with factors of its own: only a plain Linear can be quantized")
+
+    def _input(self, node: ir.Node, layer: LayerQuant) -> ir.Value:
+        value = node.inputs[0]
+        assert value is not None
+        key = (value, float(np.float32(layer.input_scale)), layer.activation_bits)
+        if key not in self.shared:
+            self.shared[key] = self._quantize_dequantize(node, value, str(value.name), *key[1:])
+        return self.shared[key]
+
+    def _quantize_dequantize(self, before: ir.Node, value: ir.Value, name: str, scale: float, bits: int) -> ir.Value:
+        build, code_type = self.build, ir.DataType.from_numpy(self.container)
+        zero = self._const("ptqd.zero_point", np.array(self.zero, self.container))
+        step = build.const(f"{name}.scale", np.array(scale, np.float32))
+        codes = build.node(before, "QuantizeLinear", [value, step, zero], f"{name}.codes", code_type, value.shape)
+        if bits < 8:
+            low, high = (
+                self._const(f"ptqd.{word}_{bits}", np.array(self.zero + limit, self.container))
+                for word, limit in (("min", qmin(bits)), ("max", qmax(bits)))
+            )
+            codes = build.node(before, "Clip", [codes, low, high], f"{name}.clipped", code_type, value.shape)
+        return build.node(before, "DequantizeLinear", [codes, step, zero], f"{name}.dequantized", FLOAT, value.shape)
+
+    def _weight(self, before: ir.Node, layer: LayerQuant, codes: np.ndarray[tuple[int, ...], np.dtype[np.int8]], axis: int) -> ir.Value:
+        inputs = [self._const(f"{layer.name}.weight.codes", codes), self._const(f"{layer.name}.weight.scale", layer.weight_scale)]
+        return self.build.node(before, "DequantizeLinear", inputs, f"{layer.name}.weight.dequantized", FLOAT, ir.Shape(codes.shape), {"axis": axis})
+
+    def _bias(self, before: ir.Node, layer: LayerQuant) -> ir.Value:
+        assert layer.bias is not None
+        if not self.ort:
+            return self._const(f"{layer.name}.bias.float", layer.bias)
+        codes = layer.bias_codes()
+        assert codes is not None
+        inputs = [self._const(f"{layer.name}.bias.codes", codes), self._const(f"{layer.name}.bias.scale", layer.bias_scale())]
+        return self.build.node(before, "DequantizeLinear", inputs, f"{layer.name}.bias.dequantized", FLOAT, ir.Shape(codes.shape), {"axis": 0})
+
+    def _const(self, name: str, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> ir.Value:
+        """A constant that is made once: a layer that is called twice shares its weights."""
+        if name not in self.consts:
+            self.consts[name] = self.build.const(name, array)
+        return self.consts[name]
+
+
+def _note(value: ir.Value, key: str, layer: LayerQuant) -> None:
+    node = value.producer()
+    assert node is not None
+    node.metadata_props[key] = layer.name

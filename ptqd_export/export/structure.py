@@ -1,0 +1,66 @@
+"""What a graph file is made of: the check that layers meant to run as integers do, in the graph a runtime saved after fusion."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+
+from ..errors import GraphError
+
+FLOAT_CONVS = frozenset({"Conv", "FusedConv", "NhwcFusedConv"})
+"""Float convolutions of ONNX and of ONNX Runtime's own domains; the integer ones are QLinearConv and ConvInteger."""
+
+
+def op_counts(path: Path) -> Counter[str]:
+    """How often each operator occurs, subgraphs and functions included, whatever its domain.
+
+    Raises:
+        GraphError: the file is missing or is not an ONNX graph.
+    """
+    return Counter(node.op_type for node in _nodes(path))
+
+
+def float_convs(path: Path) -> list[str]:
+    """Names (first output, where a node has none) of the convolutions that compute in float, in graph order.
+
+    Meaningful for the graph that a runtime saved: before fusion a quantized convolution is a Conv between Q and DQ.
+
+    Raises:
+        GraphError: the file is missing or is not an ONNX graph.
+    """
+    return [node.name or node.output[0] for node in _nodes(path) if node.op_type in FLOAT_CONVS]
+
+
+def quantized_convs(path: Path) -> int:
+    """How many convolutions of an emitted graph take dequantized integer weights: those meant to run as integers.
+
+    Raises:
+        GraphError: the file is missing or is not an ONNX graph.
+    """
+    nodes = list(_nodes(path))
+    dequantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
+    return sum(node.op_type == "Conv" and node.input[1] in dequantized for node in nodes)
+
+
+def _nodes(path: Path) -> Iterator[onnx.NodeProto]:
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError or an OSError, by the protobuf build
+        raise GraphError(f"{path} cannot be read as an ONNX graph: {' '.join(str(error).split())}") from error
+    if not model.graph.node:
+        raise GraphError(f"{path} holds no nodes: expected an ONNX graph")
+    yield from _walk(model.graph.node)
+    for function in model.functions:
+        yield from _walk(function.node)
+
+
+def _walk(nodes: object) -> Iterator[onnx.NodeProto]:
+    for node in nodes:  # type: ignore[attr-defined]
+        yield node
+        for attribute in node.attribute:
+            yield from _walk(attribute.g.node)
+            for graph in attribute.graphs:
+                yield from _walk(graph.node)
