@@ -244,7 +244,8 @@ def check(recipe: Recipe) -> None:
     for spec in recipe.model.inputs:
         n, null = spec.num_classes, spec.null_class
         need(n is None or n >= 1, f"input {spec.name!r}: num_classes is {n}: give at least 1")
-        need(null is None or (n is not None and n > 1 and 0 <= null < n), f"input {spec.name!r}: null_class is {null}: give one of at least two ids below num_classes ({n})")
+        fits = null is None or (n is not None and n > 1 and 0 <= null < n)
+        need(fits, f"input {spec.name!r}: null_class is {null}: give one of at least two ids below num_classes ({n})")
     need(50 < c.percentile <= 100, f"calibration.percentile is {c.percentile}: give a value in (50, 100]")
     need(bool(q.precisions), "quantization.precisions is empty: give at least one, such as w8a8")
     precisions = [Precision.parse(text) for text in q.precisions]

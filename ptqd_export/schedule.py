@@ -126,7 +126,7 @@ class NoiseSchedule:
         if str(config.get("variance_type") or "fixed_small").startswith("learned"):
             raise ModelError("the scheduler config says a learned variance, which is not supported: use a model that predicts the noise alone")
         if solver == "ddpm" and config.get("variance_type") == "fixed_large":
-            raise ModelError('the scheduler config says variance_type fixed_large, which solver "ddpm" does not compute: use solver "ddim" with eta 1')
+            raise ModelError("the scheduler config says variance_type fixed_large, which solver ddpm does not compute: use solver ddim with eta 1")
         abar = np.asarray(np.cumprod(1.0 - _betas(config, n_train)), np.float64)
         timesteps = _timesteps(config, n_train, n_steps)
         if config.get("_class_name") == "DDPMScheduler" or config.get("set_alpha_to_one", True):

@@ -232,9 +232,17 @@ class TwoOutputs(nn.Module):
         return sample * 2, sample * 3
 
 
-@pytest.mark.parametrize("module", [Frozen(), Failing(), TwoOutputs()])
-def test_what_cannot_be_exported_is_told_in_one_line(module: nn.Module) -> None:
-    with pytest.raises(GraphError, match="toy") as error:
+class First(nn.Module):
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return sample[:1] * 2
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [(Frozen(), "conflicts"), (Failing(), "is invalid for input of size"), (TwoOutputs(), "returns one tensor"), (First(), "became static")],
+)
+def test_what_cannot_be_exported_is_told_in_one_line(module: nn.Module, says: str) -> None:
+    with pytest.raises(GraphError, match=f"toy.*{says}|{says}.*toy") as error:
         export_fp(module, ModelInfo("toy", (2, 8, 8), (), ""))
     assert "\n" not in str(error.value)
 
@@ -481,6 +489,7 @@ def test_weights_are_shared_and_stored_once(toy: nn.Module, base: ir.Model, tmp_
     assert len(contents) == len(set(contents)) and all(a.nbytes > 256 for a in tensors.values())
     codes = [name for name, a in tensors.items() if a.dtype == np.int8 and name.startswith("grouped.weight")]
     assert len(codes) == 1  # w4a8 and w4a4, both emissions
+    assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "fp32.onnx").stat().st_mode
     assert any(name.startswith("grouped.weight") and a.dtype == np.float32 for name, a in tensors.items())
     for key, model in models.items():
         path = tmp_path / f"{key}.onnx"

@@ -21,4 +21,5 @@ __all__ = [
     "observe",
     "open_model",
     "quantize",
+    "set_threads",
 ]

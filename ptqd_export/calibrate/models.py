@@ -79,10 +79,14 @@ def _from_folder(recipe: Recipe, folder: Path) -> Network:
     if unet is None:
         raise ModelError(f"{folder} holds neither unet/{CONFIG} nor {CONFIG}: give a diffusers pipeline folder or a UNet folder")
     config = _read_json(unet / CONFIG)
+    if config.get("_class_name") not in CLASSES:
+        raise ModelError(
+            f"{unet / CONFIG} says _class_name {config.get('_class_name')!r}: expected one of {', '.join(CLASSES)}, or load it by file.py:function"
+        )
     scheduler_config = _scheduler_config(recipe, folder)
-    module = _load_unet(config, unet)
     shape = _sample_shape(spec, config, unet / CONFIG)
     inputs = _unet_inputs(spec, config, unet / CONFIG)
+    module = _load_unet(config, unet)
     kept = {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
     name = spec.name or folder.name
     return Network(_bare(module), ModelInfo(name, shape, inputs, _sha256(kept, module)), scheduler_config)
@@ -129,9 +133,7 @@ def _from_function(recipe: Recipe, file: Path, function: str) -> Network:
 
 def _load_unet(config: dict[str, Any], folder: Path) -> nn.Module:
     """The UNet of config and weights: built by diffusers from the config, filled here so that every mismatch is named."""
-    class_name = config.get("_class_name")
-    if class_name not in CLASSES:
-        raise ModelError(f"{folder / CONFIG} says _class_name {class_name!r}: expected one of {', '.join(CLASSES)}, or load it by file.py:function")
+    class_name = config["_class_name"]
     state = _read_weights(folder)
     with _quiet_diffusers(), torch.random.fork_rng(devices=[]):
         import diffusers

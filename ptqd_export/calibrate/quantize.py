@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,8 +28,9 @@ from .trajectories import Trajectories
 
 OBSERVED_TRAJECTORIES = 8
 """Trajectories whose x_t are looked at, all steps and both guidance branches: millions of values per layer."""
+HESSIAN_SAMPLES = 4
 HESSIAN_ROWS = 1024
-"""Input vectors per layer and call that enter its Hessian; over all steps and batches there are ten and more per column."""
+"""Samples, and input vectors in them, that enter a layer's Hessian per call: over all steps some ten per column of it."""
 EDGE_BITS = 8
 MAX_BIAS_CODE = 1 << 30
 """Largest int32 bias code allowed; channels of tiny weights get a scale that keeps their bias below it."""
@@ -45,7 +46,7 @@ class ObservedLayer:
         macs: multiply-accumulates per sample.
         vector: the input is 2-D, one vector per sample (time and class embeddings): such a layer stays float.
         input, output: histograms of |values|.
-        hessians: float64 (groups, K, K), sums of x x^T of what meets a flattened weight row of K values; only with hessians asked for.
+        hessians: float32 (groups, K, K), sums of x x^T of what meets a flattened weight row of K values; None unless asked for.
     """
 
     kind: str
@@ -53,7 +54,7 @@ class ObservedLayer:
     vector: bool = False
     input: AbsHistogram = field(default_factory=AbsHistogram)
     output: AbsHistogram = field(default_factory=AbsHistogram)
-    hessians: npt.NDArray[np.float64] | None = None
+    hessians: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def observe(network: Network, schedule: NoiseSchedule, recipe: Recipe, trajector
     Up to OBSERVED_TRAJECTORIES of the calibration trajectories, evenly spaced, all steps, in the guidance branches that are used.
 
     Args:
-        hessians: also sum x x^T per layer, for GPTQ; needs K^2 doubles per layer.
+        hessians: also sum x x^T per layer, for GPTQ; needs K^2 floats per layer.
     Raises:
         ModelError: a layer's values are not finite, or the network has no Conv2d or Linear.
     """
@@ -118,8 +119,7 @@ def _watching(network: Network, layers: dict[str, ObservedLayer], step: int, hes
             except ValueError as error:
                 raise ModelError(f"layer {name} computes {error} at step {step}: check the model's weights and scheduler config") from error
             if hessians and not layer.vector:
-                products = _input_products(module, kind, x, step)
-                layer.hessians = products if layer.hessians is None else layer.hessians + products
+                _add_products(layer, module, x, step)
 
         return hook
 
@@ -135,19 +135,22 @@ def _watching(network: Network, layers: dict[str, ObservedLayer], step: int, hes
             handle.remove()
 
 
-def _input_products(module: Any, kind: str, x: Tensor, step: int) -> npt.NDArray[np.float64]:
-    """sum x x^T, (groups, K, K), over some HESSIAN_ROWS of the positions at which the weight meets `x`."""
-    if kind == "linear":
-        rows = x.reshape(1, -1, x.shape[-1])
+def _add_products(layer: ObservedLayer, module: Any, x: Tensor, step: int) -> None:
+    """Add x x^T to the layer's Hessians, over up to HESSIAN_ROWS positions at which the weight meets `x`, in up to HESSIAN_SAMPLES samples."""
+    some = -(-len(x) // HESSIAN_SAMPLES)
+    x = x[step % some :: some]
+    if layer.kind == "linear":
+        columns = x.reshape(-1, x.shape[-1]).T[None, None]  # (1, groups, K, L)
     else:
-        columns = F.unfold(F.pad(x, module._reversed_padding_repeated_twice), module.kernel_size, module.dilation, 0, module.stride)
-        rows = columns.reshape(len(x), module.groups, -1, columns.shape[-1]).permute(1, 0, 3, 2)  # from (B, C kh kw, L)
-        rows = rows.reshape(module.groups, -1, rows.shape[-1])
+        padded = F.pad(x, module._reversed_padding_repeated_twice)
+        columns = F.unfold(padded, module.kernel_size, module.dilation, 0, module.stride)  # (B, C kh kw, L)
+        columns = columns.reshape(len(x), module.groups, -1, columns.shape[-1])
     # An odd stride never falls in with an image's width and so takes positions from everywhere.
-    stride = (rows.shape[1] // HESSIAN_ROWS) | 1
-    rows = rows[:, step % stride :: stride]
-    products: npt.NDArray[np.float64] = (rows.transpose(1, 2) @ rows).double().numpy()
-    return products
+    stride = (len(columns) * columns.shape[-1] // HESSIAN_ROWS) | 1
+    rows = columns[..., step % stride :: stride].permute(1, 0, 3, 2).flatten(1, 2)  # (groups, rows, K)
+    if layer.hessians is None:
+        layer.hessians = torch.zeros(len(rows), rows.shape[-1], rows.shape[-1])
+    layer.hessians.baddbmm_(rows.transpose(1, 2), rows)
 
 
 def quantize(network: Network, observed: Observed, precision: Precision, recipe: Recipe, rounding: Rounding = "nearest") -> QuantizedNetwork:

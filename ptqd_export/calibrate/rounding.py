@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from ..quant import F32, I8, qmax, qmin
 from ..quant import quantize as to_codes
 
-F64 = npt.NDArray[np.float64]
 DAMPING = 0.01
 """Share of the Hessian's mean diagonal that is added to it (GPTQ, section 3.3)."""
 
@@ -28,7 +27,7 @@ def nearest(weight: F32, scale: F32, bits: int) -> I8:
     return to_codes(weight, per_channel(scale, weight.ndim), bits)
 
 
-def gptq(weight: F32, scale: F32, bits: int, hessians: F64) -> I8:
+def gptq(weight: F32, scale: F32, bits: int, hessians: Tensor) -> I8:
     """Codes that minimise the error of the layer's outputs rather than of its weights (Frantar et al. 2023, algorithm 1).
 
     Column by column of the (O, I) weight: round it, then spread the error over the columns not yet rounded by the rows of the
@@ -36,14 +35,14 @@ def gptq(weight: F32, scale: F32, bits: int, hessians: F64) -> I8:
 
     Args:
         weight: (O, ...); groups of output channels in order share a Hessian.
-        hessians: float64 (groups, K, K), sums of x x^T of the inputs that meet a flattened weight row of K values.
+        hessians: (groups, K, K), sums of x x^T of the inputs that meet a flattened weight row of K values.
     """
     groups, size, _ = hessians.shape
     rows = torch.from_numpy(weight.astype(np.float64)).reshape(groups, -1, size)
     scales = torch.from_numpy(scale.astype(np.float64)).reshape(groups, -1)
     codes = torch.empty_like(rows)
     for group in range(groups):
-        hessian = torch.from_numpy(hessians[group])
+        hessian = hessians[group].double()
         diagonal = hessian.diagonal()
         damped = hessian + torch.eye(size, dtype=torch.float64) * max(DAMPING * float(diagonal.mean()), 1e-12)
         order = torch.argsort(diagonal, descending=True, stable=True)

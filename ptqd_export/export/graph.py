@@ -173,8 +173,11 @@ def lint(model: ir.Model | Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Type and first non-empty line of the innermost cause."""
+    """Type and first line of the innermost cause; a line that ends in a colon with the one that it announces."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {text}"

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import GraphError
-from ..quant import Emission, LayerQuant, QuantizedNetwork, qmax, qmin
+from ..quant import OUTPUT_BITS, Emission, LayerQuant, QuantizedNetwork, qmax, qmin
 from .graph import LAYER, LAYER_OUTPUT, Builder, prune, static_dims, take_over
 
 FLOAT = ir.DataType.FLOAT
@@ -73,7 +73,7 @@ class _Rewriter:
         if self.ort:
             if layer.output_scale is None:
                 raise GraphError(f"conv {layer.name!r} has no output_scale, which the {Emission.ORT_CPU} emission needs: calibrate its output")
-            new = self._quantize_dequantize(node, new, str(old.name), layer.output_scale, 8)
+            new = self._quantize_dequantize(node, new, str(old.name), layer.output_scale, OUTPUT_BITS)
         _note(new, LAYER_OUTPUT, layer)
         take_over(old, new)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def save(models: Mapping[str, ir.Model], folder: Path, weights_name: str = WEIGH
                 weights_name, start, length, tensor.dtype, shape=tensor.shape, name=str(value.name), base_dir=folder
             )
         _write(model, folder / f"{key}.onnx")
+        shutil.copymode(folder / f"{key}.onnx", folder / weights_name)  # safetensors makes its file readable for the owner alone
 
 
 def expose_layers(source: Path, target: Path) -> dict[str, tuple[str, str]]:
