@@ -216,7 +216,7 @@ def test_function_source(tmp_path: Path, returned: str) -> None:
         ({"sample_shape": [3, 6, 4]}, "does not run on samples of shape"),
         ({"scheduler": ""}, "model.scheduler is not set"),
         ({"inputs": [{"name": "y"}]}, "num_classes >= 1"),
-        ({"inputs": [{"name": "y", "num_classes": 3, "null_class": 3}]}, "expected 0 to 2"),
+        ({"inputs": [{"name": "y", "num_classes": 3}], "null_class": 3}, "expected 0 to 2"),
         ({"inputs": [{"name": "z", "num_classes": 3}]}, "does not run.*unexpected keyword"),
     ],
 )
@@ -284,7 +284,8 @@ def scheduler_text(folder: Path) -> None:
         (lambda f: edit_config(f, sample_size=None), "has no sample_size"),
         (lambda f: edit_config(f, sample_size="big"), "the sample shape is"),
         (lambda f: edit_config(f, class_embed_type="timestep"), "class_embed_type"),
-        (lambda f: edit_config(f, num_class_embeds=None), "unexpected|has no num_class_embeds"),
+        (lambda f: edit_config(f, num_class_embeds=None), "has no num_class_embeds: leave null_class out"),
+        (lambda f: edit_config(f, num_class_embeds="four"), "num_class_embeds 'four': expected an integer"),
         (lambda f: edit_weights(f, lambda s: (s.pop("conv_in.bias"), None)[1]), "lack 1 tensors, such as 'conv_in.bias'"),
         (lambda f: edit_weights(f, lambda s: s.update(extra=torch.zeros(1))), "hold unexpected 1 tensors, such as 'extra'"),
         (wider, r"'conv_in.weight'.*\(16, 2, 3, 3\).*\(16, 1, 3, 3\)"),

@@ -220,8 +220,11 @@ def _unet_inputs(spec: ModelSpec, config: Mapping[str, Any], file: Path) -> tupl
                 f"input encoder_hidden_states {got}: a UNet2DConditionModel needs it under model.inputs as float32 with shape [tokens, {width}]"
             )
         inputs.append(text)
-    if config.get("num_class_embeds") is not None:
-        labels = InputSpec("class_labels", "int64", (), int(config["num_class_embeds"]))
+    classes = config.get("num_class_embeds")
+    if classes is not None:
+        if not isinstance(classes, int):
+            raise ModelError(f"{file} says num_class_embeds {classes!r}: expected an integer")
+        labels = InputSpec("class_labels", "int64", (), classes)
         given = declared.pop("class_labels", labels)
         if dataclasses.replace(given, null_class=None) != labels:
             raise ModelError(f"model.inputs declares class_labels otherwise than {file}: num_class_embeds is {labels.num_classes}; leave it out")

@@ -125,7 +125,8 @@ def collect(network: Network, schedule: NoiseSchedule, recipe: Recipe, folder: P
                     chunk.write(step, x, e)
                     bar.update()
 
-                sample(lambda step: engine, schedule, network.info, conditions, indices, seed=spec.seed, guidance_scale=scale, on_step=on_step)
+                with np.errstate(invalid="ignore", over="ignore"):  # on_step says it in a sentence
+                    sample(lambda step: engine, schedule, network.info, conditions, indices, seed=spec.seed, guidance_scale=scale, on_step=on_step)
     return Trajectories(tuple(files.values()), calibration, held_out)
 
 
