@@ -1,18 +1,19 @@
 """build: recipe in, bundle out. Composes calibration, export and backends; they exchange only the values of the core.
 
 Intermediate results live in `<out>.work/`, each under a key of everything that decides it, so that a rerun takes up where a
-killed build stopped; the folder is removed once the bundle stands.
+killed build stopped; the folder is removed once the bundle stands. It is also what keeps two builds off the same target.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
@@ -21,11 +22,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
+from .bundle import QUANTIZATION, TABLES, Artifact, Bundle, Manifest, check_target, exclusive, write_manifest, writing
+from .errors import PTQDError, RecipeError
 from .evaluate import parity
-from .bundle import QUANTIZATION, TABLES, Artifact, Bundle, Manifest, check_target, write_manifest, writing
-from .errors import ModelError
 from .noise import Correction, NoiseStats
 from .plan import Plan, by_budget, by_snr, fixed, pareto_front, step_weights
 from .precision import FLOAT_BITS, Precision
@@ -70,9 +71,9 @@ def build(recipe: Recipe, out: Path, *, resume: bool = True, say: Callable[[str]
         resume: take up intermediate results of an earlier, stopped build of the same settings.
         say: told what is being done, a line at a time.
     Raises:
-        PTQDError: one clear line; `out` is as it was before.
+        PTQDError: one clear line; `out` is as it was before, and `<out>.work` holds whole intermediate results or is not there.
     """
-    from .calibrate import collect, observe, open_model, quantize
+    from .calibrate import open_model
 
     started = time.monotonic()
     check_target(out)
@@ -82,10 +83,45 @@ def build(recipe: Recipe, out: Path, *, resume: bool = True, say: Callable[[str]
     schedule = NoiseSchedule.from_config(network.scheduler_config, recipe.sampler.n_steps, recipe.sampler.eta, recipe.sampler.solver)
     if recipe.plan.rule == "fixed":
         _check_fixed(recipe, schedule)
+    with _work_folder(out, resume) as work:
+        _build(recipe, out, network, schedule, work, say, started)
+        shutil.rmtree(work)
+    return Bundle.open(out)
+
+
+@contextlib.contextmanager
+def _work_folder(out: Path, resume: bool) -> Iterator[Path]:
+    """`<out>.work` for this process alone; it does not stay, nor do folders made for it, if there is nothing in it to take up.
+
+    Raises:
+        BundleError: another build works on the same target.
+        PTQDError: in place of an OSError, which is a disk that is full or fails.
+    """
     work = out.resolve().with_name(out.name + ".work")
-    if not resume:
-        shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
+    made = [folder for folder in work.parents if not folder.exists()]
+    try:
+        with exclusive(work):
+            try:
+                if not resume:
+                    for old in work.iterdir():
+                        shutil.rmtree(old) if old.is_dir() else old.unlink()
+                yield work
+            finally:
+                with contextlib.suppress(OSError):  # a folder that holds something, or is gone, ends it
+                    for folder in (*work.glob("*/"), work, *made):
+                        folder.rmdir()
+    except OSError as error:
+        raise PTQDError(
+            f"cannot write {error.filename or out}: {error.strerror or error}: free some space or choose another --out; "
+            "the same command takes up what is finished"
+        ) from error
+
+
+def _build(recipe: Recipe, out: Path, network: Any, schedule: NoiseSchedule, work: Path, say: Callable[[str], None], started: float) -> None:
+    """From the calibration on."""
+    from .calibrate import collect, observe, quantize
+
+    info = network.info
     key = _digest(info.sha256, schedule.to_dict(), recipe.digest("model", "sampler", "calibration"), _versions())
 
     say(f"{info.name}: {len(schedule)} steps, eta {schedule.eta:g}, guidance {recipe.sampler.guidance_scale:g}")
@@ -128,15 +164,13 @@ def build(recipe: Recipe, out: Path, *, resume: bool = True, say: Callable[[str]
             files={},
         )
         write_manifest(tmp, manifest)
-    shutil.rmtree(work, ignore_errors=True)
-    return Bundle.open(out)
 
 
 def _check_fixed(recipe: Recipe, schedule: NoiseSchedule) -> Plan:
     plan = fixed(recipe.plan.steps, len(schedule))
     for precision in plan.precisions:
         if precision not in recipe.precisions:
-            raise ModelError(f"the fixed plan uses {precision}, which is not built: add it to quantization.precisions, or --precision {precision}")
+            raise RecipeError(f"the fixed plan uses {precision}, which is not built: add it to quantization.precisions, or --precision {precision}")
     return plan
 
 
@@ -183,8 +217,9 @@ def _export(
     network: Any, schedule: NoiseSchedule, quantized: Mapping[Precision, QuantizedNetwork], measured: Mapping[Key, Measured], folder: Path
 ) -> dict[Key, Path]:
     """One FP export; every graph a rewrite of it. Returns the files."""
-    from .export import export_fp, fold, lint, lower, save
+    from .export import export_fp, fold, lint, lower
     from .export import quantize as insert_qdq
+    from .export import save as save_graphs
 
     base = export_fp(network.module, network.info)
     a, b = schedule.epsilon_coefficients()
@@ -196,7 +231,7 @@ def _export(
             sample_gain = None if not b.any() else c.gain * b[:, None]
             graph = insert_qdq(base, net, emission)
             models[precision, emission] = lower(fold(graph, c.gain * a[:, None], c.offset, sample_gain), emission)
-    save({f"{p}.{e}": m for (p, e), m in models.items()}, folder)
+    save_graphs({f"{p}.{e}": m for (p, e), m in models.items()}, folder)
     files = {(p, e): folder / f"{p}.{e}.onnx" for p, e in models}
     for file in files.values():
         lint(file)
@@ -334,7 +369,7 @@ def _write_tables(folder: Path, measured: Mapping[Key, Measured], quantized: Map
         for source in (m.correction, m.pooled):
             for f in fields(source):
                 tables[f"{p}.{e}.{f.name}"] = np.ascontiguousarray(getattr(source, f.name))
-    save_file(tables, folder / TABLES)
+    folder.joinpath(TABLES).write_bytes(save(tables))
     scales: dict[str, npt.NDArray[Any]] = {}
     for p, net in quantized.items():
         for layer in net.layers.values():
@@ -342,14 +377,18 @@ def _write_tables(folder: Path, measured: Mapping[Key, Measured], quantized: Map
             scales[f"{head}/weight_scale"] = np.ascontiguousarray(layer.weight_scale)
             scales[f"{head}/input_scale"] = np.array([layer.input_scale], np.float32)
             scales[f"{head}/output_scale"] = np.array([np.nan if layer.output_scale is None else layer.output_scale], np.float32)
+            scales[f"codes/w{layer.weight_bits}/{layer.name}"] = np.ascontiguousarray(layer.weight)
             scales[f"{head}/bits"] = np.array([layer.weight_bits, layer.activation_bits], np.int64)
-    save_file(scales, folder / QUANTIZATION)
+    folder.joinpath(QUANTIZATION).write_bytes(save(scales))
 
 
 def _save_stats(file: Path, parts: Sequence[NoiseStats]) -> None:
     tmp = file.with_suffix(".tmp")
-    save_file({f.name: np.stack([getattr(s, f.name) for s in parts]) for f in fields(NoiseStats)}, tmp)
-    os.replace(tmp, file)
+    try:
+        tmp.write_bytes(save({f.name: np.stack([getattr(s, f.name) for s in parts]) for f in fields(NoiseStats)}))
+        os.replace(tmp, file)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def _load_stats(file: Path) -> list[NoiseStats] | None:

@@ -1,9 +1,9 @@
 """Bundle: a folder with manifest.json, ONNX graphs, safetensors tables; written atomically, verified when opened, never pickle.
 
-manifest.json                     what is here, what it was measured for, and a SHA-256 of every other file
+manifest.json                     what is here, what it was measured for, and a SHA-256 of every other file and of itself
 <precision>.<emission>.onnx       one graph per precision and emission; weights are external
 weights.safetensors               every distinct tensor of all graphs, once
-quantization.safetensors          scales of the quantized layers (the torch backend simulates from them)
+quantization.safetensors          codes and scales of the quantized layers (the torch backend simulates from them)
 tables.safetensors                per precision and emission: gain, offset, var and the sums they came from
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
@@ -35,6 +36,8 @@ from .schedule import NoiseSchedule
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+SEAL = "sha256"
+"""Key of the manifest's hash of itself."""
 TABLES = "tables.safetensors"
 QUANTIZATION = "quantization.safetensors"
 WEIGHTS = "weights.safetensors"
@@ -198,7 +201,8 @@ class Bundle:
 
     @classmethod
     def open(cls, path: Path, verify: bool = True) -> Bundle:
-        """Read a bundle and check it: format, paths, sizes and (unless `verify` is off) the SHA-256 of every file.
+        """Read a bundle and check it: format, paths, sizes and (unless `verify` is off) the SHA-256 of every file, the manifest
+        among them, and that graphs take their weights from files of the bundle alone.
 
         Raises:
             BundleError: one line saying what is wrong.
@@ -208,7 +212,7 @@ class Bundle:
             raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}; make one with `ptqd-export build`")
         try:
             data = json.loads(manifest_path.read_text("utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"{manifest_path} is not valid JSON ({error}): rebuild the bundle") from error
         version = data.get("format_version") if isinstance(data, dict) else None
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -217,11 +221,17 @@ class Bundle:
             raise BundleError(f"{path} has format version {version}, this ptqd-export reads up to {FORMAT_VERSION}: upgrade ptqd-export")
         try:
             manifest = Manifest.from_dict(data)
-        except (KeyError, TypeError, ValueError, AttributeError, PTQDError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, PTQDError) as error:
             raise BundleError(f"{manifest_path} is damaged ({type(error).__name__}: {error}): rebuild the bundle") from error
         _check_consistent(path, manifest)
         for name, entry in manifest.files.items():
             _check_file(path, name, entry, verify)
+        if verify:
+            # After the other checks, which can say more about a manifest that was edited by hand.
+            if data.get(SEAL) != _seal(data):
+                raise BundleError(f"{manifest_path} does not match its own SHA-256: it was changed or damaged; copy the bundle again or rebuild it")
+            for name in dict.fromkeys(artifact.file for artifact in manifest.artifacts):
+                _check_graph(path / name, manifest.files)
         try:
             tables = load_safetensors(path.joinpath(TABLES).read_bytes())
         except SafetensorError as error:
@@ -254,8 +264,84 @@ def _check_file(root: Path, name: str, entry: Mapping[str, Any], verify: bool) -
         raise BundleError(f"{file} does not match its SHA-256 in the manifest: it was changed or damaged; copy the bundle again or rebuild it")
 
 
+def _seal(data: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's contents without its own hash."""
+    rest = {key: value for key, value in data.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+ONNX_MESSAGES: Mapping[str, Mapping[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "function": {7: "node", 11: "attribute"},
+    "training": {1: "graph", 2: "graph"},
+    "tensor": {13: "external"},
+}
+"""onnx.proto: the numbers of the fields that lead to a tensor's external data, by message; "external" has key = 1 and value = 2."""
+
+
+def _check_graph(file: Path, known: Mapping[str, object]) -> None:
+    """A graph may read files of the bundle and nothing else: a runtime would open any path that its tensors name."""
+    try:
+        for name in _external_files(memoryview(file.read_bytes()), "model"):
+            if name not in known:
+                raise BundleError(f"{file} takes weights from {name!r}, which is not a file of the bundle: do not trust it")
+    except (IndexError, ValueError, RecursionError) as error:
+        raise BundleError(f"{file} is not an ONNX graph ({error}): rebuild the bundle") from error
+
+
+def _external_files(data: memoryview, message: str) -> Iterator[str]:
+    """Locations of external data in a serialized ONNX message (protobuf's wire format, read here because `run` has no onnx).
+
+    Raises:
+        IndexError, ValueError: not protobuf.
+    """
+    if message == "external":
+        fields = [(number, bytes(value).decode()) for number, value in _fields(data)]
+        if (1, "location") in fields:
+            yield from (value for number, value in fields if number == 2)
+        return
+    inside = ONNX_MESSAGES[message]
+    for number, value in _fields(data):
+        if number in inside:
+            yield from _external_files(value, inside[number])
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """(field number, payload) of the length-delimited fields of a protobuf message; numbers are skipped."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at, value, shift = at + 1, value | (byte & 0x7F) << shift, shift + 7
+            if byte < 0x80:
+                return value
+
+    while at < len(data):
+        tag = varint() & 0xFFFFFFFF  # as protobuf itself reads it
+        kind = tag & 7
+        if kind == 0:
+            varint()
+        elif kind in (1, 5):
+            at += 8 if kind == 1 else 4
+        elif kind == 2:
+            end = varint() + at
+            if end > len(data):
+                raise ValueError("it is cut off")
+            yield tag >> 3, data[at:end]
+            at = end
+        else:
+            raise ValueError(f"wire type {kind}")
+
+
 def check_target(path: Path) -> None:
-    """Refuse, before any work, a target that cannot or must not be written.
+    """Refuse, before any work, a target that cannot or must not be written. Leaves nothing behind.
 
     Raises:
         BundleError: a file, a folder that is not a bundle, or no permission.
@@ -264,9 +350,8 @@ def check_target(path: Path) -> None:
         raise BundleError(f"{path} is a file: give a folder for the bundle")
     if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
         raise BundleError(f"{path} is a folder with other things in it: give an empty or new folder, or an older bundle to replace")
-    parent = path.resolve().parent
+    parent = next(folder for folder in path.resolve().parents if folder.exists())
     try:
-        parent.mkdir(parents=True, exist_ok=True)
         probe = parent / f".{path.name}.probe-{os.getpid()}"
         probe.mkdir()
         probe.rmdir()
@@ -275,38 +360,60 @@ def check_target(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[Path]:
+    """`folder`, made if need be, for this process alone; the lock goes with the process, however it ends.
+
+    Raises:
+        BundleError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BundleError(f"{folder} is in use by another build: wait until that one has ended, or give another --out") from error
+        if not folder.exists() or not os.path.samestat(os.fstat(lock), os.stat(folder)):
+            raise BundleError(f"{folder} was removed by another build, which has just ended: run the command again")
+        yield folder
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """A folder to fill; on success it becomes `path` in one step, replacing an older bundle; on failure it is removed.
 
-    A kill leaves the old bundle, or none; stale temporary folders are removed by the next writer.
+    A kill leaves the old bundle, or none; the temporary folders of writers that are gone are removed by the next one.
     """
     path = path.resolve()
     for stale in path.parent.glob(f".{path.name}.tmp-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    tmp = path.parent / f".{path.name}.tmp-{os.getpid()}"
-    tmp.mkdir()
-    try:
-        yield tmp
-        for file in tmp.rglob("*"):
-            _fsync(file)
-        _fsync(tmp)
-        if path.exists():
-            _exchange(tmp, path)
-        else:
-            os.rename(tmp, path)
-        _fsync(path.parent)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+        with contextlib.suppress(BundleError, OSError), exclusive(stale):
+            shutil.rmtree(stale, ignore_errors=True)
+    with exclusive(path.parent / f".{path.name}.tmp-{os.getpid()}") as tmp:
+        try:
+            yield tmp
+            for file in tmp.rglob("*"):
+                _fsync(file)
+            _fsync(tmp)
+            if path.exists():
+                _exchange(tmp, path)
+            else:
+                os.rename(tmp, path)
+            _fsync(path.parent)
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Hash every file of `folder` and write manifest.json, last."""
+    """Hash every file of `folder` and write manifest.json, with a hash of its own, last."""
     files = {
         file.relative_to(folder).as_posix(): {"sha256": sha256_file(file), "size": file.stat().st_size}
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != MANIFEST
     }
     data = {**manifest.to_dict(), "files": files}
+    data[SEAL] = _seal(data)
     folder.joinpath(MANIFEST).write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", "utf-8")
 
 

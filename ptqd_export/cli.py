@@ -24,7 +24,17 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print one machine-readable JSON object on stdout.")(command)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(click.Group):
+    """Ctrl-C as click.Abort, without the empty line that click prints before it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise click.Abort from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ptqd-export")
 def cli() -> None:
     """Quantize a diffusion UNet, correct it (PTQD), and sample from it with an engine per bitwidth."""
@@ -151,32 +161,33 @@ def run(
     Asked(**asked).check(bundle)
     labels = None if class_labels is None else _labels(class_labels, num_samples)
     tensors = _tensors(conditions)
-    images.check_folder(out)
     m = bundle.manifest
     started = time.monotonic()
-    with progress(num_samples * len(m.schedule), f"sampling {m.plan}", "step") as bar:
-        x = run_bundle(
-            bundle,
-            num_samples,
-            labels,
-            seed=seed,
-            batch_size=batch_size,
-            workers=workers,
-            backend=backend,
-            model=model,
-            tensors=tensors,
-            advance=bar.update,
-        )
-    seconds = time.monotonic() - started
-    files = images.save_images(out, x) if file_format == "png" else [images.save_array(x, out / "samples.npy")]
-    grid = out / "grid.png"
-    pictures = x.shape[1] in (1, 3)
-    if pictures:
-        images.save_png(images.image_grid(x, columns=round(num_samples**0.5)), grid)
+    pictures = m.model.channels in (1, 3)
+    if file_format == "png" and not pictures:
+        raise RecipeError(f"samples of {m.model.channels} channels are no pictures: give --format npy")
+    with images.output_folder(out):
+        with progress(num_samples * len(m.schedule), f"sampling {m.plan}", "step") as bar:
+            x = run_bundle(
+                bundle,
+                num_samples,
+                labels,
+                seed=seed,
+                batch_size=batch_size,
+                workers=workers,
+                backend=backend,
+                model=model,
+                tensors=tensors,
+                advance=bar.update,
+            )
+        seconds = time.monotonic() - started
+        files = images.encode_images(x) if file_format == "png" else {"samples.npy": images.encode_array(x)}
+        grid = {"grid.png": images.encode_png(images.image_grid(x, columns=round(num_samples**0.5)))} if pictures else {}
+        images.write_files(out, files | grid)
     result = {
         "out": str(out),
-        "files": [file.name for file in files],
-        "grid": grid.name if pictures else None,
+        "files": list(files),
+        "grid": next(iter(grid), None),
         "plan": str(m.plan),
         "backend": backend,
         "state": "float64",
@@ -185,11 +196,8 @@ def run(
         "seconds_per_sample": round(seconds / num_samples, 4),
         "largest_value": float(abs(x).max()),
     }
-    _print(
-        result,
-        as_json,
-        f"{num_samples} samples in {out}{f' (look at {grid})' if pictures else ''}, {seconds:.1f} s, {seconds / num_samples:.3f} s each",
-    )
+    look = f" (look at {out / 'grid.png'})" if pictures else ""
+    _print(result, as_json, f"{num_samples} samples in {out}{look}, {seconds:.1f} s, {seconds / num_samples:.3f} s each")
 
 
 def _labels(text: str, n: int) -> list[int]:
@@ -255,18 +263,18 @@ def _say(text: str) -> None:
 
 
 def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
-    click.echo(json.dumps(result, indent=1) if as_json else text)
+    click.echo(json.dumps(result, indent=1, allow_nan=False) if as_json else text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: every expected failure is one line on stderr and exit code 1."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         cli.main(argv, prog_name="ptqd-export", standalone_mode=False)
     except click.Abort:
-        _fail("interrupted: nothing was changed; the same command takes up where it stopped", 130)
+        _fail("interrupted: nothing was changed; a build takes up where it stopped when the same command is given again", 130)
     except click.ClickException as error:
-        _fail(error.format_message())
+        _fail(" ".join(error.format_message().split()))
     except (PTQDError, OSError, MemoryError, RuntimeError) as error:
         if "--debug" in argv:
             traceback.print_exc()
@@ -280,7 +288,7 @@ def _line(error: BaseException) -> str:
     if isinstance(error, OSError):
         return f"{error.strerror or text}{f': {error.filename}' if error.filename else ''}: nothing was changed"
     if isinstance(error, MemoryError) or "allocate memory" in text:
-        return f"out of memory ({text[:120]}): lower --batch-size"
+        return f"out of memory ({text[:120]}): lower --batch-size, or the number of samples"
     return f"{type(error).__name__}: {text[:300]} (run again with --debug for the traceback)"
 
 

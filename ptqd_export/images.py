@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -53,50 +54,61 @@ def image_grid(x: npt.NDArray[np.floating], columns: int, gap: int = 0) -> U8:
     return grid[..., 0] if channels == 1 else grid
 
 
+def encode_png(array: U8) -> bytes:
+    """uint8 (H, W) or (H, W, 3) as a PNG file's bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(array)).save(buffer, "PNG", optimize=False)
+    return buffer.getvalue()
+
+
+def encode_images(x: npt.NDArray[np.floating], start: int = 0) -> dict[str, bytes]:
+    """Samples (N, C, H, W) in [-1, 1] as PNG files `00000.png`, ... from number `start` on.
+
+    Raises:
+        RecipeError: samples that are no pictures.
+        ModelError: a sample holds NaN.
+    """
+    return {f"{start + i:05d}.png": encode_png(p[..., 0] if p.shape[-1] == 1 else p) for i, p in enumerate(_pixels(x))}
+
+
+def encode_array(x: npt.NDArray[np.floating]) -> bytes:
+    """Samples as the bytes of a float32 .npy file, unclamped."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(x, np.float32), allow_pickle=False)
+    return buffer.getvalue()
+
+
 def save_png(array: U8, path: Path) -> None:
     """Write uint8 (H, W) or (H, W, 3) as PNG, whole or not at all.
 
     Raises:
         PTQDError: the file cannot be written.
     """
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(array)).save(buffer, "PNG", optimize=False)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, encode_png(array))
 
 
 def save_images(folder: Path, x: npt.NDArray[np.floating], start: int = 0) -> list[Path]:
-    """Write samples (N, C, H, W) in [-1, 1] as `00000.png`, ... from number `start` on; the folder is made if need be.
+    """Write `encode_images(x, start)` into a folder, which is made if need be: all files or none.
 
     Raises:
         RecipeError: samples that are no pictures.
         ModelError: a sample holds NaN.
         PTQDError: a file cannot be written.
     """
-    pixels = _pixels(x)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PTQDError(f"cannot make the folder {folder}: {error.strerror}: choose another one") from error
-    paths = [folder / f"{start + i:05d}.png" for i in range(len(pixels))]
-    for path, picture in zip(paths, pixels, strict=True):
-        save_png(picture[..., 0] if picture.shape[-1] == 1 else picture, path)
-    return paths
+    files = encode_images(x, start)
+    with output_folder(folder):
+        write_files(folder, files)
+    return [folder / name for name in files]
 
 
-def save_array(x: npt.NDArray[np.floating], path: Path) -> Path:
-    """Write samples as float32 .npy, unclamped, whole or not at all."""
-    buffer = io.BytesIO()
-    np.save(buffer, np.asarray(x, np.float32), allow_pickle=False)
-    write_atomic(path, buffer.getvalue())
-    return path
-
-
-def check_folder(folder: Path) -> None:
-    """Make a folder and write to it, before any work is done for it.
+@contextlib.contextmanager
+def output_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and write to it, before any work is done for it; what was made goes again if the work fails and left nothing.
 
     Raises:
         PTQDError: it cannot be made or written.
     """
+    made = [f for f in (folder, *folder.parents) if not f.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}"
@@ -104,24 +116,46 @@ def check_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise PTQDError(f"cannot write to the folder {folder}: {error.strerror}: choose another one") from error
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for f in made:
+                f.rmdir()
+        raise
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files beside their final places, then move them there, all when all are written: a crash leaves the old files or none.
+
+    Raises:
+        PTQDError: a file cannot be written.
+    """
+    parts = {name: folder / f".{name}.{os.getpid()}.part" for name in files}
+    target = folder
+    try:
+        for name, data in files.items():
+            target = folder / name
+            parts[name].write_bytes(data)
+        for name, part in parts.items():
+            target = folder / name
+            os.replace(part, target)
+    except OSError as error:
+        raise PTQDError(f"cannot write {target}: {error.strerror}: choose another place or free some space") from error
+    finally:
+        # Nothing is left to remove after the move; Ctrl-C and a full disk pass here too.
+        for part in parts.values():
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file beside its final place, then move it there: a crash leaves the old file or none.
+    """Write a file, whole or not at all.
 
     Raises:
         PTQDError: the file cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    except OSError as error:
-        raise PTQDError(f"cannot write {path}: {error.strerror}: choose another place or free some space") from error
-    finally:
-        # Nothing is left to remove after the move; Ctrl-C and a full disk pass here too.
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+    write_files(path.parent, {path.name: data})
 
 
 def _pixels(x: npt.NDArray[np.floating]) -> U8:

@@ -32,7 +32,7 @@ class StepRow:
 
 
 def per_step(bundle: Bundle) -> list[StepRow]:
-    """A row per step; bias is the RMS over channels; snr_q is None at full precision, which has no noise."""
+    """A row per step; bias is the RMS over channels; snr_q is None where there is no noise, as at full precision."""
     m = bundle.manifest
     sigmas, recalibrated, snr_f = m.schedule.sigmas, bundle.sigmas("ort-cpu"), m.schedule.snr
     rows = []
@@ -45,7 +45,8 @@ def per_step(bundle: Bundle) -> list[StepRow]:
         stats, correction = bundle.stats(precision, Emission.ORT_CPU), bundle.correction(precision, Emission.ORT_CPU)
         corrected = bool((correction.gain[i] != 1).any() or correction.offset[i].any())
         bias = float(np.sqrt((stats.bias[i] ** 2).mean()))
-        rows.append(StepRow(*common, corrected, float(stats.k[i]), bias, *tail, float(stats.snr[i]), float(snr_f[i])))
+        snr_q = float(stats.snr[i]) if np.isfinite(stats.snr[i]) else None
+        rows.append(StepRow(*common, corrected, float(stats.k[i]), bias, *tail, snr_q, float(snr_f[i])))
     return rows
 
 

@@ -91,10 +91,15 @@ class CalibrationSpec:
 
 @dataclass(frozen=True)
 class QuantizationSpec:
-    """`edge_layers`: first and last conv in "float", or at 8 bits ("w8a8") as in the paper. `skip`: globs of module paths left in float."""
+    """How layers are quantized and corrected.
+
+    `edge_layers`: first and last conv in "float", or at 8 bits ("w8a8") as in the paper. `rounding`: of weights below 8 bits.
+    `skip`: globs of module paths left in float.
+    """
 
     precisions: tuple[str, ...] = ("w8a8", "w4a8", "w4a4")
     edge_layers: Literal["float", "w8a8"] = "float"
+    rounding: Literal["gptq", "nearest"] = "gptq"
     skip: tuple[str, ...] = ()
     correction: Literal["none", "ptqd", "affine"] = "ptqd"
     clamp_k: bool = False

@@ -12,7 +12,7 @@ from .bundle import QUANTIZATION, Bundle
 from .engine import Engine
 from .errors import BackendUnavailable, BundleError
 from .precision import Precision
-from .quant import Emission, LayerQuant, QuantizedNetwork, quantize
+from .quant import Emission, LayerQuant, QuantizedNetwork
 from .recipe import Recipe
 
 
@@ -53,15 +53,13 @@ def simulated_engines(bundle: Bundle, precisions: Sequence[Precision], model: Pa
         layers = {}
         for name in names:
             parameters = dict(network.module.get_submodule(name).named_parameters(recurse=False))
-            weight = parameters["weight"].detach().numpy()
-            scale = scales[f"{head}{name}/weight_scale"]
             weight_bits, activation_bits = (int(v) for v in scales[f"{head}{name}/bits"])
             output_scale = float(scales[f"{head}{name}/output_scale"][0])
             layers[name] = LayerQuant(
                 name=name,
-                kind="conv" if weight.ndim == 4 else "linear",
-                weight=quantize(weight, scale.reshape(-1, *[1] * (weight.ndim - 1)), weight_bits),
-                weight_scale=scale,
+                kind="conv" if parameters["weight"].ndim == 4 else "linear",
+                weight=scales[f"codes/w{weight_bits}/{name}"],
+                weight_scale=scales[f"{head}{name}/weight_scale"],
                 weight_bits=weight_bits,
                 input_scale=float(scales[f"{head}{name}/input_scale"][0]),
                 activation_bits=activation_bits,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -14,7 +16,7 @@ import numpy.typing as npt
 
 from .bundle import Bundle
 from .engine import Array, Engine
-from .errors import BundleError
+from .errors import BackendUnavailable, BundleError, ModelError
 from .plan import Plan
 from .precision import Precision
 from .sampler import sample
@@ -138,12 +140,16 @@ def run(
         labels: one class per sample; None: classes in turn.
         workers: processes with one thread each that split the batches; 1 runs here, with all threads.
         advance: told how many sample steps (samples x denoising steps) were done since the last call.
+    Raises:
+        BackendUnavailable, BundleError: as Runtime; or a worker died.
+        ModelError: a sample is not finite.
+        RecipeError: labels or tensors that the model does not take.
     """
     m = bundle.manifest
-    if labels is not None:
-        m.model.conditions(labels, num_samples, tensors)  # wrong labels are refused before any work
-    batches = [range(i, min(i + batch_size, num_samples)) for i in range(0, num_samples, batch_size)]
+    if labels is not None or tensors:
+        m.model.conditions(labels, num_samples, tensors)  # wrong ones are refused before any work
     out = np.empty((num_samples, *m.model.sample_shape))
+    batches = [range(i, min(i + batch_size, num_samples)) for i in range(0, num_samples, batch_size)]
 
     def part(batch: range) -> tuple[list[int] | None, dict[str, Array]]:
         chosen = None if labels is None else [int(labels[i]) for i in batch]
@@ -154,31 +160,43 @@ def run(
             for batch in batches:
                 chosen, conditions = part(batch)
                 out[batch.start : batch.stop] = runtime.sample(batch, chosen, seed=seed, tensors=conditions, on_step=lambda i, x, e: advance(len(x)))
-        return out
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(batches)), context, _start_worker, (bundle.path, backend, model)) as pool:
-        futures = {pool.submit(_work, batch, *part(batch), seed): batch for batch in batches}
-        for future in as_completed(futures):
-            batch = futures[future]
-            out[batch.start : batch.stop] = future.result()
-            advance(len(batch) * len(m.schedule))
+    else:
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(min(workers, len(batches)), context, _start_worker, (bundle.path, backend, model))
+        try:
+            futures = {pool.submit(_work, batch, *part(batch), seed): batch for batch in batches}
+            for future in as_completed(futures):
+                batch = futures[future]
+                out[batch.start : batch.stop] = future.result()
+                advance(len(batch) * len(m.schedule))
+        except BrokenProcessPool as error:
+            raise BackendUnavailable("a worker process died, most likely for lack of memory: lower --workers or --batch-size") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if not np.isfinite(out).all():
+        bad = int(np.argwhere(~np.isfinite(out))[0][0])
+        raise ModelError(f"sample {bad} holds NaN or infinite values: the model or an engine computes nonsense; try another --seed, or rebuild")
     return out
 
 
+_start: tuple[Path, str, Path | None]
 _worker: Runtime | None = None
 
 
 def _start_worker(path: Path, backend: str, model: Path | None) -> None:
-    global _worker
+    global _start
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends it, and says so once
     if backend == "torch":
         from .reference import set_threads
     else:
         from .backends import set_threads
     set_threads(1)
-    # The parent has checked every hash a moment ago.
-    _worker = Runtime(Bundle.open(path, verify=False), backend, model=model)
+    _start = path, backend, model
 
 
 def _work(batch: range, labels: list[int] | None, tensors: Mapping[str, Array], seed: int) -> F64:
-    assert _worker is not None
+    global _worker
+    if _worker is None:  # not when the worker starts: here an error reaches the parent as it is
+        path, backend, model = _start
+        _worker = Runtime(Bundle.open(path, verify=False), backend, model=model)  # the parent has checked every hash a moment ago
     return _worker.sample(batch, labels, seed=seed, tensors=tensors)

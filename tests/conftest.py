@@ -1,4 +1,4 @@
-"""What all tests share: seeded numbers and small values of the core."""
+"""What all tests share: seeded numbers, small values of the core, small models and the bundles built from them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,25 @@ import os
 # Before numpy and torch are loaded: small tests gain nothing from more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import contextlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
+from ptqd_export import cli
+from ptqd_export.bundle import Bundle
 from ptqd_export.conditioning import ModelInfo
 from ptqd_export.recipe import InputSpec
 from ptqd_export.schedule import NoiseSchedule
+
+PRECISIONS = ("fp32", "w8a8", "w4a8", "w4a4")
+MIXED = "w4a4,w4a8,w8a8,fp32"
 
 
 @pytest.fixture
@@ -30,3 +43,200 @@ def schedule() -> NoiseSchedule:
 def class_info() -> ModelInfo:
     """A model of 1x4x4 samples with classes 0 to 2 and the null class 3."""
     return ModelInfo("toy", (1, 4, 4), (InputSpec("class_labels", num_classes=4, null_class=3),), "0" * 64)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    @property
+    def error(self) -> str:
+        """The one line of a failure, which is all that it may print."""
+        assert self.code == 1, self
+        assert self.out == ""
+        assert self.err.startswith("Error: ") and self.err.endswith("\n") and self.err.count("\n") == 1, self.err
+        return self.err
+
+
+Invoke = Callable[..., Result]
+
+
+@pytest.fixture(scope="session")
+def invoke() -> Invoke:
+    """The command line in this process: invoke("run", bundle, "--out", out). Anything but SystemExit is passed on."""
+
+    def call(*arguments: object) -> Result:
+        out, err = io.StringIO(), io.StringIO()
+        code = 0
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                cli.main([str(argument) for argument in arguments])
+            except SystemExit as end:
+                code = int(end.code or 0)
+        return Result(code, out.getvalue(), err.getvalue())
+
+    return call
+
+
+@dataclass(frozen=True)
+class Built:
+    """A bundle and what it was built from.
+
+    Attributes:
+        recipe: recipe or model folder.
+        options: of the build command.
+        report: what `build --json` printed.
+    """
+
+    recipe: Path
+    options: tuple[str, ...]
+    path: Path
+    report: Any
+
+    @property
+    def bundle(self) -> Bundle:
+        return Bundle.open(self.path)
+
+
+def _build(invoke: Invoke, recipe: Path, *options: str) -> Built:
+    path = recipe.with_name(recipe.name + ".bundle")
+    every = (*options, *(word for p in PRECISIONS for word in ("--precision", p)))
+    result = invoke("build", recipe, "--out", path, *every, "--json")
+    assert (result.code, result.err) == (0, ""), result
+    return Built(recipe, every, path, result.json)
+
+
+def _save_unet(folder: Path, scheduler: Any, **config: Any) -> Path:
+    """A diffusers folder with seeded random weights."""
+    import torch
+    from diffusers import UNet2DModel
+
+    small = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
+    blocks = {"down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D"), "add_attention": False}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        UNet2DModel(**{**small, **blocks, **config}).save_pretrained(folder / "unet")
+    scheduler.save_pretrained(folder / "scheduler")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rgb(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
+    """3x16x16 with attention, no classes; a DDPM config with fixed_large variance that clips; four steps, eta 1, all precisions in turn."""
+    from diffusers import DDPMScheduler
+
+    folder = _save_unet(
+        tmp_path_factory.mktemp("models") / "rgb",
+        DDPMScheduler(variance_type="fixed_large"),
+        sample_size=16, in_channels=3, out_channels=3, down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    return _build(invoke, folder, "--calib-size", "4", "--n-steps", "4", "--eta", "1", "--plan", MIXED)
+
+
+@pytest.fixture(scope="session")
+def classes(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
+    """1x8x8, five classes and no null class; three steps, eta 0.5, plan by SNR."""
+    from diffusers import DDIMScheduler
+
+    folder = _save_unet(
+        tmp_path_factory.mktemp("models") / "classes",
+        DDIMScheduler(clip_sample=False),
+        sample_size=8, in_channels=1, out_channels=1, num_class_embeds=5,
+    )  # fmt: skip
+    return _build(invoke, folder, "--calib-size", "4", "--batch-size", "1", "--n-steps", "3", "--eta", "0.5", "--plan", "snr")
+
+
+@pytest.fixture(scope="session")
+def guided(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
+    """1x8x8, four classes and a null class, from a recipe: guidance 2, DDPM solver, budget in bit operations."""
+    from diffusers import DDIMScheduler
+
+    folder = _save_unet(
+        tmp_path_factory.mktemp("models") / "guided",
+        DDIMScheduler(clip_sample=True, timestep_spacing="trailing"),
+        sample_size=8, in_channels=1, out_channels=1, num_class_embeds=5, add_attention=True,
+    )  # fmt: skip
+    (folder / "recipe.toml").write_text(
+        """
+        [model]
+        source = "."
+        null_class = 4
+        [sampler]
+        solver = "ddpm"
+        eta = 1.0
+        n_steps = 3
+        guidance_scale = 2.0
+        [calibration]
+        size = 4
+        held_out = 2
+        seed = 7
+        [plan]
+        rule = "budget"
+        cost = "bops"
+        budget = 0.3
+        """
+    )
+    return _build(invoke, folder)
+
+
+OWN = '''
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Own(nn.Module):
+    """Convs without bias, one of them called twice, a linear layer on tokens, a vector condition."""
+
+    def __init__(self):
+        super().__init__()
+        self.inlet = nn.Conv2d(2, 16, 3, padding=1, bias=False)
+        self.clock = nn.Linear(2, 16)
+        self.context = nn.Linear(6, 16, bias=False)
+        self.norm = nn.GroupNorm(4, 16)
+        self.twice = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.tokens = nn.Linear(16, 16)
+        self.outlet = nn.Conv2d(16, 2, 3, padding=1)
+
+    def forward(self, sample, timestep, context):
+        t = timestep[:, None] / 1000.0
+        h = self.inlet(sample) + (self.clock(torch.cat([t.sin(), t.cos()], 1)) + self.context(context))[:, :, None, None]
+        h = h + self.twice(F.silu(self.twice(F.silu(self.norm(h)))))
+        h = h + self.tokens(h.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(h.shape)
+        return self.outlet(F.silu(h))
+
+
+def make():
+    return Own()
+'''
+
+
+@pytest.fixture(scope="session")
+def own(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
+    """A network of no library, 2x8x8, v-prediction, conditioned on 6 floats, guidance 1.5; plan by hand."""
+    folder = tmp_path_factory.mktemp("models") / "own"
+    folder.mkdir()
+    (folder / "net.py").write_text(OWN)
+    (folder / "scheduler_config.json").write_text(json.dumps({"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"}))
+    np.save(folder / "contexts.npy", np.random.default_rng(0).standard_normal((5, 6)))
+    (folder / "recipe.toml").write_text(
+        """
+        [model]
+        source = "net.py:make"
+        sample_shape = [2, 8, 8]
+        scheduler = "scheduler_config.json"
+        inputs = [{name = "context", dtype = "float32", shape = [6], values = "contexts.npy"}]
+        [sampler]
+        n_steps = 4
+        guidance_scale = 1.5
+        """
+    )
+    return _build(invoke, folder, "--calib-size", "4", "--plan", MIXED)

@@ -24,9 +24,10 @@ W8A8 = Precision(8, 8)
 
 
 def write(path: Path, schedule: NoiseSchedule, info: ModelInfo, marker: str = "graph") -> None:
+    """A bundle whose one graph is an ONNX model without nodes, by the producer `marker`."""
     t, c = len(schedule), info.channels
     with writing(path) as tmp:
-        (tmp / "w8a8.ort-cpu.onnx").write_text(marker)
+        (tmp / "w8a8.ort-cpu.onnx").write_bytes(bytes([0x12, len(marker)]) + marker.encode())
         save_file({"w": np.arange(4.0)}, tmp / WEIGHTS)
         save_file({"s": np.arange(4.0)}, tmp / QUANTIZATION)
         table = np.full((t, c), 0.5)
@@ -133,7 +134,7 @@ def test_an_old_bundle_survives_a_failed_write_and_is_replaced_by_a_good_one(bun
         raise OSError("disk full")
     assert {p.name: p.read_bytes() for p in bundle.iterdir()} == before
     write(bundle, schedule, class_info, marker="new")
-    assert (bundle / "w8a8.ort-cpu.onnx").read_text() == "new"
+    assert (bundle / "w8a8.ort-cpu.onnx").read_bytes().endswith(b"new")
     assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle"]
 
 

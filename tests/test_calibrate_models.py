@@ -98,7 +98,6 @@ def test_pipeline_folder(pipeline: Path) -> None:
         expected = unet(torch.randn(2, 1, 8, 8), torch.full((2,), 500), class_labels=torch.arange(2)).sample
     assert torch.equal(forward(network), expected)
     assert "down_blocks.0.resnets.0.conv1" in dict(network.module.named_modules())
-    assert network.inner is network.module
 
 
 def test_bare_unet_folder_and_scheduler_places(pipeline: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     network = open_model(recipe)
     schedule = NoiseSchedule.from_config(network.scheduler_config, 4, 1.0)
     trajectories = collect(network, schedule, recipe, folder / "t")
-    return recipe, network, schedule, trajectories, observe(network, schedule, recipe, trajectories, hessians=True)
+    return recipe, network, schedule, trajectories, observe(network, schedule, recipe, trajectories)
 
 
 def equal(a: LayerQuant, b: LayerQuant) -> bool:
@@ -105,15 +105,14 @@ def test_which_layers_are_quantized(case: Case) -> None:
 def test_quantize_is_deterministic_and_leaves_the_network_alone(case: Case) -> None:
     recipe, network, schedule, trajectories, observed = case
     before = {k: v.clone() for k, v in network.module.state_dict().items()}
+    again = observe(network, schedule, recipe, trajectories)
     for rounding in ("nearest", "gptq"):
-        first, second = (quantize(network, observed, W4A8, recipe, rounding) for _ in range(2))  # type: ignore[arg-type]
+        of = recipe.override(quantization={"rounding": rounding})
+        first, second = (quantize(network, seen, W4A8, of) for seen in (observed, again))
         assert list(first.layers) == list(second.layers) and all(equal(first.layers[n], second.layers[n]) for n in first.layers)
     with SimulatedEngine(network, first, Emission.ORT_CPU, schedule) as engine:
         measure(engine, network.info, schedule, trajectories, 2.0, "held_out")
     assert all(torch.equal(v, before[k]) for k, v in network.module.state_dict().items())
-    plain = observe(network, schedule, recipe, trajectories)
-    with pytest.raises(ModelError, match="without Hessians"):
-        quantize(network, plain, W4A8, recipe, "gptq")
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -131,7 +130,7 @@ def test_hessians_are_those_of_the_flattened_weight(tmp_path: Path, groups: int)
     network = open_model(recipe)
     schedule = NoiseSchedule.from_config(network.scheduler_config, 3, 0.0)
     trajectories = collect(network, schedule, recipe, tmp_path / "t")
-    seen = observe(network, schedule, recipe, trajectories, hessians=True).layers
+    seen = observe(network, schedule, recipe, trajectories).layers
     assert list(seen) == ["conv"] and seen["conv"].hessians is not None
     conv: Any = network.module.get_submodule("conv")
     x = torch.from_numpy(trajectories.first(4).x.reshape(-1, 2, 6, 6))
@@ -296,7 +295,7 @@ def test_simulated_network(case: Case, rng: np.random.Generator) -> None:
     power = {name: float(s.dd.sum()) for name, s in pooled.items()}
     assert 0 < power["w8a8.portable"] < power["w4a8.portable"] < power["w4a4.portable"]
     assert all(power[f"{p}.portable"] < power[f"{p}.ort-cpu"] for p in (W8A8, W4A8))  # quantized outputs are a noise of their own
-    assert pooled["w8a8.portable"].snr.min() > 100
+    assert pooled["w8a8.portable"].snr[-1] > 300  # the ranges are those of the last steps: random weights let x_t grow
 
     layer = quantize(network, observed, W8A8, recipe).layers["down_blocks.0.resnets.0.conv1"]
     x = rng.standard_normal((2, 16, 8, 8)).astype(np.float32)
@@ -329,11 +328,11 @@ def test_gptq_lowers_the_network_s_noise(case: Case) -> None:
     recipe, network, schedule, trajectories, observed = case
     power = []
     for rounding in ("nearest", "gptq"):
-        net = quantize(network, observed, W4A8, recipe, rounding)  # type: ignore[arg-type]
+        net = quantize(network, observed, W4A8, recipe.override(quantization={"rounding": rounding}))
         with SimulatedEngine(network, net, Emission.PORTABLE, schedule) as engine:
             power.append(float(NoiseStats.pool(measure(engine, network.info, schedule, trajectories, 2.0, "held_out")).dd.sum()))
     assert power[1] < 0.8 * power[0]
-    eight = [quantize(network, observed, W8A8, recipe, r) for r in ("nearest", "gptq")]  # type: ignore[arg-type]
+    eight = [quantize(network, observed, W8A8, recipe.override(quantization={"rounding": r})) for r in ("nearest", "gptq")]
     assert all(equal(eight[0].layers[n], eight[1].layers[n]) for n in eight[0].layers)
 
 

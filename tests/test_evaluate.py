@@ -212,7 +212,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
     with pytest.raises(PTQDError, match="cannot write"):
         save_png(np.zeros((2, 2), np.uint8), tmp_path / "missing" / "x.png")
     (tmp_path / "file").write_bytes(b"old")
-    with pytest.raises(PTQDError, match="cannot make the folder"):
+    with pytest.raises(PTQDError, match="cannot write to the folder"):
         save_images(tmp_path / "file" / "below", samples(1))
     (tmp_path / "folder").mkdir()
     with pytest.raises(PTQDError, match="cannot write"):

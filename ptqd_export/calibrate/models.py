@@ -50,11 +50,6 @@ class Network:
     info: ModelInfo
     scheduler_config: dict[str, Any]
 
-    @property
-    def inner(self) -> nn.Module:
-        """The model itself, whose submodules are looked up by path: the same object, as nothing is wrapped."""
-        return self.module
-
 
 def open_model(recipe: Recipe) -> Network:
     """The network of `recipe.model` (sources: see ModelSpec), checked by one trial forward.

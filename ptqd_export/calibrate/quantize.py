@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..precision import Precision
 from ..progress import progress
-from ..quant import F32, OUTPUT_BITS, LayerQuant, QuantizedNetwork
+from ..quant import F32, I8, OUTPUT_BITS, LayerQuant, QuantizedNetwork
 from ..recipe import Recipe
 from ..sampler import predict_epsilon
 from ..schedule import NoiseSchedule
@@ -34,7 +34,8 @@ HESSIAN_ROWS = 1024
 EDGE_BITS = 8
 MAX_BIAS_CODE = 1 << 30
 """Largest int32 bias code allowed; channels of tiny weights get a scale that keeps their bias below it."""
-Rounding = Literal["nearest", "gptq"]
+MAX_HESSIAN_SIZE = 4096
+"""Inputs per output (C kh kw) up to which a layer gets a Hessian (64 MiB); GPTQ leaves larger layers to rounding to the nearest."""
 
 
 @dataclass
@@ -46,7 +47,8 @@ class ObservedLayer:
         macs: multiply-accumulates per sample.
         vector: the input is 2-D, one vector per sample (time and class embeddings): such a layer stays float.
         input, output: histograms of |values|.
-        hessians: float32 (groups, K, K), sums of x x^T of what meets a flattened weight row of K values; None unless asked for.
+        hessians: float32 (groups, K, K), sums of x x^T of what meets a flattened weight row of K values; None where GPTQ is not to act.
+        codes: weight codes by (rounding, bits, scales), so that precisions with the same weights share them.
     """
 
     kind: str
@@ -55,6 +57,7 @@ class ObservedLayer:
     input: AbsHistogram = field(default_factory=AbsHistogram)
     output: AbsHistogram = field(default_factory=AbsHistogram)
     hessians: Tensor | None = None
+    codes: dict[tuple[str, int, bytes], I8] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,19 +67,18 @@ class Observed:
     layers: Mapping[str, ObservedLayer]
 
 
-def observe(network: Network, schedule: NoiseSchedule, recipe: Recipe, trajectories: Trajectories, hessians: bool = False) -> Observed:
-    """Input and output histograms of every Conv2d and Linear on full-precision trajectories.
+def observe(network: Network, schedule: NoiseSchedule, recipe: Recipe, trajectories: Trajectories) -> Observed:
+    """Input and output histograms of every Conv2d and Linear on full-precision trajectories, and Hessians where GPTQ will round.
 
     Up to OBSERVED_TRAJECTORIES of the calibration trajectories, evenly spaced, all steps, in the guidance branches that are used.
 
-    Args:
-        hessians: also sum x x^T per layer, for GPTQ; needs K^2 floats per layer.
     Raises:
         ModelError: a layer's values are not finite, or the network has no Conv2d or Linear.
     """
     spec, scale = recipe.calibration, recipe.sampler.guidance_scale
     chosen = np.unique(np.linspace(0, spec.size - 1, min(OBSERVED_TRAJECTORIES, spec.size)).round().astype(int))
     layers: dict[str, ObservedLayer] = {}
+    hessians = recipe.quantization.rounding == "gptq" and any(p.weight_bits < EDGE_BITS for p in recipe.precisions)
     with TorchEngine(network, schedule) as engine, progress(len(chosen) * len(schedule), "activation ranges", "step") as bar:
         for indices, x, _, conditions in trajectories:
             rows = chosen[(chosen >= indices.start) & (chosen < indices.stop)] - indices.start
@@ -118,7 +120,7 @@ def _watching(network: Network, layers: dict[str, ObservedLayer], step: int, hes
                 layer.output.add(output)
             except ValueError as error:
                 raise ModelError(f"layer {name} computes {error} at step {step}: check the model's weights and scheduler config") from error
-            if hessians and not layer.vector:
+            if hessians and not layer.vector and module.weight[0].numel() <= MAX_HESSIAN_SIZE:
                 _add_products(layer, module, x, step)
 
         return hook
@@ -153,14 +155,14 @@ def _add_products(layer: ObservedLayer, module: Any, x: Tensor, step: int) -> No
     layer.hessians.baddbmm_(rows.transpose(1, 2), rows)
 
 
-def quantize(network: Network, observed: Observed, precision: Precision, recipe: Recipe, rounding: Rounding = "nearest") -> QuantizedNetwork:
+def quantize(network: Network, observed: Observed, precision: Precision, recipe: Recipe) -> QuantizedNetwork:
     """The network's layers at one precision: scales and weight codes.
 
     Left in float: embedding layers (see ObservedLayer.vector), convs with a padding mode other than zeros, globs of
     quantization.skip, and the first and last conv where quantization.edge_layers says so (else they get 8/8 bits). fp32 quantizes nothing.
 
-    Args:
-        rounding: "gptq" needs an Observed with hessians; 8-bit weights are rounded to the nearest all the same, GPTQ gains nothing there.
+    8-bit weights are rounded to the nearest whatever the recipe says: GPTQ gains nothing there.
+
     Raises:
         ModelError: nothing is left to quantize.
     """
@@ -181,7 +183,7 @@ def quantize(network: Network, observed: Observed, precision: Precision, recipe:
             float_macs[name] = seen.macs
         else:
             used = Precision(EDGE_BITS, EDGE_BITS) if name in edges else precision
-            layers[name] = _quantize_layer(name, module, seen, used, recipe, rounding)
+            layers[name] = _quantize_layer(name, module, seen, used, recipe)
     if not layers and not precision.is_float:
         raise ModelError(
             f"{network.info.name} has no layer left to quantize at {precision}: check quantization.skip and edge_layers, or ask for fp32"
@@ -189,7 +191,7 @@ def quantize(network: Network, observed: Observed, precision: Precision, recipe:
     return QuantizedNetwork(precision, layers, float_macs)
 
 
-def _quantize_layer(name: str, module: Any, seen: ObservedLayer, precision: Precision, recipe: Recipe, rounding: Rounding) -> LayerQuant:
+def _quantize_layer(name: str, module: Any, seen: ObservedLayer, precision: Precision, recipe: Recipe) -> LayerQuant:
     spec = recipe.calibration
     weight: F32 = np.ascontiguousarray(module.weight.detach().numpy(), np.float32)
     bias: F32 | None = None if module.bias is None else module.bias.detach().numpy().astype(np.float32)
@@ -198,11 +200,13 @@ def _quantize_layer(name: str, module: Any, seen: ObservedLayer, precision: Prec
     if bias is not None:
         scale = np.maximum(scale, np.abs(bias) / np.float32(input_scale * MAX_BIAS_CODE)).astype(np.float32)
     scale = np.where(scale > 0, scale, np.float32(1.0)).astype(np.float32)
-    if rounding == "nearest" or precision.weight_bits >= EDGE_BITS:
-        codes = nearest(weight, scale, precision.weight_bits)
-    elif seen.hessians is None:
-        raise ModelError(f"layer {name} was observed without Hessians, which GPTQ needs: observe(..., hessians=True)")
-    else:
-        codes = gptq(weight, scale, precision.weight_bits, seen.hessians)
+    rounding = recipe.quantization.rounding
+    key = (rounding, precision.weight_bits, scale.tobytes())
+    if key not in seen.codes:
+        if rounding == "nearest" or seen.hessians is None or precision.weight_bits >= EDGE_BITS:
+            seen.codes[key] = nearest(weight, scale, precision.weight_bits)
+        else:
+            seen.codes[key] = gptq(weight, scale, precision.weight_bits, seen.hessians)
+    codes = seen.codes[key]
     output_scale = seen.output.scale(spec.activation_range, OUTPUT_BITS, spec.percentile) if seen.kind == "conv" else None
     return LayerQuant(name, seen.kind, codes, scale, precision.weight_bits, input_scale, precision.activation_bits, output_scale, bias, seen.macs)

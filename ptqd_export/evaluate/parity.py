@@ -119,7 +119,8 @@ def check_noise(name: str, engine: Sequence[NoiseStats], simulated: Sequence[Noi
     """k, bias, residual variance and error per step of engine and simulation, both corrected, over the same held-out trajectories.
 
     Returns:
-        {"largest_z": {statistic: value}, "limit_z", "mse_ratio": engine / simulation per step, "snr_q": engine's per step}.
+        {"largest_z": {statistic: value}, "limit_z", "mse_ratio": engine / simulation per step, "snr_q": engine's per step, None where
+        there is no noise}.
     Raises:
         ParityError: naming the step and the statistic.
     """
@@ -137,8 +138,9 @@ def check_noise(name: str, engine: Sequence[NoiseStats], simulated: Sequence[Noi
                 f"{name}: {statistic} at step {step} is {np.ravel(a[step])[0]:.4g} on the engine and {np.ravel(b[step])[0]:.4g} in the simulation, "
                 f"{z.max():.1f} standard errors apart (allowed: {limit:.1f})"
             )
+    snr = [float(v) if np.isfinite(v) else None for v in NoiseStats.pool(engine).snr]  # JSON has no infinity
     ratio = ours["mse"][0] / np.maximum(theirs["mse"][0], 1e-30)
-    return {"largest_z": worst, "limit_z": round(limit, 3), "mse_ratio": ratio.round(4).tolist(), "snr_q": NoiseStats.pool(engine).snr.tolist()}
+    return {"largest_z": worst, "limit_z": round(limit, 3), "mse_ratio": ratio.round(4).tolist(), "snr_q": snr}
 
 
 def max_standard_errors(n: int, n_steps: int) -> float:

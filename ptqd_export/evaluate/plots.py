@@ -79,6 +79,7 @@ def plot_steps(
             panel.legend(fontsize="small", loc="best")
     axes[-1].set_xlabel("step (0 is the noisiest)")
     axes[-1].set_xlim(-0.5, n_steps - 0.5)
+    axes[-1].locator_params(axis="x", integer=True)
     _save(figure, path)
 
 
