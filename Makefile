@@ -1,7 +1,7 @@
 # make demo   build the bundle of the reference model and sample a grid from it
 # make test   lint, type check and run the tests
 # make check  lint and type check alone
-# make bench  timings side by side
+# make bench  measure the tables of the README (about an hour)
 # make clean  remove what these commands wrote (.venv stays: remove it by hand)
 #
 # Each of them creates .venv first if it is missing or older than pyproject.toml and constraints.txt.
@@ -34,7 +34,9 @@ test: check
 	$(BIN)/pytest
 
 bench: $(INSTALLED)
-	set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+	test -d engines/fashion_mnist || $(BIN)/ptqd-export build calib/fashion_mnist --out engines/fashion_mnist
+	$(BIN)/python benchmarks/step_time.py --write
+	$(BIN)/python benchmarks/quality.py --write
 
 clean:
 	rm -rf engines/fashion_mnist engines/fashion_mnist_samples build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

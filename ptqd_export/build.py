@@ -302,7 +302,7 @@ def _check_engines(
         Artifact(
             precision=p,
             emission=e,
-            backends=BACKENDS_OF[e],
+            backends=tuple(b for b in BACKENDS_OF[e] if b in (*recipe.backends, "torch")),
             file=file.name,
             lowering="float32" if p.is_float else LOWERING[e].format(bits=_bits(p)),
             runtime=f"onnxruntime {metadata.version('onnxruntime')}",

@@ -103,10 +103,14 @@ class Manifest:
         for artifact in self.artifacts:
             if artifact.precision == precision and backend in artifact.backends:
                 return artifact
-        held = sorted({name for artifact in self.artifacts for name in artifact.backends})
         raise BundleError(
-            f"the bundle has no {precision} engine for backend {backend!r}: it holds {', '.join(held)}; rebuild with --backend {backend}"
+            f"the bundle has no {precision} engine for backend {backend!r}: it holds {', '.join(self.backends)}; rebuild with --backend {backend}"
         )
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Backends that some graph of the bundle is for, in order."""
+        return tuple(dict.fromkeys(name for artifact in self.artifacts for name in artifact.backends))
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -11,6 +11,7 @@ import numpy as np
 from .bundle import Bundle
 from .engine import SAMPLE, STEP, TIMESTEP
 from .errors import ParityError
+from .evaluate.parity import summary
 from .quant import Emission
 from .sampler import predict_epsilon
 
@@ -34,7 +35,7 @@ class StepRow:
 def per_step(bundle: Bundle) -> list[StepRow]:
     """A row per step; bias is the RMS over channels; snr_q is None where there is no noise, as at full precision."""
     m = bundle.manifest
-    sigmas, recalibrated, snr_f = m.schedule.sigmas, bundle.sigmas("ort-cpu"), m.schedule.snr
+    sigmas, recalibrated, snr_f = m.schedule.sigmas, bundle.sigmas(m.backends[0]), m.schedule.snr
     rows = []
     for i, precision in enumerate(m.plan.steps):
         common = (i, int(m.schedule.timesteps[i]), str(precision))
@@ -66,6 +67,8 @@ def text(bundle: Bundle, rows: Sequence[StepRow]) -> str:
         f"{'engine':<12}{'emission':<11}{'ms/eval':>9}  lowering",
     ]
     lines += [f"{a.precision!s:<12}{a.emission:<11}{'-' if a.time_ms is None else f'{a.time_ms:.2f}':>9}  {a.lowering}" for a in m.artifacts]
+    lines += ["", "parity with the simulation:"]
+    lines += [f"  {name:<15}{summary(figures)}" for name, figures in m.parity.items()]
     lines += ["", f"{'step':>4}{'t':>6}  {'precision':<10}{'corr':<5}{'k':>9}{'bias':>10}{'sigma':>9}{'sigma_':>9}{'SNR_Q':>10}{'SNR_F':>10}"]
     lines += [
         f"{r.step:>4}{r.timestep:>6}  {r.precision:<10}{'yes' if r.corrected else 'no':<5}{r.k:>9.4f}{r.bias:>10.5f}{r.sigma:>9.4f}"
