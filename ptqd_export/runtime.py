@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import multiprocessing
 import signal
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,14 +163,21 @@ def run(
                 chosen, conditions = part(batch)
                 out[batch.start : batch.stop] = runtime.sample(batch, chosen, seed=seed, tensors=conditions, on_step=lambda i, x, e: advance(len(x)))
     else:
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(min(workers, len(batches)), context, _start_worker, (bundle.path, backend, model))
+        workers = min(workers, len(batches))
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (bundle.path, backend, model))
+        todo, running = iter(batches), dict[Future[F64], range]()
         try:
-            futures = {pool.submit(_work, batch, *part(batch), seed): batch for batch in batches}
-            for future in as_completed(futures):
-                batch = futures[future]
-                out[batch.start : batch.stop] = future.result()
-                advance(len(batch) * len(m.schedule))
+            while True:
+                # A few at a time: CPython's pool may hang if it breaks while work is being submitted.
+                with _ctrl_c_blocked():
+                    for batch in itertools.islice(todo, 2 * workers - len(running)):
+                        running[pool.submit(_work, batch, *part(batch), seed)] = batch
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    batch = running.pop(future)
+                    out[batch.start : batch.stop] = future.result()
+                    advance(len(batch) * len(m.schedule))
         except BrokenProcessPool as error:
             raise BackendUnavailable("a worker process died, most likely for lack of memory: lower --workers or --batch-size") from error
         finally:
@@ -179,13 +188,22 @@ def run(
     return out
 
 
+@contextlib.contextmanager
+def _ctrl_c_blocked() -> Iterator[None]:
+    """Workers that start meanwhile inherit this: Ctrl-C reaches the whole group, and the parent ends it and says so once."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 _start: tuple[Path, str, Path | None]
 _worker: Runtime | None = None
 
 
 def _start_worker(path: Path, backend: str, model: Path | None) -> None:
     global _start
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends it, and says so once
     if backend == "torch":
         from .reference import set_threads
     else:
