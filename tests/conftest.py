@@ -10,7 +10,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import contextlib
 import io
 import json
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +87,33 @@ def invoke() -> Invoke:
         return Result(code, out.getvalue(), err.getvalue())
 
     return call
+
+
+Launch = Callable[..., "subprocess.Popen[str]"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For subprocesses: this package, wherever it stands, on one thread."""
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", **more}
+
+
+@pytest.fixture
+def launch() -> Iterator[Launch]:
+    """The command line as a process group of its own: launch("run", bundle, "--out", out, PYTHONHASHSEED="1"). Killed in the end if it still runs."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: object, **more: str) -> subprocess.Popen[str]:
+        words = [sys.executable, "-m", "ptqd_export", *map(str, arguments)]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(words, env=environment(**more), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with process:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import MIXED, PRECISIONS, Built, Invoke
+from conftest import MIXED, PRECISIONS, Built, Invoke, Launch, environment
 
 from ptqd_export.bundle import MANIFEST, QUANTIZATION, TABLES, WEIGHTS, Bundle, exclusive, writing
 from ptqd_export.evaluate.parity import MAX_FLOAT_ERROR, MAX_SHARE_APART
@@ -91,19 +91,14 @@ def test_the_manifest_says_what_was_asked_for(rgb: Built, classes: Built, guided
     assert (m.model.sample_shape, [s.name for s in m.model.inputs], m.schedule.prediction_type) == ((2, 8, 8), ["context"], "v_prediction")
 
 
-def environment(**more: str) -> dict[str, str]:
-    """For subprocesses: this package, wherever it stands."""
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", **more}
+def words(built: Built, out: Path, *options: str) -> tuple[object, ...]:
+    return ("build", built.recipe, "--out", out, *built.options, *options)
 
 
-def command(built: Built, out: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "ptqd_export", "build", str(built.recipe), "--out", str(out), *built.options, *options]
-
-
-def test_same_recipe_and_seed_same_bytes(own: Built, tmp_path: Path) -> None:
-    """In another process, with other hash seeds and another number of threads."""
-    done = subprocess.run(command(own, tmp_path / "again"), env=environment(PYTHONHASHSEED="7"), capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_same_recipe_and_seed_same_bytes(own: Built, tmp_path: Path, launch: Launch) -> None:
+    """In another process, with other hash seeds."""
+    process = launch(*words(own, tmp_path / "again"), PYTHONHASHSEED="7")
+    assert (process.communicate(timeout=300)[1], process.returncode) == ("", 0)
     assert reproducible(tmp_path / "again") == reproducible(own.path)
     again, first = Bundle.open(tmp_path / "again").manifest, own.bundle.manifest
     assert again.plan == first.plan and again.correction == first.correction and again.schedule.to_dict() == first.schedule.to_dict()
@@ -127,14 +122,14 @@ def stop(process: subprocess.Popen[str], when: Callable[[], bool], by: signal.Si
     return process.returncode, out, err
 
 
-def test_a_stopped_build_leaves_the_old_bundle_and_is_taken_up(classes: Built, own: Built, tmp_path: Path) -> None:
+def test_a_stopped_build_leaves_the_old_bundle_and_is_taken_up(classes: Built, own: Built, tmp_path: Path, launch: Launch) -> None:
     """Ctrl-C in the trajectories, kill -9 in the statistics, SIGTERM in the export; then the same command to the end."""
     out, work = tmp_path / "bundle", tmp_path / "bundle.work"
     shutil.copytree(own.path, out)
     before = snapshot(out)
 
     def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(command(classes, out, "--resume"), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return launch(*words(classes, out, "--resume"))
 
     def unharmed() -> None:
         assert snapshot(out) == before
@@ -149,7 +144,7 @@ def test_a_stopped_build_leaves_the_old_bundle_and_is_taken_up(classes: Built, o
     assert error.startswith("Error: interrupted: nothing was changed") and error.count("\n") == 1
     unharmed()
     first = finished(chunks)
-    assert 1 <= len(first) and not list(work.glob("trajectories-*/*.tmp"))
+    assert first and not list(work.glob("trajectories-*/*.tmp"))
 
     code, printed, error = stop(start(), lambda: bool(finished(statistics)), signal.SIGKILL)
     assert (code, printed, error) == (-signal.SIGKILL, "", "")

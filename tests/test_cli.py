@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,20 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PRECISIONS, Built, Invoke
+from conftest import PRECISIONS, Built, Invoke, Launch, environment
 from PIL import Image
 
 HEAVY = ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "scipy", "matplotlib")
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", **more}
-
-
-def start(*arguments: object, **more: str) -> subprocess.Popen[str]:
-    """The command line in a process group of its own."""
-    words = [sys.executable, "-m", "ptqd_export", *map(str, arguments)]
-    return subprocess.Popen(words, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 @pytest.mark.parametrize("name", ["rgb", "classes", "guided"])
@@ -132,8 +123,6 @@ def test_verify(guided: Built, invoke: Invoke) -> None:
     ],
 )
 def test_another_setting_than_the_bundle_s_is_refused(rgb: Built, words: list[str], message: str, invoke: Invoke, tmp_path: Path) -> None:
-    import re
-
     assert re.search(message, invoke("run", rgb.path, "--out", tmp_path / "x", *words).error)
     assert list(tmp_path.iterdir()) == []
 
@@ -143,7 +132,7 @@ def test_the_bundle_s_own_setting_is_taken(rgb: Built, invoke: Invoke, tmp_path:
     assert invoke("run", rgb.path, "--out", tmp_path / "x", *words).code == 0
 
 
-def test_run_needs_no_heavy_package(rgb: Built, tmp_path: Path) -> None:
+def test_run_needs_no_heavy_package(rgb: Built, tmp_path: Path, launch: Launch) -> None:
     """In a process, and in its workers, where importing any of them fails."""
     for name in HEAVY:
         (tmp_path / "blocked").mkdir(exist_ok=True)
@@ -154,7 +143,7 @@ def test_run_needs_no_heavy_package(rgb: Built, tmp_path: Path) -> None:
     for workers in ("1", "2"):
         out = tmp_path / workers
         words = ("run", rgb.path, "--out", out, "--num-samples", "4", "--batch-size", "2", "--workers", workers, "--json")
-        process = start(*words, PYTHONPATH=path)
+        process = launch(*words, PYTHONPATH=path)
         printed, error = process.communicate(timeout=120)
         assert (process.returncode, error) == (0, "")
         assert json.loads(printed)["grid"] == "grid.png" and len(list(out.iterdir())) == 5
@@ -177,8 +166,8 @@ print(sorted(name for name in {HEAVY!r} if sys.modules[name] is not None))
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_build_prints_one_object_and_is_quiet_when_piped(own: Built, tmp_path: Path) -> None:
-    process = start("build", own.recipe, "--out", tmp_path / "b", "--precision", "w8a8", "--calib-size", "2", "--n-steps", "2", "--json")
+def test_build_prints_one_object_and_is_quiet_when_piped(own: Built, tmp_path: Path, launch: Launch) -> None:
+    process = launch("build", own.recipe, "--out", tmp_path / "b", "--precision", "w8a8", "--calib-size", "2", "--n-steps", "2", "--json")
     printed, error = process.communicate(timeout=300)
     assert (process.returncode, error) == (0, "")
     report = json.loads(printed)
@@ -222,9 +211,9 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_ctrl_c_ends_a_run_with_one_line(rgb: Built, tmp_path: Path, workers: str) -> None:
+def test_ctrl_c_ends_a_run_with_one_line(rgb: Built, tmp_path: Path, launch: Launch, workers: str) -> None:
     out = tmp_path / "x"
-    process = start("run", rgb.path, "--out", out, "--num-samples", "100000", "--batch-size", "4", "--workers", workers)
+    process = launch("run", rgb.path, "--out", out, "--num-samples", "100000", "--batch-size", "4", "--workers", workers)
     deadline = time.monotonic() + 120
     while not (out.is_dir() if workers == "1" else len(workers_of(process)) == 2):
         assert process.poll() is None and time.monotonic() < deadline
@@ -236,8 +225,8 @@ def test_ctrl_c_ends_a_run_with_one_line(rgb: Built, tmp_path: Path, workers: st
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dead_worker_is_one_line(rgb: Built, tmp_path: Path) -> None:
-    process = start("run", rgb.path, "--out", tmp_path / "x", "--num-samples", "100000", "--batch-size", "4", "--workers", "2")
+def test_a_dead_worker_is_one_line(rgb: Built, tmp_path: Path, launch: Launch) -> None:
+    process = launch("run", rgb.path, "--out", tmp_path / "x", "--num-samples", "100000", "--batch-size", "4", "--workers", "2")
     deadline = time.monotonic() + 120
     while not (found := workers_of(process)):
         assert process.poll() is None and time.monotonic() < deadline
