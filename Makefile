@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	$(BIN)/ptqd-export build calib/fashion_mnist --out engines/fashion_mnist
-	$(BIN)/ptqd-export run engines/fashion_mnist --out engines/fashion_mnist_samples --num-samples 64
+	$(BIN)/ptqd-export run engines/fashion_mnist --out engines/fashion_mnist_samples --num-samples 80
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

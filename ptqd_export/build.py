@@ -158,7 +158,7 @@ def _build(recipe: Recipe, out: Path, network: Any, schedule: NoiseSchedule, wor
                 "recipe": recipe.to_dict(),
                 "seed": recipe.calibration.seed,
                 "versions": _versions(),
-                "machine": {"processor": platform.machine(), "cpus": len(os.sched_getaffinity(0))},
+                "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
                 "seconds": round(time.monotonic() - started, 1),
             },
             files={},

@@ -190,7 +190,11 @@ class Bundle:
         key = f"{precision}.{emission}.{name}"
         if key not in self.tables:
             raise BundleError(f"{self.path / TABLES} has no table {key}: rebuild the bundle")
-        return self.tables[key]
+        n, channels = len(self.manifest.schedule), self.manifest.model.channels
+        table, expected = self.tables[key], (n,) if name in ("var", "count") else (n, channels)
+        if table.shape != expected:
+            raise BundleError(f"{self.path / TABLES} has a table {key} of shape {table.shape}, expected {expected}: rebuild the bundle")
+        return table
 
     def sigmas(self, backend: str, plan: Plan | None = None) -> npt.NDArray[np.float64]:
         """sigma' per step, (T,), under a plan and the graphs that `backend` runs; the original sigma where recalibration is off."""

@@ -182,7 +182,9 @@ def run(
             )
         seconds = time.monotonic() - started
         files = images.encode_images(x) if file_format == "png" else {"samples.npy": images.encode_array(x)}
-        grid = {"grid.png": images.encode_png(images.image_grid(x, columns=round(num_samples**0.5)))} if pictures else {}
+        in_turn = len(m.model.labels) if class_labels is None else 0
+        columns = in_turn if 1 < in_turn <= 20 else round(num_samples**0.5)  # a column per class where classes go in turn
+        grid = {"grid.png": images.encode_png(images.image_grid(x, columns))} if pictures else {}
         images.write_files(out, files | grid)
     result = {
         "out": str(out),

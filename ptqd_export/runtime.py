@@ -95,21 +95,31 @@ class Runtime:
         """Samples `indices` of `seed` as one batch, float64 (N, C, H, W), not clamped. labels, tensors: one row per index.
 
         Without labels, sample i gets class i modulo the number of classes.
+
+        Raises:
+            ModelError: a sample is not finite.
+            RecipeError: labels or tensors that the model does not take.
         """
         m = self.bundle.manifest
         if labels is None and m.model.labels:
             labels = [m.model.labels[i % len(m.model.labels)] for i in indices]
-        return sample(
-            lambda step: self.engines[self.plan.steps[step]],
-            m.schedule,
-            m.model,
-            m.model.conditions(labels, len(indices), tensors),
-            indices,
-            seed=seed,
-            guidance_scale=m.guidance_scale,
-            sigmas=self.bundle.sigmas(self.backend, self.plan),
-            on_step=on_step,
-        )
+        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is refused below
+            x = sample(
+                lambda step: self.engines[self.plan.steps[step]],
+                m.schedule,
+                m.model,
+                m.model.conditions(labels, len(indices), tensors),
+                indices,
+                seed=seed,
+                guidance_scale=m.guidance_scale,
+                sigmas=self.bundle.sigmas(self.backend, self.plan),
+                on_step=on_step,
+            )
+        finite = np.isfinite(x).all(axis=(1, 2, 3))
+        if not finite.all():
+            bad = indices[int(np.argmin(finite))]
+            raise ModelError(f"sample {bad} holds NaN or infinite values: the model or an engine computes nonsense; try another seed, or rebuild")
+        return x
 
     def close(self) -> None:
         for engine in self.engines.values():
@@ -182,9 +192,6 @@ def run(
             raise BackendUnavailable("a worker process died, most likely for lack of memory: lower --workers or --batch-size") from error
         finally:
             pool.shutdown(cancel_futures=True)
-    if not np.isfinite(out).all():
-        bad = int(np.argwhere(~np.isfinite(out))[0][0])
-        raise ModelError(f"sample {bad} holds NaN or infinite values: the model or an engine computes nonsense; try another --seed, or rebuild")
     return out
 
 
