@@ -107,8 +107,8 @@ def _work_folder(out: Path, resume: bool) -> Iterator[Path]:
                         shutil.rmtree(old) if old.is_dir() else old.unlink()
                 yield work
             finally:
-                with contextlib.suppress(OSError):  # a folder that holds something, or is gone, ends it
-                    for folder in (*work.glob("*/"), work, *made):
+                for folder in (*work.glob("*/"), work, *made):
+                    with contextlib.suppress(OSError):  # what holds something stays
                         folder.rmdir()
     except OSError as error:
         raise PTQDError(

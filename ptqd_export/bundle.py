@@ -37,7 +37,7 @@ from .schedule import NoiseSchedule
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SEAL = "sha256"
-"""Key of the manifest's hash of itself."""
+"""First key of the manifest: the SHA-256 of its bytes, taken with zeros in its own place."""
 TABLES = "tables.safetensors"
 QUANTIZATION = "quantization.safetensors"
 WEIGHTS = "weights.safetensors"
@@ -219,7 +219,8 @@ class Bundle:
         if not manifest_path.is_file():
             raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}; make one with `ptqd-export build`")
         try:
-            data = json.loads(manifest_path.read_text("utf-8"))
+            content = manifest_path.read_bytes()
+            data = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{manifest_path} is not valid JSON ({error}): rebuild the bundle") from error
         version = data.get("format_version") if isinstance(data, dict) else None
@@ -236,7 +237,7 @@ class Bundle:
             _check_file(path, name, entry, verify)
         if verify:
             # After the other checks, which can say more about a manifest that was edited by hand.
-            if data.get(SEAL) != _seal(data):
+            if data.get(SEAL) != _seal(content, str(data.get(SEAL))):
                 raise BundleError(f"{manifest_path} does not match its own SHA-256: it was changed or damaged; copy the bundle again or rebuild it")
             for name in dict.fromkeys(artifact.file for artifact in manifest.artifacts):
                 _check_graph(path / name, manifest.files)
@@ -272,10 +273,9 @@ def _check_file(root: Path, name: str, entry: Mapping[str, Any], verify: bool) -
         raise BundleError(f"{file} does not match its SHA-256 in the manifest: it was changed or damaged; copy the bundle again or rebuild it")
 
 
-def _seal(data: Mapping[str, Any]) -> str:
-    """SHA-256 of a manifest's contents without its own hash."""
-    rest = {key: value for key, value in data.items() if key != SEAL}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+def _seal(content: bytes, seal: str) -> str:
+    """SHA-256 of a manifest's bytes, zeros in the place of `seal`."""
+    return hashlib.sha256(content.replace(seal.encode(), b"0" * 64, 1)).hexdigest()
 
 
 ONNX_MESSAGES: Mapping[str, Mapping[int, str]] = {
@@ -420,9 +420,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != MANIFEST
     }
-    data = {**manifest.to_dict(), "files": files}
-    data[SEAL] = _seal(data)
-    folder.joinpath(MANIFEST).write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", "utf-8")
+    data = {SEAL: "0" * 64, **manifest.to_dict(), "files": files}
+    content = json.dumps(data, indent=1, allow_nan=False).encode() + b"\n"
+    folder.joinpath(MANIFEST).write_bytes(content.replace(b"0" * 64, _seal(content, "0" * 64).encode(), 1))
 
 
 def _fsync(path: Path) -> None:

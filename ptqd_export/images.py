@@ -109,18 +109,20 @@ def output_folder(folder: Path) -> Iterator[None]:
         PTQDError: it cannot be made or written.
     """
     made = [f for f in (folder, *folder.parents) if not f.exists()]
+    probe = folder / f".probe.{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise PTQDError(f"cannot write to the folder {folder}: {error.strerror}: choose another one") from error
-    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        except OSError as error:
+            raise PTQDError(f"cannot write to the folder {folder}: {error.strerror}: choose another one") from error
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink()
         yield
     except BaseException:
-        with contextlib.suppress(OSError):
-            for f in made:
+        for f in made:
+            with contextlib.suppress(OSError):  # what holds something stays
                 f.rmdir()
         raise
 

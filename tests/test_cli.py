@@ -34,8 +34,11 @@ def test_run_writes_pictures_and_a_grid(name: str, request: pytest.FixtureReques
     assert {p.shape for p in pictures} == {(height, width, 3) if channels == 3 else (height, width)}
     assert all((a != b).any() for i, a in enumerate(pictures) for b in pictures[:i])
     grid = np.asarray(Image.open(tmp_path / "a" / "grid.png"))
-    assert grid.shape[:2] == (3 * height, 2 * width)
-    np.testing.assert_array_equal(grid[height : 2 * height, width:], pictures[3])
+    columns = len(m.model.labels) or 2  # a column per class, or about as many as rows
+    assert grid.shape[:2] == (-(-5 // columns) * height, columns * width)
+    for i, picture in enumerate(pictures):
+        top, left = i // columns * height, i % columns * width
+        np.testing.assert_array_equal(grid[top : top + height, left : left + width], picture)
 
     again = invoke("run", built.path, "--out", tmp_path / "b", "--num-samples", "5", "--batch-size", "2", "--seed", "0")
     assert (again.code, again.err) == (0, "") and "5 samples in" in again.out

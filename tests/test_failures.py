@@ -367,8 +367,6 @@ def test_any_flipped_byte_of_the_manifest(bundle: Path) -> None:
     digit = sound.index(b"0.", sound.index(b"alphas_cumprod")) + 3
     for position in (digit, *range(7, len(sound), len(sound) // 150)):
         file.write_bytes(sound[:position] + bytes([sound[position] ^ 1]) + sound[position + 1 :])
-        if sound[position : position + 1].isspace():
-            continue
         with pytest.raises(BundleError) as caught:
             Bundle.open(bundle)
         assert "\n" not in str(caught.value)

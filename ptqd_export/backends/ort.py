@@ -155,7 +155,8 @@ class OrtEngine:
             text = _one_line(error)
             if isinstance(error, ort.capi.onnxruntime_pybind11_state.NotImplemented) or "not a registered function/op" in text:
                 raise BackendUnavailable(f"ONNX Runtime {ort.__version__} has no kernel for an operator of {self.path}: {text}") from error
-            raise GraphError(f"{self.path} cannot be loaded by ONNX Runtime {ort.__version__}: {text}") from error
+            saved = "" if optimised_path is None else f" or its optimised form not saved as {optimised_path.name}, for which space must be free"
+            raise GraphError(f"{self.path} cannot be loaded by ONNX Runtime {ort.__version__}{saved}: {text}") from error
 
     def __call__(self, feeds: Feeds) -> dict[str, Array]:
         """Run on `feeds`, which hold at least `inputs`.

@@ -68,11 +68,12 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 def available_bytes() -> int:
     """Free memory in bytes: what the system could give, and no more than the control group's limit leaves."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         free = int(fields["MemAvailable"].split()[0]) * 1024
+    else:  # macOS does not say what is free: all that is installed is the bound there
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     group = Path("/sys/fs/cgroup")
     limit = (group / "memory.max").read_text().strip() if (group / "memory.max").exists() else "max"
     if limit != "max":

@@ -122,7 +122,9 @@ def _from_function(recipe: Recipe, file: Path, function: str) -> Network:
     channels, height, width = spec.sample_shape
     inputs = tuple(_with_null(spec, s) for s in spec.inputs)
     _check_inputs(inputs)
-    info = ModelInfo(spec.name or file.stem, (channels, height, width), inputs, _sha256({}, module))
+    # The weights do not say what the function computes with them; its file does, as far as it goes.
+    code_hash = hashlib.sha256(file.read_bytes()).hexdigest()
+    info = ModelInfo(spec.name or file.stem, (channels, height, width), inputs, _sha256({"code": code_hash}, module))
     return Network(_bare(module), info, _scheduler_config(recipe, file.parent))
 
 

@@ -109,9 +109,9 @@ def _layer_kind(module: nn.Module) -> str | None:
 @contextmanager
 def _watching(network: Network, layers: dict[str, ObservedLayer], step: int, hessians: bool, count_macs: bool) -> Iterator[None]:
     def hook_of(name: str, kind: str) -> Any:
-        def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
             layer = layers.setdefault(name, ObservedLayer(kind))
-            (x,) = args
+            x = args[0] if args else kwargs["input"]
             layer.vector = x.ndim == 2
             if count_macs:
                 layer.macs += output.numel() * module.weight[0].numel()
@@ -129,7 +129,7 @@ def _watching(network: Network, layers: dict[str, ObservedLayer], step: int, hes
     for name, module in network.module.named_modules():
         kind = _layer_kind(module)
         if kind is not None:
-            handles.append(module.register_forward_hook(hook_of(name, kind)))
+            handles.append(module.register_forward_hook(hook_of(name, kind), with_kwargs=True))
     try:
         yield
     finally:

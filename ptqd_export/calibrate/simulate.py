@@ -59,9 +59,9 @@ class SimulatedLayer:
         if layer.kind == "conv":
             self._weight = self._weight.to(memory_format=torch.channels_last)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, input: Tensor) -> Tensor:  # named as in Conv2d.forward: some models call layers by keyword
         bits = self._layer.activation_bits
-        codes = (x / self._input_scale).round_().clamp_(qmin(bits), qmax(bits))
+        codes = (input / self._input_scale).round_().clamp_(qmin(bits), qmax(bits))
         if self._portable:
             return self._multiply(codes, self._bias)
         acc = self._multiply(codes, None)

@@ -34,6 +34,8 @@ CONDITION = "condition."
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 CONDITION_STREAM = 1 << 48
 """Sample indices stay below it: drawn conditions use noise streams of their own."""
+CALIBRATION_STREAM = 1 << 62
+"""Added to the index of a trajectory's noise: no sample that a user draws, whatever the seed, is one that was calibrated on."""
 
 
 class Batch(NamedTuple):
@@ -106,10 +108,10 @@ def collect(network: Network, schedule: NoiseSchedule, recipe: Recipe, folder: P
     ]
     check_memory(network, max(map(len, batches)), scale)
     folder.mkdir(parents=True, exist_ok=True)
+    sources = {s.name: _open_values(s, recipe) for s in network.info.inputs if s.values is not None}
     key = _key(network.info, schedule, recipe)
     files = {b: folder / f"{b.start:06d}-{b.stop:06d}.safetensors" for b in batches}
     todo = [b for b in batches if not _is_whole(files[b], key)]
-    sources = {s.name: _open_values(s, recipe) for s in network.info.inputs if s.values is not None}
     with TorchEngine(network, schedule) as engine, progress(len(todo) * len(schedule), "full-precision trajectories", "step") as bar:
         for indices in todo:
             conditions = _conditions(network.info, indices, spec.seed, sources)
@@ -126,12 +128,14 @@ def collect(network: Network, schedule: NoiseSchedule, recipe: Recipe, folder: P
                     bar.update()
 
                 with np.errstate(invalid="ignore", over="ignore"):  # on_step says it in a sentence
-                    sample(lambda step: engine, schedule, network.info, conditions, indices, seed=spec.seed, guidance_scale=scale, on_step=on_step)
+                    streams = [CALIBRATION_STREAM + i for i in indices]
+                    sample(lambda step: engine, schedule, network.info, conditions, streams, seed=spec.seed, guidance_scale=scale, on_step=on_step)
     return Trajectories(tuple(files.values()), calibration, held_out)
 
 
 def _key(info: ModelInfo, schedule: NoiseSchedule, recipe: Recipe) -> str:
-    parts = [info.to_dict(), schedule.to_dict(), recipe.sampler.guidance_scale, recipe.calibration.seed]
+    values = {s.name: hashlib.sha256(recipe.path(s.values).read_bytes()).hexdigest() for s in info.inputs if s.values is not None}
+    parts = [info.to_dict(), schedule.to_dict(), recipe.sampler.guidance_scale, recipe.calibration.seed, values]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
