@@ -36,7 +36,7 @@ test: check
 bench: $(INSTALLED)
 	test -d engines/fashion_mnist || $(BIN)/ptqd-export build calib/fashion_mnist --out engines/fashion_mnist
 	$(BIN)/python benchmarks/step_time.py --write
-	$(BIN)/python benchmarks/quality.py --write
+	$(BIN)/python benchmarks/quality.py --samples 128 --write
 
 clean:
 	rm -rf engines/fashion_mnist engines/fashion_mnist_samples build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

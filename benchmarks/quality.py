@@ -2,15 +2,18 @@
 
     python benchmarks/quality.py [--model calib/fashion_mnist] [--samples 256] [--seeds 0 1] [--write]
 
-For eta 0 and eta 1 a bundle without correction is built into benchmarks/out/; every mode's tables are computed from its noise
-statistics and applied in the sampler (a test shows that the folded graph does the same). All runs share seeds and injected noise
-with the full-precision run, so PSNR compares pairs. Frechet distance is to the Fashion-MNIST test images in the features of the
-reference classifier. Finished runs are kept in benchmarks/out/quality.jsonl and not run again. --write puts the tables into the README.
+For eta 0 and eta 1 the bundle that `build` makes by default is built into benchmarks/out/: its graphs carry the gated `ptqd` correction.
+The other modes' tables are computed from the noise statistics in the bundle, and replace the folded one in the sampler: both are affine in
+the guided prediction, so one is undone and the other applied exactly. All runs share seeds and injected noise with the full-precision run, so
+PSNR compares pairs; calibration has noise of its own. Frechet distance is to the Fashion-MNIST test images in the features of the
+reference classifier. Finished runs are kept in benchmarks/out/quality.jsonl, under the hashes of what they ran, and not run again.
+--write puts the tables into the README.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import sys
@@ -19,11 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from report import ROOT, table, write_section
+from report import ROOT, machine, table, write_section
 
 from ptqd_export.bundle import Bundle
 from ptqd_export.engine import Engine
-from ptqd_export.noise import MODES, Correction, Mode
+from ptqd_export.noise import MODES, Correction
 from ptqd_export.plan import Plan, by_budget, by_snr, fixed, pareto_front, step_weights
 from ptqd_export.precision import FP32, Precision
 from ptqd_export.progress import progress
@@ -31,6 +34,8 @@ from ptqd_export.quant import Emission
 
 OUT = ROOT / "benchmarks" / "out"
 PRECISIONS = ("w8a8", "w4a8", "w4a4")
+DEFAULT = "ptqd, gated"
+"""What `build` folds into its graphs if nothing else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Job:
 
     eta: float
     plan: str
-    mode: Mode
+    mode: str
     recalibrate: bool
     edges: str = "float"
     label: str = ""
@@ -49,32 +54,44 @@ class Job:
 
 
 def bundle_path(eta: float, edges: str) -> Path:
-    return OUT / f"raw-eta{eta:g}-{edges}"
+    return OUT / f"eta{eta:g}-{edges}"
 
 
-def build_raw(model: Path, eta: float, edges: str) -> None:
-    """A bundle without correction: raw engines of every precision, and the statistics that tables are made from."""
+def build_bundle(model: Path, eta: float, edges: str) -> None:
+    """The default bundle at this eta with every precision; built anew unless the one there is of the same recipe and weights."""
     from ptqd_export.build import build
+    from ptqd_export.calibrate import open_model
     from ptqd_export.recipe import Recipe
 
     path = bundle_path(eta, edges)
-    if path.exists():
-        return
     recipe = Recipe.load(model).override(
-        sampler={"eta": eta},
-        quantization={"precisions": ("fp32", *PRECISIONS), "correction": "none", "edge_layers": edges},
-        plan={"rule": "fixed", "steps": ("w8a8",)},
+        sampler={"eta": eta}, quantization={"precisions": ("fp32", *PRECISIONS), "edge_layers": edges}, plan={"rule": "fixed", "steps": ("w8a8",)}
     )
+    if path.exists():
+        m = Bundle.open(path).manifest
+        if m.provenance["recipe"] == recipe.to_dict() and m.model.sha256 == open_model(recipe).info.sha256:
+            return
     print(f"building {path.name}", file=sys.stderr)
     build(recipe, path, say=lambda text: print(text, file=sys.stderr))
 
 
-def tables(bundle: Bundle, plan: Plan, mode: Mode) -> Correction:
-    """The rows of each step's precision."""
+def fingerprint(bundle: Bundle) -> str:
+    """What the runs of a bundle depend on: its graphs, weights and tables."""
+    files = {name: entry["sha256"] for name, entry in bundle.manifest.files.items() if name.endswith((".onnx", ".safetensors"))}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def tables(bundle: Bundle, plan: Plan, mode: str) -> Correction:
+    """What to apply to the bundle's guided predictions so that they are corrected as `mode` says; per step the rows of its precision."""
     n, c = len(plan), bundle.manifest.model.channels
     of = {}
     for p in plan.precisions:
-        of[p] = Correction.identity(n, c) if p.is_float else Correction.from_stats(bundle.stats(p, Emission.ORT_CPU), mode)
+        folded = bundle.correction(p, Emission.ORT_CPU)
+        if p.is_float or mode == DEFAULT:
+            of[p] = Correction(np.ones((n, c)), np.zeros((n, c)), folded.var)
+        else:
+            wanted = Correction.from_stats(bundle.stats(p, Emission.ORT_CPU), mode)
+            of[p] = Correction(wanted.gain / folded.gain, wanted.offset - wanted.gain * folded.offset / folded.gain, wanted.var)
     rows = [of[p] for p in plan.steps]
     return Correction(
         np.stack([r.gain[i] for i, r in enumerate(rows)]),
@@ -119,23 +136,26 @@ _engines: dict[tuple[Path, Precision], Engine] = {}
 
 
 def plan_jobs(eta: float) -> list[Job]:
-    """The snr plan, and budget plans of the same BOPs for both objectives, corrected as `ptqd`."""
+    """The snr plan, budget plans of the same BOPs for both objectives, one by time with fp32 among its engines, and two by hand."""
     bundle = Bundle.open(bundle_path(eta, "float"))
     m, schedule = bundle.manifest, bundle.manifest.schedule
+    n, info = len(schedule), m.plan_info
     precisions = [Precision.parse(p) for p in PRECISIONS]
-    stats = {p: bundle.stats(p, Emission.ORT_CPU) for p in precisions}
-    fit = {p: Correction.from_stats(s, "ptqd") for p, s in stats.items()}
     bops = {p: float(m.bops[p]) for p in precisions}
-    chosen = {"snr": by_snr({p: stats[p].corrected(fit[p]).snr for p in precisions}, bops, schedule)}
+    chosen = {"snr": by_snr({p: np.array(info["snr_q"][str(p)]) for p in precisions}, bops, schedule)}
+    # The manifest's errors are weighted for its own objective; the weights come off again.
+    errors = {p: np.array(info["error"][str(p)]) / step_weights(schedule, info["objective"]) for p in (*precisions, FP32)}
     for objective in ("paired", "distribution"):
         weights = step_weights(schedule, objective)
-        front = pareto_front({p: weights * stats[p].mse(fit[p].gain, fit[p].offset) for p in precisions}, bops)
-        chosen[f"budget, {objective}"] = by_budget(front, chosen["snr"].total(bops)).plan
-    n = len(schedule)
+        front = pareto_front({p: weights * errors[p] for p in precisions}, bops)
+        chosen[f"budget, {objective}, BOPs of snr's"] = by_budget(front, chosen["snr"].total(bops)).plan
+    seconds = {p: float(info["seconds_per_evaluation"][str(p)]) for p in errors}
+    front = pareto_front({p: step_weights(schedule, "paired") * e for p, e in errors.items()}, seconds)
+    chosen["budget, paired, 70 % of fp32's time"] = by_budget(front, 0.7 * n * max(seconds.values())).plan
     half = n // 2
     chosen["by hand: w4a4 early"] = fixed([f"w4a4*{half}", f"w8a8*{n - half}"], n)
     chosen["by hand: w4a4 late"] = fixed([f"w8a8*{half}", f"w4a4*{n - half}"], n)
-    return [Job(eta, str(plan), "ptqd", eta > 0, label=name) for name, plan in chosen.items()]
+    return [Job(eta, str(plan), DEFAULT, eta > 0, label=name) for name, plan in chosen.items()]
 
 
 def main() -> None:
@@ -152,17 +172,17 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     jobs: list[Job] = []
     for eta in args.eta:
-        build_raw(args.model, eta, "float")
+        build_bundle(args.model, eta, "float")
         jobs.append(Job(eta, "fp32", "none", False))
         if "modes" not in args.skip:
             for p in PRECISIONS:
-                for mode in MODES:
+                for mode in (*MODES, DEFAULT):
                     jobs += [Job(eta, p, mode, r) for r in ((False, True) if eta > 0 else (False,))]
         if "plans" not in args.skip:
             jobs += plan_jobs(eta)
     if "edges" not in args.skip:
-        build_raw(args.model, 0.0, "w8a8")
-        jobs += [Job(0.0, p, "ptqd", False, "w8a8") for p in PRECISIONS]
+        build_bundle(args.model, 0.0, "w8a8")
+        jobs += [Job(0.0, p, DEFAULT, False, "w8a8") for p in PRECISIONS]
     results = run_all(jobs, args)
     text = report(jobs, results, args)
     print(text)
@@ -179,13 +199,18 @@ def run_all(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
     from ptqd_export.images import to_uint8
 
     log = OUT / "quality.jsonl"
-    setting = {"samples": args.samples, "seeds": args.seeds}
+    prints = {(job.eta, job.edges): "" for job in jobs}
+    prints = {key: fingerprint(Bundle.open(bundle_path(*key), verify=False)) for key in prints}
+
+    def setting(job: Job) -> dict:
+        return {"samples": args.samples, "seeds": args.seeds, "bundle": prints[job.eta, job.edges], "fp32": prints[job.eta, "float"]}
+
+    known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {}
-    if log.exists():
-        for line in log.read_text().splitlines():
-            entry = json.loads(line)
-            if entry["setting"] == setting:
-                done[entry["key"]] = entry["result"]
+    for job in jobs:
+        for entry in known:
+            if entry["key"] == job.key() and entry["setting"] == setting(job):
+                done[job.key()] = entry["result"]
     features, reference = load_features(args.model), load_reference(args.model)
     truth: dict[float, np.ndarray] = {}
     todo = [job for job in jobs if job.key() not in done]
@@ -211,7 +236,7 @@ def run_all(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
 
         for job in todo:
             if job.eta not in truth:
-                file = OUT / f"fp32-eta{job.eta:g}-{args.samples}-{'-'.join(map(str, args.seeds))}.npy"
+                file = OUT / f"fp32-{prints[job.eta, 'float']}-{args.samples}-{'-'.join(map(str, args.seeds))}.npy"
                 if not file.exists():
                     np.save(file, all_samples(Job(job.eta, "fp32", "none", False)))
                 truth[job.eta] = np.load(file)
@@ -228,7 +253,7 @@ def run_all(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
             }
             done[job.key()] = result
             with log.open("a") as file_:
-                file_.write(json.dumps({"setting": setting, "key": job.key(), "result": result}) + "\n")
+                file_.write(json.dumps({"setting": setting(job), "key": job.key(), "result": result}) + "\n")
     return done
 
 
@@ -259,17 +284,19 @@ def report(jobs: list[Job], results: dict[str, dict], args: argparse.Namespace) 
             fp = m.bops[FP32]
             share = [fixed(j.plan.split(), len(m.schedule)).total({p: v / fp / len(m.schedule) for p, v in m.bops.items()}) for j in plans]
             rows = [[j.label, j.plan, f"{s:.4f}", *cells(results[j.key()])] for j, s in zip(plans, share, strict=True)]
-            parts.append(f"**Plans, eta {eta:g}** (correction ptqd)\n\n" + table(["rule", "plan", "BOPs of fp32", *columns], rows))
+            parts.append(f"**Plans, eta {eta:g}** (correction {DEFAULT})\n\n" + table(["rule", "plan", "BOPs of fp32", *columns], rows))
     edges = [j for j in jobs if j.edges == "w8a8"]
     if edges:
         rows = []
         for j in edges:
             other = Job(j.eta, j.plan, j.mode, j.recalibrate)
             rows += [[j.plan, name, *cells(results[job.key()])] for name, job in (("float", other), ("8 bits", j)) if job.key() in results]
-        parts.append("**First and last conv** (eta 0, correction ptqd)\n\n" + table(["precision", "edge layers", *columns], rows))
-    note = f"{args.samples} samples for each of the seeds {', '.join(map(str, args.seeds))}; ± is half the range over seeds. 20 steps, guidance 2."
+        parts.append(f"**First and last conv** (eta 0, correction {DEFAULT})\n\n" + table(["precision", "edge layers", *columns], rows))
     m = Bundle.open(bundle_path(args.eta[0], "float"), verify=False).manifest
-    note = note.replace("20 steps, guidance 2", f"{len(m.schedule)} steps, guidance {m.guidance_scale:g}")
+    note = (
+        f"{m.model.name}, {len(m.schedule)} steps, guidance {m.guidance_scale:g}; {args.samples} samples for each of the seeds "
+        f"{', '.join(map(str, args.seeds))}; ± is half the range over seeds. {machine()}."
+    )
     return "\n\n".join([*parts, note])
 
 

@@ -120,20 +120,27 @@ def _work_folder(out: Path, resume: bool) -> Iterator[Path]:
 def _build(recipe: Recipe, out: Path, network: Any, schedule: NoiseSchedule, work: Path, say: Callable[[str], None], started: float) -> None:
     """From the calibration on."""
     from .calibrate import collect, observe, quantize
+    from .export import export_fp, exported_layers
 
     info = network.info
     key = _digest(info.sha256, schedule.to_dict(), recipe.digest("model", "sampler", "calibration"), _versions())
 
     say(f"{info.name}: {len(schedule)} steps, eta {schedule.eta:g}, guidance {recipe.sampler.guidance_scale:g}")
+    base = export_fp(network.module, info)  # first: what cannot be exported need not be calibrated
     trajectories = collect(network, schedule, recipe, work / f"trajectories-{key[:16]}")
     observed = observe(network, schedule, recipe, trajectories)
-    quantized = {p: quantize(network, observed, p, recipe) for p in recipe.precisions}
+    found = exported_layers(base)
+    quantized = {p: quantize(network, observed, p, recipe).only(found) for p in recipe.precisions}
+    if lost := sorted(set(observed.layers) - found):
+        say(f"{len(lost)} layers are not in the exported graph as themselves (such as {lost[0]}): they stay float")
     measured = _measure_all(recipe, network, schedule, trajectories, quantized, work, key)
 
     with writing(out) as tmp:
-        graphs = _export(network, schedule, quantized, measured, tmp)
+        graphs = _export(base, info.channels, schedule, quantized, measured, tmp)
         figures, artifacts, costs = _check_engines(recipe, info, schedule, trajectories, quantized, measured, graphs, network, tmp, say)
         plan, plan_info = choose_plan(recipe, schedule, quantized, costs, measured)
+        for note in plan_info["notes"]:
+            say(note)
         _write_tables(tmp, measured, quantized)
         kept = {
             f"{p}.{e}": {
@@ -214,19 +221,23 @@ def conclude(recipe: Recipe, calibration: Sequence[NoiseStats], held_out: Sequen
 
 
 def _export(
-    network: Any, schedule: NoiseSchedule, quantized: Mapping[Precision, QuantizedNetwork], measured: Mapping[Key, Measured], folder: Path
+    base: Any,
+    channels: int,
+    schedule: NoiseSchedule,
+    quantized: Mapping[Precision, QuantizedNetwork],
+    measured: Mapping[Key, Measured],
+    folder: Path,
 ) -> dict[Key, Path]:
-    """One FP export; every graph a rewrite of it. Returns the files."""
-    from .export import export_fp, fold, lint, lower
+    """Every graph, each a rewrite of the full-precision export `base`. Returns the files."""
+    from .export import fold, lint, lower
     from .export import quantize as insert_qdq
     from .export import save as save_graphs
 
-    base = export_fp(network.module, network.info)
     a, b = schedule.epsilon_coefficients()
     models = {}
     for precision, net in quantized.items():
         for emission in Emission:
-            c = Correction.identity(len(schedule), network.info.channels) if precision.is_float else measured[precision, emission].correction
+            c = Correction.identity(len(schedule), channels) if precision.is_float else measured[precision, emission].correction
             # epsilon = a out + b x (prediction type), then gain epsilon + offset: one affine map of the raw output and of x.
             sample_gain = None if not b.any() else c.gain * b[:, None]
             graph = insert_qdq(base, net, emission)
@@ -253,22 +264,19 @@ def _check_engines(
     """The parity gate on every graph, what the optimised graphs hold, and the measured time of every ORT CPU engine."""
     from .backends.ort import OrtEngine
     from .calibrate import TorchEngine, measure
-    from .export import op_counts, quantized_convs
+    from .export import op_counts
     from .timing import time_engines
 
     figures: dict[str, Any] = {}
     engines: dict[Precision, OrtEngine] = {}
     ops: dict[Key, dict[str, int]] = {}
     scale = recipe.sampler.guidance_scale
-    try:
+    with contextlib.ExitStack() as stack:
         for (precision, emission), file in graphs.items():
             native = emission is Emission.ORT_CPU
             optimised = folder / ".optimised.onnx"
-            engine = OrtEngine(file, optimise=native, optimised_path=optimised if native else None)
-            emitted = op_counts(file)
-            ops[precision, emission] = dict(sorted((op_counts(optimised) if native else emitted).items()))
-            for leftover in folder.glob(".optimised*"):
-                leftover.unlink()
+            engine = stack.enter_context(OrtEngine(file, optimise=native, optimised_path=optimised if native else None))
+            ops[precision, emission] = dict(sorted(op_counts(optimised if native else file).items()))
             name = f"{precision}.{emission}"
             if precision.is_float:
                 with TorchEngine(network, schedule) as reference:
@@ -276,10 +284,17 @@ def _check_engines(
             else:
                 net, m = quantized[precision], measured[precision, emission]
                 if native:
-                    parity.check_structure(name, emitted, ops[precision, emission], quantized_convs(file))
+                    parity.check_structure(name, file, optimised, net)
+                fold = parity.check_fold(name, engine, m.correction, info, schedule, trajectories)
                 layers = parity.check_layers(name, file, net, emission, info, schedule, trajectories, network)
                 noise = measure(engine, info, schedule, trajectories, scale, "held_out")
-                figures[name] = {"layers": layers, "noise": parity.check_noise(name, noise, parity.correct_all(m.held_out, m.correction))}
+                figures[name] = {
+                    "fold": fold,
+                    "layers": layers,
+                    "noise": parity.check_noise(name, noise, parity.correct_all(m.held_out, m.correction)),
+                }
+            for leftover in folder.glob(".optimised*"):
+                leftover.unlink()
             say(f"parity {name}: {parity.summary(figures[name])}")
             if native:
                 engines[precision] = engine
@@ -294,9 +309,6 @@ def _check_engines(
             **info.conditions(None, n),
         }
         seconds = time_engines({str(p): e for p, e in engines.items()}, feeds)
-    finally:
-        for engine in engines.values():
-            engine.close()
     times = {p: seconds[str(p)] for p in engines}
     artifacts = [
         Artifact(
@@ -333,7 +345,7 @@ def choose_plan(
     candidates = list(quantized)
     bops = {p: float(net.bops) for p, net in quantized.items()}
     native = {p: measured[p, Emission.ORT_CPU] for p in candidates if not p.is_float}
-    snr = {p: native[p].pooled.corrected(native[p].correction).snr if p in native else np.full(n, np.inf) for p in candidates}
+    snr = {p: native[p].pooled.snr if p in native else np.full(n, np.inf) for p in candidates}
     weights = step_weights(schedule, spec.objective)
     errors = {p: weights * native[p].error() if p in native else np.zeros(n) for p in candidates}
     cost: dict[Precision, float] = {p: (seconds[p] if spec.cost == "time" else bops[p]) for p in candidates}
@@ -345,7 +357,13 @@ def choose_plan(
         plan = _check_fixed(recipe, schedule)
     else:
         plan = by_budget(front, budget).plan
+    notes = []
+    if spec.rule == "budget" and plan.total(cost) > budget * (1 + 1e-9):
+        notes.append(f"no plan fits the budget of {spec.budget:g} of the dearest precision's {spec.cost}: the cheapest one is taken")
+    if unused := [str(p) for p in candidates if p not in plan.precisions]:
+        notes.append(f"built but not used by this plan: {', '.join(unused)}")
     return plan, {
+        "notes": notes,
         "rule": spec.rule,
         "objective": spec.objective,
         "cost": spec.cost,

@@ -81,7 +81,7 @@ def by_snr(snr: Mapping[Precision, F64], bops: Mapping[Precision, float], schedu
     """The paper's rule (PTQD, section 3.4): per step the cheapest precision with SNR_Q > SNR_F, else the most precise one.
 
     Args:
-        snr: SNR_Q (T,) of each candidate.
+        snr: SNR_Q (T,) of each candidate, of the noise D = eq - e before any correction.
         bops: bit operations of each candidate, which order them.
     """
     order = sorted(snr, key=lambda p: bops[p])

@@ -5,7 +5,7 @@ Everything is symmetric: real = code * scale, codes in [qmin(bits), qmax(bits)],
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -108,12 +108,17 @@ class QuantizedNetwork:
     layers: Mapping[str, LayerQuant]
     float_macs: Mapping[str, int] = field(default_factory=dict)
 
+    def only(self, names: Collection[str]) -> QuantizedNetwork:
+        """The network with every other layer left in float."""
+        dropped = {name: layer.macs for name, layer in self.layers.items() if name not in names}
+        return QuantizedNetwork(self.precision, {n: v for n, v in self.layers.items() if n in names}, {**self.float_macs, **dropped})
+
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one network evaluation for one sample."""
+        """Multiply-accumulates of one network evaluation for one sample, in Conv2d and Linear layers (attention's own products are not counted)."""
         return sum(layer.macs for layer in self.layers.values()) + sum(self.float_macs.values())
 
     @property
     def bops(self) -> int:
-        """Bit operations of one network evaluation for one sample; layers left in float count 32 x 32 bits."""
+        """Bit operations of one network evaluation for one sample, over what `macs` counts; layers left in float count 32 x 32 bits."""
         return sum(layer.bops for layer in self.layers.values()) + sum(self.float_macs.values()) * 32 * 32

@@ -23,11 +23,6 @@ from .precision import Precision
 
 RECIPE_FILE = "recipe.toml"
 BACKENDS = ("ort-cpu", "torch")
-RANGES = ("minmax", "percentile", "mse")
-SOLVERS = ("ddim", "ddpm")
-RULES = ("snr", "budget", "fixed")
-OBJECTIVES = ("paired", "distribution")
-COSTS = ("time", "bops")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ two), and end to end by statistics: k, bias and residual variance per step withi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..conditioning import ModelInfo
-from ..engine import SAMPLE, STEP, TIMESTEP, Array, Engine
+from ..engine import EPSILON, SAMPLE, STEP, TIMESTEP, Array, Engine
 from ..errors import ParityError
-from ..noise import Correction, NoiseStats, jackknife
+from ..noise import Correction, NoiseStats
 from ..quant import Emission, QuantizedNetwork
 from ..sampler import predict_epsilon
 from ..schedule import NoiseSchedule
@@ -30,7 +30,9 @@ FLOAT_TOLERANCE = 2e-5
 """Relative to a channel's largest output: what float32 accumulation of one layer may differ by; a quantization step is far above."""
 FALSE_ALARM = 0.0027
 """Chance that a right engine fails on one statistic over all steps: that of three standard deviations."""
-MAX_FLOAT_ERROR = 1e-3
+FOLD_TOLERANCE = 1e-5
+"""Relative to the largest |epsilon|: a multiplication and an addition in float32, and the division that undoes them."""
+MAX_FLOAT_ERROR = 1e-4
 """RMS difference of an fp32 engine to the torch model, relative to the RMS of epsilon."""
 
 
@@ -118,19 +120,25 @@ def _feeds(info: ModelInfo, schedule: NoiseSchedule, trajectories: Any, step: in
 def check_noise(name: str, engine: Sequence[NoiseStats], simulated: Sequence[NoiseStats]) -> dict[str, Any]:
     """k, bias, residual variance and error per step of engine and simulation, both corrected, over the same held-out trajectories.
 
+    The two saw the same inputs, so their difference is judged by its own standard error: a jackknife that leaves a trajectory
+    out of both at once.
+
     Returns:
-        {"largest_z": {statistic: value}, "limit_z", "mse_ratio": engine / simulation per step, "snr_q": engine's per step, None where
-        there is no noise}.
+        {"largest_z": {statistic: value}, "limit_z", "mse_ratio": engine / simulation per step, "snr_q_corrected": engine's per step}.
     Raises:
         ParityError: naming the step and the statistic.
     """
-    ours, theirs = ({**jackknife(parts), "mse": _mse(parts)} for parts in (engine, simulated))
-    limit = max_standard_errors(len(engine), len(engine[0].count))
+    total, reference = NoiseStats.pool(engine), NoiseStats.pool(simulated)
+    limit = max_standard_errors(len(engine), len(total.count))
+    left_out = [(total - a, reference - b) for a, b in zip(engine, simulated, strict=True)]
+    n = len(engine)
     worst: dict[str, float] = {}
-    for statistic in ours:
-        (a, sa), (b, sb) = ours[statistic], theirs[statistic]
-        difference = a - b if statistic == "mse" else np.abs(a - b)  # a smaller error than the simulation's is no fault
-        z = (difference / np.maximum(np.hypot(sa, sb), 1e-12)).reshape(len(a), -1).max(1)
+    for statistic, of in STATISTICS.items():
+        a, b = of(total), of(reference)
+        differences = np.stack([of(x) - of(y) for x, y in left_out])
+        error = np.sqrt((n - 1) / n * ((differences - differences.mean(0)) ** 2).sum(0))
+        # Two executions of one network may differ by float rounding alone, which has no spread worth the name.
+        z = (np.abs(a - b) / np.maximum(error, FLOAT_TOLERANCE * np.abs(b) + 1e-12)).reshape(len(a), -1).max(1)
         worst[statistic] = round(float(z.max()), 3)
         if not z.max() <= limit:
             step = int(z.argmax())
@@ -138,9 +146,9 @@ def check_noise(name: str, engine: Sequence[NoiseStats], simulated: Sequence[Noi
                 f"{name}: {statistic} at step {step} is {np.ravel(a[step])[0]:.4g} on the engine and {np.ravel(b[step])[0]:.4g} in the simulation, "
                 f"{z.max():.1f} standard errors apart (allowed: {limit:.1f})"
             )
-    snr = [float(v) if np.isfinite(v) else None for v in NoiseStats.pool(engine).snr]  # JSON has no infinity
-    ratio = ours["mse"][0] / np.maximum(theirs["mse"][0], 1e-30)
-    return {"largest_z": worst, "limit_z": round(limit, 3), "mse_ratio": ratio.round(4).tolist(), "snr_q": snr}
+    ratio = STATISTICS["mse"](total) / np.maximum(STATISTICS["mse"](reference), 1e-30)
+    finite = [float(v) if np.isfinite(v) else None for v in total.snr]
+    return {"largest_z": worst, "limit_z": round(limit, 3), "mse_ratio": ratio.round(4).tolist(), "snr_q_corrected": finite}
 
 
 def max_standard_errors(n: int, n_steps: int) -> float:
@@ -150,11 +158,49 @@ def max_standard_errors(n: int, n_steps: int) -> float:
     return float(t.ppf(1 - FALSE_ALARM / 2 / n_steps, n - 1))
 
 
-def _mse(parts: Sequence[NoiseStats]) -> tuple[F64, F64]:
-    """Mean squared error to full precision per step and its standard error over trajectories, (T,) each."""
-    one, zero = np.ones_like(parts[0].e), np.zeros_like(parts[0].e)
-    errors = np.stack([s.mse(one, zero) for s in parts])
-    return errors.mean(0), errors.std(0, ddof=1) / np.sqrt(len(parts))
+STATISTICS: Mapping[str, Callable[[NoiseStats], F64]] = {
+    "k": lambda s: s.k,
+    "bias": lambda s: s.bias,
+    "var": lambda s: s.var,
+    "mse": lambda s: s.mse(np.ones_like(s.e), np.zeros_like(s.e)),
+}
+
+
+def check_fold(
+    name: str,
+    engine: Engine,
+    correction: Correction,
+    info: ModelInfo,
+    schedule: NoiseSchedule,
+    trajectories: Any,
+) -> float:
+    """Every row of the folded tables is where it should be: exact up to float rounding, whatever the noise.
+
+    At one x and timestep the network's raw output does not depend on the input `step`, only the tables do, so
+    epsilon_i = gain_i raw + offset_i for all i must follow from row 0. (Prediction types other than epsilon fold a term in x
+    with the same gain; it depends on the row as well and is left to the statistics.)
+
+    Returns:
+        the largest difference relative to the largest |epsilon|.
+    Raises:
+        ParityError: naming the step.
+    """
+    if STEP not in engine.inputs or schedule.prediction_type != "epsilon":
+        return 0.0
+    feeds = _feeds(info, schedule, trajectories, 0)
+    gain, offset = (table[:, :, None, None] for table in (correction.gain, correction.offset))
+    raw = (engine(feeds)[EPSILON].astype(np.float64) - offset[0]) / gain[0]
+    worst = 0.0
+    for step in range(len(schedule)):
+        got = engine({**feeds, STEP: np.array([step], np.int64)})[EPSILON].astype(np.float64)
+        expected = gain[step] * raw + offset[step]
+        error = float(np.abs(got - expected).max() / np.abs(expected).max())
+        if not error <= FOLD_TOLERANCE:
+            raise ParityError(
+                f"{name}: the correction of step {step} in the graph is not its table's: epsilon is off by {error:.2g} of its largest value"
+            )
+        worst = max(worst, error)
+    return worst
 
 
 def check_float(
@@ -176,18 +222,29 @@ def check_float(
     return {"largest_relative_error": worst}
 
 
-def check_structure(name: str, emitted: Mapping[str, int], optimised: Mapping[str, int], quantized_convs: int) -> None:
-    """Every conv that was to run in integers is a QLinearConv in the optimised graph, and none of them is a float Conv.
+def check_structure(name: str, emitted: Path, optimised: Path, network: QuantizedNetwork) -> None:
+    """Every layer that was to run in integers does in the optimised graph: convs as QLinearConv, linears as MatMulIntegerToFloat.
 
+    Args:
+        emitted: the graph as written.
+        optimised: the graph as ONNX Runtime runs it.
     Raises:
         ParityError: with the counts.
     """
-    left = optimised.get("Conv", 0) + optimised.get("FusedConv", 0)
-    integer = optimised.get("QLinearConv", 0)
-    if integer != quantized_convs or left != emitted.get("Conv", 0) - quantized_convs:
+    from ..export import float_convs, op_counts, quantized_convs
+
+    ops, convs = op_counts(optimised), quantized_convs(emitted)
+    left = len(float_convs(optimised)) - (len(float_convs(emitted)) - convs)
+    if ops["QLinearConv"] != convs or left:
         raise ParityError(
-            f"{name}: {integer} of {quantized_convs} quantized convs run as QLinearConv, and {left} convs run in float where "
-            f"{emitted.get('Conv', 0) - quantized_convs} were meant to: this onnxruntime fuses the graph differently; install the pinned version"
+            f"{name}: {ops['QLinearConv']} of {convs} quantized convs run as QLinearConv, {left} run in float that were not meant to: "
+            "this onnxruntime fuses the graph differently; install the pinned version"
+        )
+    linears = sum(layer.kind == "linear" for layer in network.layers.values())
+    if ops["MatMulIntegerToFloat"] < linears:
+        raise ParityError(
+            f"{name}: {ops['MatMulIntegerToFloat']} of {linears} quantized linear layers run as MatMulIntegerToFloat: "
+            "this onnxruntime fuses the graph differently; install the pinned version"
         )
 
 

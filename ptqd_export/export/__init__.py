@@ -2,7 +2,7 @@
 
 from .fold import fold
 from .from_torch import export_fp
-from .graph import layer_sites, lint, with_outputs
+from .graph import exported_layers, layer_sites, lint, with_outputs
 from .lower import lower
 from .quantize import quantize
 from .save import expose_layers, save
@@ -10,6 +10,7 @@ from .structure import float_convs, op_counts, quantized_convs
 
 __all__ = [
     "export_fp",
+    "exported_layers",
     "expose_layers",
     "float_convs",
     "fold",

@@ -97,6 +97,11 @@ def static_dims(value: ir.Value | None) -> list[int | None]:
     return [dim if isinstance(dim, int) else None for dim in value.shape]
 
 
+def exported_layers(model: ir.Model) -> set[str]:
+    """Module paths of the Conv2d and Linear layers that the exported graph holds as themselves."""
+    return {node.metadata_props[LAYER] for node in model.graph if LAYER in node.metadata_props and node.op_type != "Add"}
+
+
 def layer_sites(model: ir.Model) -> dict[str, tuple[str, str]]:
     """Where each quantized layer begins and ends: module path -> (name of its float input, name of its float output).
 
