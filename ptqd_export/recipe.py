@@ -23,6 +23,7 @@ from .precision import Precision
 
 RECIPE_FILE = "recipe.toml"
 BACKENDS = ("ort-cpu", "torch")
+SOLVERS = ("ddim", "ddpm")
 
 
 @dataclass(frozen=True)

@@ -254,14 +254,16 @@ def test_structure_of_the_optimised_graph(tmp_path: Path, rng: np.random.Generat
     assert op_counts(integer)["Conv"] == 2 and op_counts(integer)["QuantizeLinear"] == 4
 
     saved = tmp_path / "int_optimised.onnx"
-    with OrtEngine(integer, optimised_path=saved) as fused, OrtEngine(integer, optimise=False) as plain, OrtEngine(floating) as reference:
+    with (
+        OrtEngine(integer, optimised_path=saved) as fused,
+        OrtEngine(integer, optimise=False, optimised_path=tmp_path / "plain.onnx") as plain,
+        OrtEngine(floating, optimised_path=tmp_path / "float_optimised.onnx") as reference,
+    ):
         assert float_convs(saved) == [] and op_counts(saved)["QLinearConv"] == 2
         a, b, c = (engine(feeds)["epsilon"] for engine in (fused, plain, reference))
         assert np.abs(a - b).max() <= 0.05 * 1.001  # at most one step of the output's scale apart
         assert 0 < np.abs(a - c).max() < 0.3
-        plain.save_optimised(tmp_path / "plain.onnx")
         assert len(float_convs(tmp_path / "plain.onnx")) == 2  # nothing was fused
-        reference.save_optimised(tmp_path / "float_optimised.onnx")
     assert len(float_convs(tmp_path / "float_optimised.onnx")) == 2
     assert op_counts(tmp_path / "float_optimised.onnx")["QLinearConv"] == 0
 
@@ -285,9 +287,9 @@ def test_structure_of_broken_files(tmp_path: Path, content: bytes | None) -> Non
         op_counts(path)
 
 
-def test_save_optimised_needs_a_folder(tmp_path: Path, affine: Path) -> None:
-    with OrtEngine(affine) as engine, pytest.raises(PTQDError, match="give a folder"):
-        engine.save_optimised(tmp_path / "nowhere" / "x.onnx")
+def test_the_optimised_graph_needs_a_folder(tmp_path: Path, affine: Path) -> None:
+    with pytest.raises(PTQDError, match="give a folder"):
+        OrtEngine(affine, optimised_path=tmp_path / "nowhere" / "x.onnx")
 
 
 def test_same_input_same_bytes(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -13,11 +13,12 @@ from test_calibrate_models import recipe_of, save_pipeline, tiny_unet
 
 from ptqd_export.calibrate import Network, TorchEngine, Trajectories, collect, measure, open_model
 from ptqd_export.calibrate.memory import available_bytes, check_memory, largest_layer_bytes
+from ptqd_export.calibrate.trajectories import CALIBRATION_STREAM
 from ptqd_export.engine import FakeEngine
 from ptqd_export.errors import ModelError, ParityError, RecipeError
 from ptqd_export.noise import NoiseStats
 from ptqd_export.recipe import Recipe
-from ptqd_export.sampler import sample
+from ptqd_export.sampler import NoiseSource, sample
 from ptqd_export.schedule import NoiseSchedule
 
 
@@ -46,7 +47,7 @@ def test_collects_the_sampler_s_own_trajectories(case: tuple[Recipe, Network, No
             schedule,
             network.info,
             {"class_labels": labels},
-            range(6),
+            [CALIBRATION_STREAM + i for i in range(6)],
             seed=recipe.calibration.seed,
             guidance_scale=2.0,
             on_step=lambda step, x, e: seen.append((x, e)),
@@ -55,6 +56,9 @@ def test_collects_the_sampler_s_own_trajectories(case: tuple[Recipe, Network, No
     assert x.shape == (4, 6, 1, 8, 8) and x.dtype == e.dtype == np.float32
     np.testing.assert_allclose(x, np.stack([s[0] for s in seen]), atol=1e-4)
     np.testing.assert_allclose(e, np.stack([s[1] for s in seen]), atol=1e-4)
+    for seed in (recipe.calibration.seed, recipe.calibration.seed + 1):  # nothing a user draws was calibrated on
+        drawn = NoiseSource(seed, range(100), network.info.sample_shape).draw()
+        assert np.abs(x[0][:, None] - drawn[None]).max((2, 3, 4)).min() > 0.5
     first = trajectories.first(5)
     assert first.indices == range(5) and np.array_equal(first.x, x[:, :5]) and first.conditions["class_labels"].tolist() == [0, 1, 2, 0, 1]
     with safe_open(trajectories.files[0], "numpy") as file:  # a safetensors file like any other

@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 from safetensors.numpy import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from ptqd_export.backends import OrtEngine
 from ptqd_export.conditioning import ModelInfo
 from ptqd_export.errors import GraphError
 from ptqd_export.export import export_fp, expose_layers, float_convs, fold, layer_sites, lint, lower, op_counts, quantize, save, with_outputs
@@ -153,21 +154,18 @@ def simulate(layer: LayerQuant, module: nn.Module, emission: Emission, x: np.nda
     return codes_of(out, layer.output_scale, 8).astype(np.float64) * np.float32(layer.output_scale)
 
 
-def session(path: Path | ir.Model, optimised: Path | None = None) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    if optimised:
-        options.optimized_model_filepath = str(optimised)
-    source = ir.to_proto(path).SerializeToString() if isinstance(path, ir.Model) else str(path)
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+def session(source: Path | ir.Model, optimised: Path | None = None) -> OrtEngine:
+    if isinstance(source, Path):
+        return OrtEngine(source, optimised_path=optimised)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(ir.to_proto(source).SerializeToString())
+        return OrtEngine(path, optimised_path=optimised)
 
 
 def run(model: Path | ir.Model, feeds: Arrays) -> dict[str, np.ndarray]:
-    runner = session(model)
-    wanted = {i.name for i in runner.get_inputs()}
-    names = [o.name for o in runner.get_outputs()]
-    return dict(zip(names, runner.run(names, {k: v for k, v in feeds.items() if k in wanted}), strict=True))
+    with session(model) as engine:
+        return engine(feeds)
 
 
 def rms(x: np.ndarray) -> float:

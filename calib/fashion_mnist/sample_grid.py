@@ -35,7 +35,7 @@ BEGIN, END = "<!-- figures: begin, written by sample_grid.py --card -->", "<!-- 
 def draw(recipe: Recipe, n: int, batch_size: int, seed: int) -> np.ndarray:
     """Samples 0 to n - 1 of `seed`, float64 (n, 1, 32, 32), not clamped."""
     network = open_model(recipe)
-    schedule = NoiseSchedule.from_config(network.scheduler_config, recipe.sampler.n_steps, recipe.sampler.eta)
+    schedule = NoiseSchedule.from_config(network.scheduler_config, recipe.sampler.n_steps, recipe.sampler.eta, recipe.sampler.solver)
     conditions = network.info.conditions(None, n)
     parts = []
     with TorchEngine(network, schedule) as engine, progress(n, "samples", "sample") as bar:
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=HERE, help="folder with unet/ and scheduler/")
     parser.add_argument("--data", type=Path, default=DEBIAN_PATH, help="folder of the IDX files")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for samples.png and sampling.json")
-    parser.add_argument("--num-samples", type=int, default=1000)
+    parser.add_argument("--num-samples", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=None, help="torch threads; all cores if not given")

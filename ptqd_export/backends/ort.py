@@ -127,14 +127,6 @@ class OrtEngine:
     def outputs(self) -> tuple[str, ...]:
         return self._outputs
 
-    def save_optimised(self, path: Path) -> None:
-        """Save the graph as ONNX Runtime runs it, after fusion, weights inside: what structure checks read.
-
-        Raises:
-            BackendUnavailable, GraphError: as on opening.
-        """
-        self._load(path)
-
     def _load(self, optimised_path: Path | None) -> Any:
         ort = runtime()
         if not self.path.is_file():
