@@ -136,7 +136,7 @@ _engines: dict[tuple[Path, Precision], Engine] = {}
 
 
 def plan_jobs(eta: float) -> list[Job]:
-    """The snr plan, budget plans of the same BOPs for both objectives, one by time with fp32 among its engines, and two by hand."""
+    """The snr plan and budget plans of the same BOPs for both objectives; at eta 0 also plans by hand: few bits, or full precision, early or late."""
     bundle = Bundle.open(bundle_path(eta, "float"))
     m, schedule = bundle.manifest, bundle.manifest.schedule
     n, info = len(schedule), m.plan_info
@@ -144,17 +144,20 @@ def plan_jobs(eta: float) -> list[Job]:
     bops = {p: float(m.bops[p]) for p in precisions}
     chosen = {"snr": by_snr({p: np.array(info["snr_q"][str(p)]) for p in precisions}, bops, schedule)}
     # The manifest's errors are weighted for its own objective; the weights come off again.
-    errors = {p: np.array(info["error"][str(p)]) / step_weights(schedule, info["objective"]) for p in (*precisions, FP32)}
+    errors = {p: np.array(info["error"][str(p)]) / step_weights(schedule, info["objective"]) for p in precisions}
     for objective in ("paired", "distribution"):
         weights = step_weights(schedule, objective)
         front = pareto_front({p: weights * errors[p] for p in precisions}, bops)
         chosen[f"budget, {objective}, BOPs of snr's"] = by_budget(front, chosen["snr"].total(bops)).plan
-    seconds = {p: float(info["seconds_per_evaluation"][str(p)]) for p in errors}
-    front = pareto_front({p: step_weights(schedule, "paired") * e for p, e in errors.items()}, seconds)
-    chosen["budget, paired, 70 % of fp32's time"] = by_budget(front, 0.7 * n * max(seconds.values())).plan
-    half = n // 2
-    chosen["by hand: w4a4 early"] = fixed([f"w4a4*{half}", f"w8a8*{n - half}"], n)
-    chosen["by hand: w4a4 late"] = fixed([f"w8a8*{half}", f"w4a4*{n - half}"], n)
+    if eta == 0:
+        half = n // 2
+        by_hand = {
+            "w4a4 early": [f"w4a4*{half}", f"w8a8*{n - half}"],
+            "w4a4 late": [f"w8a8*{half}", f"w4a4*{n - half}"],
+            "fp32 early": ["fp32*3", f"w8a8*{n - 3}"],
+            "fp32 late": [f"w8a8*{n - 3}", "fp32*3"],
+        }
+        chosen |= {f"by hand: {name}": fixed(runs, n) for name, runs in by_hand.items()}
     return [Job(eta, str(plan), DEFAULT, eta > 0, label=name) for name, plan in chosen.items()]
 
 
@@ -177,7 +180,9 @@ def main() -> None:
         if "modes" not in args.skip:
             for p in PRECISIONS:
                 for mode in (*MODES, DEFAULT):
-                    jobs += [Job(eta, p, mode, r) for r in ((False, True) if eta > 0 else (False,))]
+                    # The default recalibrates where there is a variance to recalibrate; the modes are shown with and without.
+                    recalibrate = (False,) if eta == 0 else (True,) if mode == DEFAULT else (False, True)
+                    jobs += [Job(eta, p, mode, r) for r in recalibrate]
         if "plans" not in args.skip:
             jobs += plan_jobs(eta)
     if "edges" not in args.skip:

@@ -32,6 +32,7 @@ from .plan import Plan, by_budget, by_snr, fixed, pareto_front, step_weights
 from .precision import FLOAT_BITS, Precision
 from .quant import Emission, QuantizedNetwork
 from .recipe import Recipe
+from .runtime import probe
 from .schedule import NoiseSchedule
 
 F64 = npt.NDArray[np.float64]
@@ -141,7 +142,7 @@ def _build(recipe: Recipe, out: Path, network: Any, schedule: NoiseSchedule, wor
         plan, plan_info = choose_plan(recipe, schedule, quantized, costs, measured)
         for note in plan_info["notes"]:
             say(note)
-        _write_tables(tmp, measured, quantized)
+        _write_tables(tmp, measured, quantized, _probes(graphs, measured, schedule, info, recipe.sampler.guidance_scale))
         kept = {
             f"{p}.{e}": {
                 "kept": m.kept.tolist(),
@@ -381,8 +382,33 @@ def _finite(values: F64) -> list[float | None]:
     return [float(v) if np.isfinite(v) else None for v in values]
 
 
-def _write_tables(folder: Path, measured: Mapping[Key, Measured], quantized: Mapping[Precision, QuantizedNetwork]) -> None:
-    tables: dict[str, npt.NDArray[Any]] = {}
+def _probes(
+    graphs: Mapping[Key, Path], measured: Mapping[Key, Measured], schedule: NoiseSchedule, info: Any, guidance_scale: float
+) -> dict[str, npt.NDArray[Any]]:
+    """What every ORT CPU engine predicts here, and the RMS by which right executions may differ; see `runtime.check_probe`.
+
+    Two right executions drift apart by flipped roundings, at worst like two independent draws of the quantization noise, whose
+    difference has sqrt(2) times its RMS: allowed is twice, and at least what float kernels may differ by.
+    """
+    from .backends import open_engine
+
+    probes: dict[str, npt.NDArray[Any]] = {}
+    for (p, e), file in graphs.items():
+        if e is not Emission.ORT_CPU:
+            continue
+        with open_engine("ort-cpu", file) as engine:
+            epsilon = probe(engine, schedule, info, guidance_scale)
+        noise = 0.0 if p.is_float else float(np.sqrt(measured[p, e].pooled.dd[0].mean() / measured[p, e].pooled.count[0]))
+        rms = float(np.sqrt((epsilon.astype(np.float64) ** 2).mean()))
+        probes[f"{p}.{e}.probe"] = epsilon
+        probes[f"{p}.{e}.probe_noise"] = np.array([min(max(2 * noise, 1e-3 * rms), rms)])
+    return probes
+
+
+def _write_tables(
+    folder: Path, measured: Mapping[Key, Measured], quantized: Mapping[Precision, QuantizedNetwork], probes: Mapping[str, npt.NDArray[Any]]
+) -> None:
+    tables: dict[str, npt.NDArray[Any]] = dict(probes)
     for (p, e), m in measured.items():
         for source in (m.correction, m.pooled):
             for f in fields(source):

@@ -4,7 +4,7 @@ manifest.json                     what is here, what it was measured for, and a 
 <precision>.<emission>.onnx       one graph per precision and emission; weights are external
 weights.safetensors               every distinct tensor of all graphs, once
 quantization.safetensors          codes and scales of the quantized layers (the torch backend simulates from them)
-tables.safetensors                per precision and emission: gain, offset, var and the sums they came from
+tables.safetensors                per precision and emission: gain, offset, var and the sums they came from; what each ort-cpu graph computed here
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import ctypes
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +34,8 @@ from .noise import Correction, NoiseStats
 from .plan import Plan
 from .precision import Precision
 from .quant import Emission
-from .schedule import NoiseSchedule
+from .recipe import _read
+from .schedule import PREDICTION_TYPES, NoiseSchedule
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -41,6 +44,8 @@ SEAL = "sha256"
 TABLES = "tables.safetensors"
 QUANTIZATION = "quantization.safetensors"
 WEIGHTS = "weights.safetensors"
+SUFFIXES = (".json", ".onnx", ".safetensors")
+"""Of all files that a bundle may hold."""
 
 
 def sha256_file(path: Path) -> str:
@@ -141,28 +146,108 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
-        plan = dict(data["plan"])
+        """From parsed JSON, which may come from anywhere: every value that the package uses is checked.
+
+        Raises:
+            PTQDError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError: not a manifest; the text says why.
+        """
+        _check_plain(data)
+        plan, sampler = dict(data["plan"]), data["sampler"]
+        model = ModelInfo.from_dict(data["model"])
+        guidance_scale = _read(float, sampler["guidance_scale"], "guidance_scale")
+        model.check_guidance(guidance_scale)
+        solver = _read(Literal["ddim", "ddpm"], sampler["solver"], "solver")
+        artifacts = tuple(_artifact(a) for a in _read(list, data["artifacts"], "artifacts"))
+        _need(any(a.backends for a in artifacts), "no graph that a backend runs")
+        steps = _read(tuple[str, ...], plan.pop("steps"), "plan.steps")
+        _check_plan_info(plan)
+        parity = _read(dict, data["parity"], "parity")
+        for name, figures in parity.items():
+            _check_figures(name, figures)
         return cls(
-            model=ModelInfo.from_dict(data["model"]),
-            schedule=NoiseSchedule.from_dict(data["schedule"]),
-            solver=str(data["sampler"]["solver"]),
-            guidance_scale=float(data["sampler"]["guidance_scale"]),
-            recalibrate_variance=bool(data["sampler"]["recalibrate_variance"]),
-            plan=Plan(tuple(Precision.parse(p) for p in plan.pop("steps"))),
+            model=model,
+            schedule=_schedule(data["schedule"]),
+            solver=solver,
+            guidance_scale=guidance_scale,
+            recalibrate_variance=_read(bool, sampler["recalibrate_variance"], "recalibrate_variance"),
+            plan=Plan(tuple(Precision.parse(p) for p in steps)),
             plan_info=plan,
-            artifacts=tuple(
-                Artifact(
-                    Precision.parse(a["precision"]), Emission(a["emission"]), tuple(a["backends"]), str(a["file"]),
-                    str(a["lowering"]), str(a["runtime"]), dict(a["ops"]), None if a["time_ms"] is None else float(a["time_ms"]),
-                )
-                for a in data["artifacts"]
-            ),
-            correction=dict(data["correction"]),
-            parity=dict(data["parity"]),
-            bops={Precision.parse(p): int(v) for p, v in data["bops"].items()},
-            provenance=dict(data["provenance"]),
-            files={str(name): dict(entry) for name, entry in data["files"].items()},
-        )  # fmt: skip
+            artifacts=artifacts,
+            correction=_read(dict, data["correction"], "correction"),
+            parity=parity,
+            bops={Precision.parse(p): _read(int, v, "bops") for p, v in data["bops"].items()},
+            provenance=_read(dict, data["provenance"], "provenance"),
+            files={name: _read(dict, entry, "files") for name, entry in data["files"].items()},
+        )
+
+
+def _need(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _check_plain(value: Any) -> None:
+    """No text that a terminal or a file system could not take, and no number that JSON does not have, anywhere in `value`."""
+    if isinstance(value, str):
+        _need(all(unicodedata.category(c) not in ("Cc", "Cs") for c in value), f"control characters in {value[:100]!a}")
+    elif isinstance(value, float):
+        _need(math.isfinite(value), f"a number is {value}")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(key)
+            _check_plain(item)
+    elif isinstance(value, list):
+        for item in value:
+            _check_plain(item)
+
+
+def _artifact(data: Mapping[str, Any]) -> Artifact:
+    backends, ops = _read(tuple[str, ...], data["backends"], "backends"), _read(dict, data["ops"], "ops")
+    file, lowering, runtime = (_read(str, data[name], name) for name in ("file", "lowering", "runtime"))
+    time_ms = _read(float | None, data["time_ms"], "time_ms")
+    return Artifact(Precision.parse(data["precision"]), Emission(data["emission"]), backends, file, lowering, runtime, ops, time_ms)
+
+
+def _schedule(data: Mapping[str, Any]) -> NoiseSchedule:
+    for name, kind in (("timesteps", tuple[int, ...]), ("alphas_cumprod", tuple[float, ...]), ("alphas_cumprod_prev", tuple[float, ...])):
+        _read(kind, data[name], name)
+    _read(bool, data["rederive_epsilon"], "rederive_epsilon")
+    eta, clip = _read(float, data["eta"], "eta"), _read(float | None, data["clip_sample"], "clip_sample")
+    schedule = NoiseSchedule.from_dict(data)
+    t, a, p = schedule.timesteps, schedule.alphas_cumprod, schedule.alphas_cumprod_prev
+    _need(1 <= len(t) == len(a) == len(p), f"the schedule has {len(t)} timesteps, {len(a)} alphas_cumprod and {len(p)} alphas_cumprod_prev")
+    _need(bool((t >= 0).all()), "a timestep is negative")
+    _need(bool(((a > 0) & (a < 1)).all()), "alphas_cumprod leaves (0, 1)")
+    _need(bool(((p > 0) & (p <= 1)).all()), "alphas_cumprod_prev leaves (0, 1]")
+    _need(0 <= eta <= 1, f"eta {eta} leaves [0, 1]")
+    _need(clip is None or clip > 0, f"clip_sample is {clip}")
+    _need(schedule.prediction_type in PREDICTION_TYPES, f"prediction_type {schedule.prediction_type!r}")
+    return schedule
+
+
+def _check_plan_info(info: Mapping[str, Any]) -> None:
+    """What `inspect` prints and plots."""
+    for name in ("rule", "objective", "cost"):
+        _read(str, info[name], f"plan.{name}")
+    bops, full = (_read(float, info[name], f"plan.{name}") for name in ("bops", "bops_fp32"))
+    _need(bops >= 0 and full > 0, f"bit operations {bops} of {full}")
+    for point in _read(list, info["front"], "plan.front"):
+        for name, kind in (("cost", float), ("error", float), ("plan", str)):
+            _read(kind, point[name], f"plan.front.{name}")
+
+
+def _check_figures(name: str, figures: Mapping[str, Any]) -> None:
+    """What `inspect` prints of the parity gate."""
+    where = f"parity.{name}"
+    if "largest_relative_error" in _read(dict, figures, where):
+        _read(float, figures["largest_relative_error"], where)
+        return
+    _read(int, figures["layers"]["layers"], where)
+    _read(float, figures["layers"]["share_apart"], where)
+    largest = _read(dict, figures["noise"]["largest_z"], where)
+    _need(bool(largest), f"{where} has no statistics")
+    for value in largest.values():
+        _read(float, value, where)
 
 
 @dataclass(frozen=True)
@@ -187,11 +272,18 @@ class Bundle:
         return NoiseStats(*(self._table(precision, emission, name) for name in ("count", "e", "d", "ee", "ed", "dd")))
 
     def _table(self, precision: Precision, emission: Emission, name: str) -> npt.NDArray[np.float64]:
-        key = f"{precision}.{emission}.{name}"
+        n, channels = len(self.manifest.schedule), self.manifest.model.channels
+        return self._array(f"{precision}.{emission}.{name}", (n,) if name in ("var", "count") else (n, channels))
+
+    def probe(self, precision: Precision, emission: Emission) -> tuple[npt.NDArray[np.float64], float]:
+        """What a graph computed where it was built (`runtime.probe`), (2, C, H, W), and the RMS by which right executions may differ from it."""
+        head = f"{precision}.{emission}"
+        return self._array(f"{head}.probe", (2, *self.manifest.model.sample_shape)), float(self._array(f"{head}.probe_noise", (1,))[0])
+
+    def _array(self, key: str, expected: tuple[int, ...]) -> npt.NDArray[np.float64]:
         if key not in self.tables:
             raise BundleError(f"{self.path / TABLES} has no table {key}: rebuild the bundle")
-        n, channels = len(self.manifest.schedule), self.manifest.model.channels
-        table, expected = self.tables[key], (n,) if name in ("var", "count") else (n, channels)
+        table = self.tables[key]
         if table.shape != expected:
             raise BundleError(f"{self.path / TABLES} has a table {key} of shape {table.shape}, expected {expected}: rebuild the bundle")
         return table
@@ -223,6 +315,8 @@ class Bundle:
             data = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{manifest_path} is not valid JSON ({error}): rebuild the bundle") from error
+        except OSError as error:
+            raise BundleError(f"{manifest_path} cannot be read ({error.strerror})") from error
         version = data.get("format_version") if isinstance(data, dict) else None
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise BundleError(f"{manifest_path} has no format_version: rebuild the bundle")
@@ -230,8 +324,8 @@ class Bundle:
             raise BundleError(f"{path} has format version {version}, this ptqd-export reads up to {FORMAT_VERSION}: upgrade ptqd-export")
         try:
             manifest = Manifest.from_dict(data)
-        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, PTQDError) as error:
-            raise BundleError(f"{manifest_path} is damaged ({type(error).__name__}: {error}): rebuild the bundle") from error
+        except (*MALFORMED, PTQDError) as error:
+            raise BundleError(f"{manifest_path} is damaged ({_brief(error)}): rebuild the bundle") from error
         _check_consistent(path, manifest)
         for name, entry in manifest.files.items():
             _check_file(path, name, entry, verify)
@@ -242,26 +336,45 @@ class Bundle:
             for name in dict.fromkeys(artifact.file for artifact in manifest.artifacts):
                 _check_graph(path / name, manifest.files)
         try:
-            tables = load_safetensors(path.joinpath(TABLES).read_bytes())
-        except SafetensorError as error:
-            raise BundleError(f"{path / TABLES} is damaged ({error}): rebuild the bundle") from error
-        return cls(path, manifest, {k: v.astype(np.float64) for k, v in tables.items()})
+            tables = {k: v.astype(np.float64) for k, v in load_safetensors(path.joinpath(TABLES).read_bytes()).items()}
+        except (SafetensorError, *MALFORMED) as error:
+            raise BundleError(f"{path / TABLES} is damaged ({_brief(error)}): rebuild the bundle") from error
+        for name, table in tables.items():
+            if not np.isfinite(table).all():
+                raise BundleError(f"{path / TABLES} is damaged (table {name!a} holds NaN or infinite values): rebuild the bundle")
+        return cls(path, manifest, tables)
+
+
+MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)
+"""What reading a file of another shape than was meant may end in; UnicodeError and OverflowError are among them."""
+
+
+def _brief(error: Exception) -> str:
+    """An error as part of a line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 200 else text[:200] + '...'}"
 
 
 def _check_consistent(path: Path, manifest: Manifest) -> None:
     n = len(manifest.schedule)
-    if not len(manifest.plan) == n == len(manifest.schedule.alphas_cumprod) == len(manifest.schedule.alphas_cumprod_prev):
+    if len(manifest.plan) != n:
         raise BundleError(f"{path / MANIFEST} is damaged: {len(manifest.plan)} plan steps for {n} timesteps; rebuild the bundle")
     for needed in (TABLES, QUANTIZATION, WEIGHTS, *(a.file for a in manifest.artifacts)):
         if needed not in manifest.files:
-            raise BundleError(f"{path / MANIFEST} is damaged: it names {needed} but has no hash of it; rebuild the bundle")
+            raise BundleError(f"{path / MANIFEST} is damaged: it names {needed[:100]} but has no hash of it; rebuild the bundle")
 
 
 def _check_file(root: Path, name: str, entry: Mapping[str, Any], verify: bool) -> None:
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
         raise BundleError(f"{root / MANIFEST} names {name!r}, which leaves the bundle: do not trust it")
-    file = root / name
+    try:
+        _check_content(root, root / name, entry, verify)
+    except (OSError, *MALFORMED) as error:
+        raise BundleError(f"{root / MANIFEST} names {name[:100]!a}, which cannot be read ({_brief(error)}): rebuild the bundle") from error
+
+
+def _check_content(root: Path, file: Path, entry: Mapping[str, Any], verify: bool) -> None:
     if file.is_symlink() or root.resolve() not in file.resolve().parents:
         raise BundleError(f"{file} is a link, which may leave the bundle: copy the file itself")
     if not file.is_file():
@@ -324,12 +437,13 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
 
     def varint() -> int:
         nonlocal at
-        value = shift = 0
-        while True:
+        value = 0
+        for shift in range(0, 70, 7):  # ten bytes at most
             byte = data[at]
-            at, value, shift = at + 1, value | (byte & 0x7F) << shift, shift + 7
+            at, value = at + 1, value | (byte & 0x7F) << shift
             if byte < 0x80:
                 return value
+        raise ValueError("a number of more than ten bytes")
 
     while at < len(data):
         tag = varint() & 0xFFFFFFFF  # as protobuf itself reads it
@@ -348,23 +462,35 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
             raise ValueError(f"wire type {kind}")
 
 
-def check_target(path: Path) -> None:
+def check_target(path: Path) -> Path:
     """Refuse, before any work, a target that cannot or must not be written. Leaves nothing behind.
 
+    Returns:
+        the target, absolute and without links.
     Raises:
-        BundleError: a file, a folder that is not a bundle, or no permission.
+        BundleError: a file, the current folder or one above it, a folder that is not a bundle, or no permission.
     """
-    if path.exists() and not path.is_dir():
-        raise BundleError(f"{path} is a file: give a folder for the bundle")
-    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
-        raise BundleError(f"{path} is a folder with other things in it: give an empty or new folder, or an older bundle to replace")
-    parent = next(folder for folder in path.resolve().parents if folder.exists())
+    try:
+        path, here = path.resolve(), Path.cwd()
+        if path == here or path in here.parents:
+            raise BundleError(f"{path} is the current folder or one above it, which a bundle would replace: give a folder of its own")
+        if path.exists() and not path.is_dir():
+            raise BundleError(f"{path} is a file: give a folder for the bundle")
+        if path.is_dir():
+            inside = list(path.iterdir())
+            # The suffixes: many a folder that is no bundle has a manifest.json.
+            if inside and not ((path / MANIFEST).is_file() and all(file.suffix in SUFFIXES for file in inside)):
+                raise BundleError(f"{path} is a folder with other things in it: give an empty or new folder, or an older bundle to replace")
+        parent = next(folder for folder in path.parents if folder.exists())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise BundleError(f"cannot write to {str(path)[:200]!a} ({_brief(error)}); give another folder") from error
     try:
         probe = parent / f".{path.name}.probe-{os.getpid()}"
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
         raise BundleError(f"cannot write to {parent}: {error.strerror}; give a folder you may write to") from error
+    return path
 
 
 @contextlib.contextmanager

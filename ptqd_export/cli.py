@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,9 @@ import click
 from . import __version__
 from .errors import PTQDError, RecipeError
 from .recipe import BACKENDS, Recipe
+
+RUN = "run.json"
+"""Beside the pictures: what they were made with, and their names."""
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,10 +67,11 @@ def cli() -> None:
 def build(recipe_or_model: str, out: Path, as_json: bool, resume: bool, **options: Any) -> None:
     """Calibrate, correct, export and pack RECIPE_OR_MODEL (a recipe, a folder with recipe.toml, or a diffusers folder)."""
     from .build import build as build_bundle
+    from .bundle import check_target
 
     recipe = _override(Recipe.load(Path(recipe_or_model)), **options)
     started = time.monotonic()
-    bundle = build_bundle(recipe, out, resume=resume, say=_say)
+    bundle = build_bundle(recipe, check_target(out), resume=resume, say=_say)
     m = bundle.manifest
     result = {
         "bundle": str(out),
@@ -122,7 +129,7 @@ def _override(recipe: Recipe, **options: Any) -> Recipe:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--batch-size", type=int, default=16, show_default=True)
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes of one thread each that split the batches.")
-@click.option("--backend", type=click.Choice(BACKENDS), default="ort-cpu", show_default=True)
+@click.option("--backend", type=click.Choice(BACKENDS), help="The first one that the bundle holds if left out.")
 @click.option("--model", type=click.Path(path_type=Path), help="The recipe or model the bundle was built from (for --backend torch).")
 @click.option("--format", "file_format", type=click.Choice(["png", "npy"]), default="png", show_default=True)
 @click.option("--n-steps", type=int, help="Checked against the bundle.")
@@ -139,7 +146,7 @@ def run(
     seed: int,
     batch_size: int,
     workers: int,
-    backend: str,
+    backend: str | None,
     model: Path | None,
     file_format: str,
     as_json: bool,
@@ -162,6 +169,7 @@ def run(
     labels = None if class_labels is None else _labels(class_labels, num_samples)
     tensors = _tensors(conditions)
     m = bundle.manifest
+    backend = m.backends[0] if backend is None else backend
     started = time.monotonic()
     pictures = m.model.channels in (1, 3)
     if file_format == "png" and not pictures:
@@ -185,7 +193,19 @@ def run(
         in_turn = len(m.model.labels) if class_labels is None else 0
         columns = in_turn if 1 < in_turn <= 20 else round(num_samples**0.5)  # a column per class where classes go in turn
         grid = {"grid.png": images.encode_png(images.image_grid(x, columns))} if pictures else {}
-        images.write_files(out, files | grid)
+        about = {
+            "seed": seed,
+            "plan": str(m.plan),
+            "backend": backend,
+            "labels": m.model.labels_in_turn(range(num_samples)) if labels is None else labels,
+            "files": [*files, *grid],
+            "versions": _versions(backend),
+        }
+        earlier = _earlier_files(out)
+        images.write_files(out, files | grid | {RUN: json.dumps(about, indent=1).encode() + b"\n"})
+        for name in earlier - {*files, *grid}:
+            with contextlib.suppress(OSError):
+                (out / name).unlink()
     result = {
         "out": str(out),
         "files": list(files),
@@ -200,6 +220,25 @@ def run(
     }
     look = f" (look at {out / 'grid.png'})" if pictures else ""
     _print(result, as_json, f"{num_samples} samples in {out}{look}, {seconds:.1f} s, {seconds / num_samples:.3f} s each")
+
+
+def _versions(backend: str) -> dict[str, str]:
+    """What decides the pictures besides the bundle."""
+    found = {"ptqd-export": __version__}
+    for name in ("numpy", *(("torch", "diffusers") if backend == "torch" else ("onnxruntime", "onnxruntime-gpu"))):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _earlier_files(folder: Path) -> set[str]:
+    """Pictures that an earlier run left in a folder and put down in its run.json; those that only look like it are not among them."""
+    try:
+        files = json.loads((folder / RUN).read_bytes())["files"]
+    except (OSError, LookupError, TypeError, ValueError, RecursionError):
+        return set()
+    listed = files if isinstance(files, list) else []
+    return {name for name in listed if isinstance(name, str) and re.fullmatch(r"[0-9]{5,}\.png|grid\.png|samples\.npy", name)}
 
 
 def _labels(text: str, n: int) -> list[int]:
@@ -249,7 +288,7 @@ def inspect(bundle_dir: Path, plot: Path | None, as_json: bool) -> None:
 @click.argument("bundle_dir", metavar="BUNDLE", type=click.Path(path_type=Path))
 @common
 def verify(bundle_dir: Path, as_json: bool) -> None:
-    """Check every hash of BUNDLE, load every engine that works here and evaluate it once."""
+    """Check every hash of BUNDLE, evaluate every engine once, and compare with what it computed where it was built."""
     from .bundle import Bundle
     from .inspect import verify_engines
 
@@ -269,7 +308,7 @@ def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point: every expected failure is one line on stderr and exit code 1."""
+    """Entry point: every failure is one line on stderr and exit code 1."""
     argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         cli.main(argv, prog_name="ptqd-export", standalone_mode=False)
@@ -277,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail("interrupted: nothing was changed; a build takes up where it stopped when the same command is given again", 130)
     except click.ClickException as error:
         _fail(" ".join(error.format_message().split()))
-    except (PTQDError, OSError, MemoryError, RuntimeError) as error:
+    except Exception as error:  # one line, whatever it is
         if "--debug" in argv:
             traceback.print_exc()
         _fail(_line(error))
@@ -291,7 +330,7 @@ def _line(error: BaseException) -> str:
         return f"{error.strerror or text}{f': {error.filename}' if error.filename else ''}: nothing was changed"
     if isinstance(error, MemoryError) or "allocate memory" in text:
         return f"out of memory ({text[:120]}): lower --batch-size, or the number of samples"
-    return f"{type(error).__name__}: {text[:300]} (run again with --debug for the traceback)"
+    return f"internal error: {type(error).__name__}: {text[:300]} (run again with --debug for the traceback; please report it)"
 
 
 def _fail(line: str, code: int = 1) -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from .engine import Array
+from .engine import EPSILON, SAMPLE, STEP, TIMESTEP, Array
 from .errors import RecipeError
-from .recipe import InputSpec
+from .recipe import InputSpec, _read
+
+MAX_CLASSES = 1_000_000
+MAX_ELEMENTS = 2**28
+"""Of one sample or condition: bounds on what a file may make a program allocate, far above any real model."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +45,18 @@ class ModelInfo:
         """The class-label input, or None."""
         return next((spec for spec in self.inputs if spec.num_classes is not None), None)
 
-    @property
+    @cached_property
     def labels(self) -> tuple[int, ...]:
         """The class labels a user may ask for: the classes without the null class; none for a model without classes."""
         spec = self.class_input
         if spec is None or spec.num_classes is None:
             return ()
         return tuple(i for i in range(spec.num_classes) if i != spec.null_class)
+
+    def labels_in_turn(self, indices: Sequence[int]) -> list[int] | None:
+        """The class of each sample where none is asked for: sample i gets class i modulo their number; None for a model without classes."""
+        known = self.labels
+        return [known[i % len(known)] for i in indices] if known else None
 
     def check_guidance(self, guidance_scale: float) -> None:
         """Guidance needs an unconditional prediction.
@@ -81,7 +92,7 @@ class ModelInfo:
         for spec in self.inputs:
             if spec.num_classes is not None:
                 known = self.labels
-                values = np.array([known[i % len(known)] for i in range(n)] if labels is None else labels, np.int64)
+                values = np.array(self.labels_in_turn(range(n)) if labels is None else labels, np.int64)
                 if len(values) != n:
                     raise RecipeError(f"{len(values)} class labels for {n} samples: give one per sample")
                 bad = sorted(set(values.tolist()) - set(known))
@@ -110,6 +121,29 @@ class ModelInfo:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelInfo:
-        channels, height, width = (int(v) for v in data["sample_shape"])
-        inputs = tuple(InputSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in data["inputs"])
-        return cls(str(data["name"]), (channels, height, width), inputs, str(data["sha256"]))
+        """From `to_dict`'s form, which may come from anywhere.
+
+        Raises:
+            RecipeError, KeyError, TypeError: a wrong type or value, or something missing.
+        """
+        name, digest = _read(str, data["name"], "model.name"), _read(str, data["sha256"], "model.sha256")
+        shape = _read(tuple[int, ...], data["sample_shape"], "model.sample_shape")
+        inputs = _read(tuple[InputSpec, ...], data["inputs"], "model.inputs")
+
+        def need(ok: bool, message: str) -> None:
+            if not ok:
+                raise RecipeError(message)
+
+        def bounded(dims: tuple[int, ...]) -> bool:
+            return all(d >= 1 for d in dims) and math.prod(dims) <= MAX_ELEMENTS
+
+        need(len(shape) == 3 and bounded(shape), f"sample_shape {shape}: expected 3 positive dimensions, at most {MAX_ELEMENTS} elements")
+        names = [SAMPLE, TIMESTEP, STEP, EPSILON, *(spec.name for spec in inputs)]
+        need(len(set(names)) == len(names), "two inputs of one name")
+        for spec in inputs:
+            n, null = spec.num_classes, spec.null_class
+            need(bounded(spec.shape), f"input {spec.name!r} has shape {spec.shape}: expected positive dimensions, at most {MAX_ELEMENTS} elements")
+            need(n is None or 1 <= n <= MAX_CLASSES, f"input {spec.name!r} has {n} classes: expected 1 to {MAX_CLASSES}")
+            need(n is None or (spec.dtype, spec.shape) == ("int64", ()), f"input {spec.name!r} has classes, but is no int64 number per sample")
+            need(null is None or (n is not None and n > 1 and 0 <= null < n), f"input {spec.name!r} has null class {null} of {n}")
+        return cls(name, shape, inputs, digest)

@@ -240,6 +240,8 @@ def check(recipe: Recipe) -> None:
     need(c.held_out >= 2, f"calibration.held_out is {c.held_out}: give at least 2 trajectories")
     need(c.batch_size >= 1, f"calibration.batch_size is {c.batch_size}: give at least 1")
     need(0 <= c.seed < 2**63, f"calibration.seed is {c.seed}: give a value from 0 to 2^63 - 1")
+    for text in (recipe.model.name, *(spec.name for spec in recipe.model.inputs)):
+        need(text.isprintable(), f"the name {text!r} holds characters that cannot be printed: use others")
     shape = recipe.model.sample_shape
     need(len(shape) in (0, 3) and all(d >= 1 for d in shape), f"model.sample_shape is {list(shape)}: give [channels, height, width]")
     for spec in recipe.model.inputs:

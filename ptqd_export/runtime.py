@@ -16,13 +16,17 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from .bundle import Bundle
+from .bundle import Artifact, Bundle
+from .conditioning import ModelInfo
 from .engine import Array, Engine
-from .errors import BackendUnavailable, BundleError, ModelError
+from .errors import BackendUnavailable, BundleError, ModelError, ParityError
 from .plan import Plan
 from .precision import Precision
-from .sampler import sample
+from .quant import Emission
+from .sampler import predict_epsilon, sample
+from .schedule import NoiseSchedule
 
+F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
 
@@ -53,19 +57,54 @@ class Asked:
                 )
 
 
+def probe(engine: Engine, schedule: NoiseSchedule, info: ModelInfo, guidance_scale: float) -> F32:
+    """The guided epsilon that an engine predicts at step 0 for one fixed noise and the first two conditions, float32 (2, C, H, W)."""
+    x = np.random.default_rng(0).standard_normal((2, *info.sample_shape))
+    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is compared
+        return np.asarray(predict_epsilon(engine, x, 0, schedule, info, info.conditions(None, 2), guidance_scale), np.float32)
+
+
+def check_probe(bundle: Bundle, artifact: Artifact, engine: Engine) -> None:
+    """An engine computes here what it computed where its bundle was built.
+
+    A processor may lack the instructions that an integer kernel was right on: ONNX Runtime's U8 x S8 products saturate on x86
+    without VNNI (microsoft/onnxruntime#14642), which no hash can show. Only the ort-cpu emission, which the build ran natively,
+    has a probe; of others, shape and finiteness are checked.
+
+    Raises:
+        ParityError: it does not; the line gives both figures.
+        BundleError: the bundle holds no probe.
+    """
+    m, name = bundle.manifest, f"{artifact.precision}.{artifact.emission}"
+    got = probe(engine, m.schedule, m.model, m.guidance_scale).astype(np.float64)
+    if got.shape != (2, *m.model.sample_shape) or not np.isfinite(got).all():
+        raise ParityError(f"{name} returns NaN, infinite values or a wrong shape {got.shape}: the bundle or this machine computes nonsense; rebuild")
+    if artifact.emission is not Emission.ORT_CPU:
+        return
+    expected, allowed = bundle.probe(artifact.precision, artifact.emission)
+    difference = float(np.sqrt(((got - expected) ** 2).mean()))
+    if not difference <= allowed:
+        raise ParityError(
+            f"{name} computes something else here than where the bundle was built (RMS difference {difference:.3g}, allowed {allowed:.3g}): "
+            "this processor or ONNX Runtime version differs; rebuild the bundle on this machine"
+        )
+
+
 class Runtime:
     """All engines of a plan, warm, on one shared thread pool; a context manager.
 
     Args:
         bundle: opened bundle.
-        backend: "ort-cpu", or "torch" for the simulated reference.
+        backend: "ort-cpu", or "torch" for the simulated reference; the first that the bundle holds if None.
         plan: another plan over the bundle's precisions, e.g. for comparisons; the bundle's own if None.
-        model: where the torch backend finds the model it simulates; the recipe's path if None.
+        model: the recipe or model that the bundle was built from, which the torch backend needs; others ignore it.
     Raises:
         BackendUnavailable, BundleError.
+        ParityError: an engine computes something else here than where the bundle was built.
     """
 
-    def __init__(self, bundle: Bundle, backend: str = "ort-cpu", plan: Plan | None = None, model: Path | None = None) -> None:
+    def __init__(self, bundle: Bundle, backend: str | None = None, plan: Plan | None = None, model: Path | None = None) -> None:
+        backend = bundle.manifest.backends[0] if backend is None else backend
         self.bundle, self.backend = bundle, backend
         self.plan = bundle.manifest.plan if plan is None else plan
         self.engines: dict[Precision, Engine] = {}
@@ -78,7 +117,9 @@ class Runtime:
                 from .backends import open_engine
 
                 for precision in self.plan.precisions:
-                    self.engines[precision] = open_engine(backend, bundle.file(bundle.manifest.artifact(precision, backend).file))
+                    artifact = bundle.manifest.artifact(precision, backend)
+                    self.engines[precision] = open_engine(backend, bundle.file(artifact.file))
+                    check_probe(bundle, artifact, self.engines[precision])
         except BaseException:
             self.close()
             raise
@@ -101,8 +142,7 @@ class Runtime:
             RecipeError: labels or tensors that the model does not take.
         """
         m = self.bundle.manifest
-        if labels is None and m.model.labels:
-            labels = [m.model.labels[i % len(m.model.labels)] for i in indices]
+        labels = m.model.labels_in_turn(indices) if labels is None else labels
         with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is refused below
             x = sample(
                 lambda step: self.engines[self.plan.steps[step]],
@@ -141,7 +181,7 @@ def run(
     seed: int = 0,
     batch_size: int = 16,
     workers: int = 1,
-    backend: str = "ort-cpu",
+    backend: str | None = None,
     model: Path | None = None,
     tensors: Mapping[str, Array] | None = None,
     advance: Callable[[int], None] = lambda steps: None,
@@ -151,13 +191,15 @@ def run(
     Args:
         labels: one class per sample; None: classes in turn.
         workers: processes with one thread each that split the batches; 1 runs here, with all threads.
+        backend, model: as Runtime.
         advance: told how many sample steps (samples x denoising steps) were done since the last call.
     Raises:
-        BackendUnavailable, BundleError: as Runtime; or a worker died.
+        BackendUnavailable, BundleError, ParityError: as Runtime; or a worker died.
         ModelError: a sample is not finite.
         RecipeError: labels or tensors that the model does not take.
     """
     m = bundle.manifest
+    backend = m.backends[0] if backend is None else backend
     if labels is not None or tensors:
         m.model.conditions(labels, num_samples, tensors)  # wrong ones are refused before any work
     out = np.empty((num_samples, *m.model.sample_shape))
@@ -211,11 +253,6 @@ _worker: Runtime | None = None
 
 def _start_worker(path: Path, backend: str, model: Path | None) -> None:
     global _start
-    if backend == "torch":
-        from .reference import set_threads
-    else:
-        from .backends import set_threads
-    set_threads(1)
     _start = path, backend, model
 
 
@@ -223,5 +260,10 @@ def _work(batch: range, labels: list[int] | None, tensors: Mapping[str, Array], 
     global _worker
     if _worker is None:  # not when the worker starts: here an error reaches the parent as it is
         path, backend, model = _start
+        if backend == "torch":
+            from .reference import set_threads
+        else:
+            from .backends import set_threads
+        set_threads(1)
         _worker = Runtime(Bundle.open(path, verify=False), backend, model=model)  # the parent has checked every hash a moment ago
     return _worker.sample(batch, labels, seed=seed, tensors=tensors)

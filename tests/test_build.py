@@ -67,7 +67,7 @@ def test_parity_figures_are_those_of_a_right_build(built: Built) -> None:
         layers, noise = figures["layers"], figures["noise"]
         assert layers["layers"] > 0 and layers["outputs"] > 1000 and layers["share_apart"] <= MAX_SHARE_APART
         assert max(noise["largest_z"].values()) <= noise["limit_z"]
-        assert len(noise["snr_q"]) == len(noise["mse_ratio"]) == len(m.schedule)
+        assert len(noise["snr_q_corrected"]) == len(noise["mse_ratio"]) == len(m.schedule)
     # Fewer bits, more noise: by a factor of about 16^2 / 2 where 4-bit activations are quantized instead of 8-bit ones.
     pooled = {p: [built.bundle.stats(Precision.parse(p), e).snr.mean() for e in Emission] for p in PRECISIONS[1:]}
     for emission in range(len(Emission)):

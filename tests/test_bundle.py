@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ptqd_export.bundle import MANIFEST, QUANTIZATION, TABLES, WEIGHTS, Artifact, Bundle, Manifest, check_target, write_manifest, writing
+from ptqd_export.bundle import MANIFEST, QUANTIZATION, SEAL, TABLES, WEIGHTS, Artifact, Bundle, Manifest, _seal, check_target, write_manifest, writing
 from ptqd_export.conditioning import ModelInfo
 from ptqd_export.errors import BundleError
 from ptqd_export.plan import Plan
@@ -21,6 +24,8 @@ from ptqd_export.quant import Emission
 from ptqd_export.schedule import NoiseSchedule
 
 W8A8 = Precision(8, 8)
+PLAN_INFO = {"rule": "fixed", "objective": "paired", "cost": "bops", "bops": 10, "bops_fp32": 40, "front": []}
+PARITY = {"fp32.ort-cpu": {"largest_relative_error": 1e-7}}
 
 
 def write(path: Path, schedule: NoiseSchedule, info: ModelInfo, marker: str = "graph") -> None:
@@ -37,7 +42,7 @@ def write(path: Path, schedule: NoiseSchedule, info: ModelInfo, marker: str = "g
             tmp / TABLES,
         )
         artifact = Artifact(W8A8, Emission.ORT_CPU, ("ort-cpu",), "w8a8.ort-cpu.onnx", "test", "none", {}, 1.5)
-        manifest = Manifest(info, schedule, "ddim", 2.0, True, Plan((W8A8,) * t), {"rule": "fixed"}, (artifact,), {}, {}, {W8A8: 10}, {}, {})
+        manifest = Manifest(info, schedule, "ddim", 2.0, True, Plan((W8A8,) * t), PLAN_INFO, (artifact,), {}, PARITY, {W8A8: 10}, {}, {})
         write_manifest(tmp, manifest)
 
 
@@ -89,7 +94,7 @@ def test_missing_and_truncated_files(bundle: Path) -> None:
     [
         ({"format_version": 99}, "format version 99.*upgrade"),
         ({"format_version": "1"}, "no format_version"),
-        ({"plan": {"steps": ["w8a8"]}}, "1 plan steps for 10"),
+        ({"plan": {"steps": ["w8a8"], **PLAN_INFO}}, "1 plan steps for 10"),
         ({"plan": {}}, "damaged"),
         ({"schedule": 3}, "damaged"),
         ({"artifacts": [{}]}, "damaged"),
@@ -108,6 +113,125 @@ def test_not_json_and_not_there(bundle: Path, tmp_path: Path) -> None:
         Bundle.open(bundle)
     with pytest.raises(BundleError, match="not a bundle"):
         Bundle.open(tmp_path / "nothing")
+
+
+def sealed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a manifest and seal it again, as an attacker would."""
+    data = json.loads((path / MANIFEST).read_text())
+    change(data)
+    content = json.dumps(data | {SEAL: "0" * 64}).encode()
+    (path / MANIFEST).write_bytes(content.replace(b"0" * 64, _seal(content, "0" * 64).encode(), 1))
+
+
+def test_a_sealed_manifest_opens(bundle: Path) -> None:
+    """The helper of the next test is not what that one's manifests are refused for."""
+    sealed(bundle, lambda m: m["model"].update(name="another"))
+    assert Bundle.open(bundle).manifest.model.name == "another"
+
+
+FILE = {"sha256": "0" * 64, "size": 1}
+FIGURES = {"layers": {"layers": 3, "share_apart": 0.0}, "noise": {"largest_z": {"k": 1.0}}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["files"].update({"a\x00b": FILE}), r"control characters in 'a\\x00b'"),
+        (lambda m: m["files"].update({"a\ud800b": FILE}), r"control characters in 'a\\ud800b'"),
+        (lambda m: m["files"].update({"a" * 5000: FILE}), "cannot be read .OSError"),
+        (lambda m: m["files"].update(x=3), "expected dict, got 3"),
+        (lambda m: m["model"].update(name="a\n\x1b[2Jb"), "control characters"),
+        (lambda m: m["model"].update(sample_shape=[1, 4]), "expected 3 positive dimensions"),
+        (lambda m: m["model"].update(sample_shape=[1, 0, 4]), "expected 3 positive dimensions"),
+        (lambda m: m["model"].update(sample_shape=[1, 1 << 15, 1 << 14]), "at most 268435456 elements"),
+        (lambda m: m["model"].update(sample_shape="144"), "expected an array, got '144'"),
+        (lambda m: m["model"]["inputs"][0].update(num_classes="x"), "num_classes: expected int, got 'x'"),
+        (lambda m: m["model"]["inputs"][0].update(num_classes=10**10), "has 10000000000 classes: expected 1 to 1000000"),
+        (lambda m: m["model"]["inputs"][0].update(num_classes=0), "has 0 classes"),
+        (lambda m: m["model"]["inputs"][0].update(null_class=4), "null class 4 of 4"),
+        (lambda m: m["model"]["inputs"][0].update(null_class=None), "has no null class"),  # guidance 2 has nothing to fall back to
+        (lambda m: m["model"]["inputs"][0].update(dtype="float32"), "is no int64 number per sample"),
+        (lambda m: m["model"]["inputs"][0].update(name="sample"), "two inputs of one name"),
+        (lambda m: m["model"]["inputs"][0].update(colour="red"), "unknown key 'colour'"),
+        (lambda m: m["model"]["inputs"].append({"name": "t", "dtype": "float32", "shape": [1 << 29]}), "at most 268435456 elements"),
+        (lambda m: m["model"].update(inputs={}), "model.inputs: expected an array"),
+        (lambda m: m["schedule"].update(timesteps=[[t] for t in m["schedule"]["timesteps"]]), "expected int, got \\[900\\]"),
+        (lambda m: m["schedule"].update(timesteps=[-1, *m["schedule"]["timesteps"][1:]]), "a timestep is negative"),
+        (lambda m: m["schedule"].update(timesteps=[2**70, *m["schedule"]["timesteps"][1:]]), "OverflowError"),
+        (lambda m: m["schedule"].update(alphas_cumprod=[[0.5] * 10]), r"alphas_cumprod\[0\]: expected float"),
+        (lambda m: m["schedule"].update(alphas_cumprod=[float("nan")] * 10), "a number is nan"),
+        (lambda m: m["schedule"].update(alphas_cumprod=[0.5] * 9), "10 timesteps, 9 alphas_cumprod and 10"),
+        (lambda m: m["schedule"].update(alphas_cumprod=[1.0] * 10), r"alphas_cumprod leaves \(0, 1\)"),
+        (lambda m: m["schedule"].update(alphas_cumprod_prev=[0.0] * 10), r"alphas_cumprod_prev leaves \(0, 1\]"),
+        (lambda m: m["schedule"].update(timesteps=[], alphas_cumprod=[], alphas_cumprod_prev=[]), "has 0 timesteps"),
+        (lambda m: m["schedule"].update(eta=1.5), r"eta 1.5 leaves \[0, 1\]"),
+        (lambda m: m["schedule"].update(eta=10**400), "OverflowError"),
+        (lambda m: m["schedule"].update(clip_sample=-1), "clip_sample is -1"),
+        (lambda m: m["schedule"].update(rederive_epsilon="no"), "rederive_epsilon: expected bool"),
+        (lambda m: m["schedule"].update(prediction_type="flow"), "prediction_type 'flow'"),
+        (lambda m: m["sampler"].update(guidance_scale=float("inf")), "a number is inf"),
+        (lambda m: m["sampler"].update(solver="euler"), "solver: got 'euler'"),
+        *(((lambda m, key=key: m["plan"].pop(key)), f"KeyError: '{key}'") for key in PLAN_INFO),
+        (lambda m: m["plan"].update(bops_fp32=0), "bit operations 10.0 of 0.0"),
+        (lambda m: m["plan"].update(bops="many"), "plan.bops: expected float, got 'many'"),
+        (lambda m: m["plan"].update(front=[{"cost": 1.0}]), "KeyError: 'error'"),
+        (lambda m: m["plan"].update(steps=[3] * 10), r"plan.steps\[0\]: expected str"),
+        (lambda m: m["artifacts"][0].update(emission="cuda"), "'cuda' is not a valid Emission"),
+        (lambda m: m["artifacts"][0].update(backends="ort-cpu"), "backends: expected an array"),
+        (lambda m: m["artifacts"][0].update(time_ms="fast"), "time_ms: expected float"),
+        (lambda m: m["artifacts"][0].update(backends=[]), "no graph that a backend runs"),
+        (lambda m: m.update(artifacts=[]), "no graph that a backend runs"),
+        (lambda m: m.update(correction=[]), "correction: expected dict"),
+        (lambda m: m.update(provenance="me"), "provenance: expected dict"),
+        (lambda m: m.update(parity={"w8a8": {}}), "KeyError: 'layers'"),
+        (lambda m: m.update(parity={"w8a8": {**FIGURES, "layers": {"layers": 3}}}), "KeyError: 'share_apart'"),
+        (lambda m: m.update(parity={"w8a8": {**FIGURES, "noise": {"largest_z": {}}}}), "has no statistics"),
+        (lambda m: m.update(parity={"w8a8": {"largest_relative_error": "small"}}), "expected float, got 'small'"),
+        (lambda m: m.update(bops={"w8a8": None}), "bops: expected int"),
+        (lambda m: m.update(bops={"int8": 3}), "precision 'int8' is not known"),
+        (lambda m: m.update(files=[]), "AttributeError"),
+        (lambda m: m["artifacts"][0].update(file="x" * 10**6), "names x{100} but has no hash"),
+    ],
+)
+def test_a_hostile_manifest_is_one_line(bundle: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
+    """With a right seal: the seal is no secret."""
+    sealed(bundle, change)
+    with pytest.raises(BundleError, match=message) as caught:
+        Bundle.open(bundle)
+    line = str(caught.value)
+    assert "\n" not in line and len(line) < 800
+    line.encode()
+
+
+def test_a_manifest_of_any_depth_is_one_line(bundle: Path) -> None:
+    """Whether the parser or a check of the package runs into the limit."""
+    refused = 0
+    for depth in (10, *range(800, 1100, 5), 100_000):
+        sealed(bundle, lambda m: m.update(nested="here"))
+        text = (bundle / MANIFEST).read_text()
+        (bundle / MANIFEST).write_text(text.replace('"here"', "[" * depth + "]" * depth))
+        with pytest.raises(BundleError, match=r"SHA-256|RecursionError|not valid JSON") as caught:
+            Bundle.open(bundle)
+        refused += "SHA-256" not in str(caught.value)
+        (bundle / MANIFEST).write_text(text)
+    assert refused > 1
+
+
+def test_tables_that_are_none(bundle: Path) -> None:
+    for tables, message in (({"a": np.array([np.nan])}, "table 'a' holds NaN"), ({"a": np.zeros(1)}, "no table w8a8.ort-cpu.gain")):
+        save_file(tables, bundle / TABLES)
+        write_manifest(bundle, Manifest.from_dict(json.loads((bundle / MANIFEST).read_text())))
+        with pytest.raises(BundleError, match=message):
+            Bundle.open(bundle).correction(W8A8, Emission.ORT_CPU)
+
+
+def test_a_graph_s_numbers_end_after_ten_bytes(bundle: Path) -> None:
+    """A number without end would grow for as long as the file is."""
+    for content, message in ((b"\x08" + b"\x80" * 9 + b"\x01", None), (b"\x08" + b"\x80" * 10 + b"\x01", "more than ten bytes")):
+        (bundle / "w8a8.ort-cpu.onnx").write_bytes(content)
+        write_manifest(bundle, Manifest.from_dict(json.loads((bundle / MANIFEST).read_text())))
+        with contextlib.nullcontext() if message is None else pytest.raises(BundleError, match=message):
+            Bundle.open(bundle)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret", "..\\secret", ""])
@@ -162,7 +286,8 @@ with writing(Path({str(bundle)!r})) as tmp:
 
 
 def test_targets_that_must_not_be_written(tmp_path: Path, bundle: Path) -> None:
-    check_target(bundle)
+    assert check_target(bundle) == bundle
+    assert check_target(tmp_path / "new" / ".." / "other") == tmp_path / "other"
     check_target(tmp_path / "new" / "deep")
     (tmp_path / "file").write_text("x")
     with pytest.raises(BundleError, match="is a file"):
@@ -173,6 +298,24 @@ def test_targets_that_must_not_be_written(tmp_path: Path, bundle: Path) -> None:
         check_target(tmp_path / "holiday")
     with pytest.raises(BundleError, match="cannot write"):
         check_target(Path("/proc/nothing/bundle"))
+    (tmp_path / "page").mkdir()
+    for name in (MANIFEST, "index.html"):  # a manifest.json is no proof of a bundle
+        (tmp_path / "page" / name).write_text("{}")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for odd, message in (("page", "other things"), ("loop", "cannot write"), ("a\0b", "cannot write"), ("a" * 300, "cannot write")):
+        with pytest.raises(BundleError, match=message) as caught:
+            check_target(tmp_path / odd)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("target", [".", "", "..", "../..", "/", "below/..", "link"])
+def test_the_current_folder_is_no_target(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    """Even where an older bundle stands in it."""
+    (tmp_path / "link").symlink_to(bundle)
+    (bundle / "link").symlink_to(bundle)
+    monkeypatch.chdir(bundle)
+    with pytest.raises(BundleError, match="is the current folder or one above it"):
+        check_target(Path(target))
 
 
 def test_asking_for_an_engine_that_is_not_there(bundle: Path) -> None:

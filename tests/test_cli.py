@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,9 @@ import numpy as np
 import pytest
 from conftest import PRECISIONS, Built, Invoke, Launch, environment
 from PIL import Image
+
+from ptqd_export import __version__
+from ptqd_export.bundle import Bundle, write_manifest
 
 HEAVY = ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "scipy", "matplotlib")
 
@@ -29,7 +34,11 @@ def test_run_writes_pictures_and_a_grid(name: str, request: pytest.FixtureReques
     names = [f"{i:05d}.png" for i in range(5)]
     assert result.json["files"] == names and result.json["grid"] == "grid.png"
     assert result.json["plan"] == str(m.plan) and result.json["state"] == "float64"
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [*names, "grid.png"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [*names, "grid.png", "run.json"]
+    about = json.loads((tmp_path / "a" / "run.json").read_text())
+    in_turn = [m.model.labels[i % len(m.model.labels)] for i in range(5)] if m.model.labels else None
+    assert about["files"] == [*names, "grid.png"] and about["labels"] == in_turn and about["versions"]["ptqd-export"] == __version__
+    assert (about["seed"], about["plan"], about["backend"]) == (0, str(m.plan), "ort-cpu") and "onnxruntime" in about["versions"]
     pictures = [np.asarray(Image.open(tmp_path / "a" / file)) for file in names]
     assert {p.shape for p in pictures} == {(height, width, 3) if channels == 3 else (height, width)}
     assert all((a != b).any() for i, a in enumerate(pictures) for b in pictures[:i])
@@ -42,7 +51,7 @@ def test_run_writes_pictures_and_a_grid(name: str, request: pytest.FixtureReques
 
     again = invoke("run", built.path, "--out", tmp_path / "b", "--num-samples", "5", "--batch-size", "2", "--seed", "0")
     assert (again.code, again.err) == (0, "") and "5 samples in" in again.out
-    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in [*names, "grid.png"])
+    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in [*names, "grid.png", "run.json"])
     other = invoke("run", built.path, "--out", tmp_path / "c", "--num-samples", "1", "--seed", "1")
     assert other.code == 0 and (tmp_path / "c" / names[0]).read_bytes() != (tmp_path / "a" / names[0]).read_bytes()
 
@@ -61,6 +70,41 @@ def test_run_writes_arrays(own: Built, tmp_path: Path, invoke: Invoke) -> None:
     error = invoke("run", own.path, "--out", tmp_path / "c").error
     assert "samples of 2 channels are no pictures: give --format npy" in error
     assert not (tmp_path / "c").exists()
+
+
+def test_pictures_of_an_earlier_run_do_not_stay(classes: Built, tmp_path: Path, invoke: Invoke) -> None:
+    """Those that run.json lists, and nothing else."""
+    out = tmp_path / "x"
+
+    def run(*words: str) -> list[str]:
+        result = invoke("run", classes.path, "--out", out, *words)
+        assert (result.code, result.err) == (0, "")
+        return sorted(path.name for path in out.iterdir())
+
+    out.mkdir()
+    for name in ("00007.png", "notes.png"):  # of somebody else
+        (out / name).write_text("mine")
+    assert len(run("--num-samples", "5")) == 2 + 5 + 2
+    (out / "00003.png").unlink()
+    (out / "00002.png").unlink()
+    (out / "00002.png").mkdir()  # in the place of a picture: not one
+    kept = ["00002.png", "00007.png", "grid.png", "notes.png", "run.json"]
+    assert run("--num-samples", "1") == ["00000.png", *kept]
+    about = json.loads((out / "run.json").read_text())
+    (tmp_path / "secret.png").write_text("mine")
+    (out / "run.json").write_text(json.dumps(about | {"files": ["../secret.png", "notes.png", str(out / "00007.png"), "00000.png", 3, "run.json"]}))
+    assert run("--num-samples", "2", "--format", "npy") == [*kept, "samples.npy"]
+    assert {(out / name).read_text() for name in ("00007.png", "notes.png")} == {(tmp_path / "secret.png").read_text()} == {"mine"}
+    for broken in ("[", "[]", '{"files": 3}', "[" * 100_000):
+        (out / "run.json").write_text(broken)
+        assert run("--num-samples", "1", "--format", "npy") == [*kept, "samples.npy"]
+
+
+def test_a_failed_run_keeps_the_earlier_pictures(rgb: Built, tmp_path: Path, invoke: Invoke) -> None:
+    assert invoke("run", rgb.path, "--out", tmp_path / "x", "--num-samples", "3").code == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()}
+    assert "no classes" in invoke("run", rgb.path, "--out", tmp_path / "x", "--num-samples", "1", "--class-labels", "0").error
+    assert {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()} == before
 
 
 def test_run_takes_labels(classes: Built, tmp_path: Path, invoke: Invoke) -> None:
@@ -89,6 +133,21 @@ def test_the_torch_backend_on_the_command_line(classes: Built, own: Built, tmp_p
     assert not (tmp_path / "b").exists()
 
 
+def test_a_bundle_for_torch_alone(classes: Built, tmp_path: Path, invoke: Invoke) -> None:
+    """`run` takes the first backend that the bundle holds; `verify` evaluates the graphs all the same."""
+    shutil.copytree(classes.path, tmp_path / "bundle")
+    m = classes.bundle.manifest
+    artifacts = tuple(dataclasses.replace(a, backends=tuple(b for b in a.backends if b == "torch")) for a in m.artifacts)
+    write_manifest(tmp_path / "bundle", dataclasses.replace(m, artifacts=artifacts))
+    words = ("run", tmp_path / "bundle", "--num-samples", "2", "--format", "npy", "--out", tmp_path / "x")
+    assert "give --model RECIPE_OR_MODEL" in invoke(*words).error
+    result = invoke(*words, "--model", classes.recipe, "--json")
+    assert (result.code, result.err) == (0, "") and result.json["backend"] == "torch"
+    assert json.loads((tmp_path / "x" / "run.json").read_text())["backend"] == "torch"
+    assert "holds torch; rebuild with --backend ort-cpu" in invoke(*words, "--backend", "ort-cpu").error
+    assert len(invoke("verify", tmp_path / "bundle", "--json").json["engines"]) == 2 * len(PRECISIONS)
+
+
 def test_inspect(rgb: Built, invoke: Invoke, tmp_path: Path) -> None:
     result = invoke("inspect", rgb.path, "--json", "--plot", tmp_path / "steps.png")
     assert (result.code, result.err) == (0, "")
@@ -112,7 +171,7 @@ def test_verify(guided: Built, invoke: Invoke) -> None:
     result = invoke("verify", guided.path, "--json")
     assert (result.code, result.err) == (0, "")
     assert result.json["ok"] and result.json["files"] == 11
-    assert result.json["engines"] == [f"{p} (ort-cpu)" for p in PRECISIONS]
+    assert sorted(result.json["engines"]) == sorted(f"{p}.{e}" for p in PRECISIONS for e in ("portable", "ort-cpu"))
     assert "11 files match their SHA-256" in invoke("verify", guided.path).out
 
 
@@ -135,12 +194,29 @@ def test_the_bundle_s_own_setting_is_taken(rgb: Built, invoke: Invoke, tmp_path:
     assert invoke("run", rgb.path, "--out", tmp_path / "x", *words).code == 0
 
 
-def test_run_needs_no_heavy_package(rgb: Built, tmp_path: Path, launch: Launch) -> None:
-    """In a process, and in its workers, where importing any of them fails."""
+@pytest.fixture
+def no_heavy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PYTHONPATH with which importing any of HEAVY fails."""
+    folder = tmp_path_factory.mktemp("blocked")
     for name in HEAVY:
-        (tmp_path / "blocked").mkdir(exist_ok=True)
-        (tmp_path / "blocked" / f"{name}.py").write_text(f"raise ImportError('{name} is blocked')\n")
-    path = os.pathsep.join([str(tmp_path / "blocked"), str(Path(__file__).parents[1])])
+        (folder / f"{name}.py").write_text(f"raise ImportError('{name} is blocked')\n")
+    return os.pathsep.join([str(folder), str(Path(__file__).parents[1])])
+
+
+def test_the_torch_backend_without_torch(classes: Built, tmp_path: Path, launch: Launch, no_heavy: str) -> None:
+    """The same line, whoever finds out."""
+    for workers in ("1", "2"):
+        words = ("run", classes.path, "--out", tmp_path / "x", "--backend", "torch", "--model", classes.recipe, "--batch-size", "2")
+        process = launch(*words, "--workers", workers, PYTHONPATH=no_heavy)
+        _, error = process.communicate(timeout=120)
+        line = "Error: backend torch needs torch and diffusers (torch is blocked): pip install 'ptqd-export[build]'\n"
+        assert (process.returncode, error) == (1, line)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_needs_no_heavy_package(rgb: Built, tmp_path: Path, launch: Launch, no_heavy: str) -> None:
+    """In a process, and in its workers, where importing any of them fails."""
+    path = no_heavy
     blocked = subprocess.run([sys.executable, "-c", "import torch"], env=environment(PYTHONPATH=path), capture_output=True, text=True)
     assert "torch is blocked" in blocked.stderr
     for workers in ("1", "2"):
@@ -149,24 +225,26 @@ def test_run_needs_no_heavy_package(rgb: Built, tmp_path: Path, launch: Launch) 
         process = launch(*words, PYTHONPATH=path)
         printed, error = process.communicate(timeout=120)
         assert (process.returncode, error) == (0, "")
-        assert json.loads(printed)["grid"] == "grid.png" and len(list(out.iterdir())) == 5
+        assert json.loads(printed)["grid"] == "grid.png" and len(list(out.iterdir())) == 6
     assert all((tmp_path / "1" / f"{i:05d}.png").read_bytes() == (tmp_path / "2" / f"{i:05d}.png").read_bytes() for i in range(4))
 
 
 def test_run_imports_no_heavy_package(rgb: Built, tmp_path: Path) -> None:
+    """Though all of them are there."""
     code = f"""
 import sys
-for name in {HEAVY!r}:
-    sys.modules[name] = None
 from ptqd_export.cli import main
 main(["run", {str(rgb.path)!r}, "--out", {str(tmp_path / "x")!r}, "--num-samples", "1"])
 main(["inspect", {str(rgb.path)!r}])
 main(["verify", {str(rgb.path)!r}])
-print(sorted(name for name in {HEAVY!r} if sys.modules[name] is not None))
+print(sorted(set({HEAVY!r}) & set(sys.modules)))
+main(["inspect", {str(rgb.path)!r}, "--plot", {str(tmp_path / "plot.png")!r}])
+print(sorted(set({HEAVY!r}) & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1] == "[]"
+    found = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    assert found == ["[]", "['matplotlib']"]  # only a plot needs one, which the same check finds
 
 
 def test_build_prints_one_object_and_is_quiet_when_piped(own: Built, tmp_path: Path, launch: Launch) -> None:
@@ -182,6 +260,16 @@ def test_debug_shows_the_traceback(tmp_path: Path, invoke: Invoke) -> None:
     result = invoke("inspect", tmp_path, "--debug")
     assert result.code == 1 and "Traceback (most recent call last)" in result.err
     assert result.err.splitlines()[-1] == invoke("inspect", tmp_path).error.rstrip("\n")
+
+
+def test_an_unexpected_error_is_one_line(rgb: Built, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: Path) -> Bundle:
+        raise KeyError("a bug\nof two lines")
+
+    monkeypatch.setattr(Bundle, "open", broken)
+    line = invoke("verify", rgb.path).error
+    assert re.fullmatch(r"Error: internal error: KeyError: .*bug.*\(run again with --debug for the traceback; please report it\)\n", line)
+    assert "Traceback (most recent call last)" in invoke("verify", rgb.path, "--debug").err
 
 
 def test_usage_errors_are_one_line(invoke: Invoke) -> None:

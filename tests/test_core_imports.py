@@ -30,6 +30,15 @@ def test_core_imports_nothing_heavy(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_public_names() -> None:
+    """The surface; a change here is a change for users."""
+    assert ptqd_export.__all__ == [
+        "BackendUnavailable", "Bundle", "BundleError", "Correction", "Engine", "FakeEngine", "GraphError", "Manifest", "ModelError",
+        "NoiseSchedule", "NoiseStats", "PTQDError", "ParityError", "Plan", "Precision", "Recipe", "RecipeError", "Runtime", "build", "run", "sample",
+    ]  # fmt: skip
+    assert all(hasattr(ptqd_export, name) for name in ptqd_export.__all__)
+
+
 def _imported(tree: ast.AST, parts: tuple[str, ...]) -> set[str]:
     """Absolute names of the imports of the file at `parts`, wherever in it they stand."""
     names: set[str] = set()

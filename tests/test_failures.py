@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from ptqd_export.bundle import MANIFEST, TABLES, WEIGHTS, Bundle, Manifest, write_manifest
 from ptqd_export.errors import BundleError
+from ptqd_export.inspect import verify_engines
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SMALL = ("--calib-size", "2", "--n-steps", "2")
@@ -276,6 +277,13 @@ def test_targets_of_build(classes: Built, place: Path, refused: Callable[..., st
         assert message in refused("build", classes.recipe, "--out", target, *SMALL)
 
 
+def test_the_current_folder_is_no_target(classes: Built, place: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where an older bundle stands in it: it would be exchanged under the feet of whoever works there."""
+    monkeypatch.chdir(place / "bundle")
+    for target in (".", "..", "../bundle", place):
+        assert "is the current folder or one above it" in refused("build", classes.recipe, "--out", target, *SMALL)
+
+
 def test_targets_of_run_and_plot(classes: Built, place: Path, refused: Callable[..., str]) -> None:
     (place / "file").write_text("x")
     for target in (place / "file", place / "file" / "below", Path("/proc/pictures"), Path("/sys/pictures")):
@@ -397,7 +405,7 @@ def test_manifests(bundle: Path, refused: Callable[..., str]) -> None:
         ({"files": {**files, "../secret": {"sha256": "0" * 64, "size": 6}}}, "names '../secret', which leaves the bundle: do not trust it"),
         ({"files": {**files, "/etc/hostname": {"sha256": "0" * 64, "size": 6}}}, "names '/etc/hostname', which leaves the bundle"),
         ({"schedule": {}}, "is damaged (KeyError"),
-        ({"guidance": 1e400}, "does not match its own SHA-256"),
+        ({"guidance": 1e300}, "does not match its own SHA-256"),
     ):
         sound = (bundle / MANIFEST).read_bytes()
         rewrite(bundle, **changes)
@@ -497,6 +505,40 @@ def test_tables_that_do_not_fit(bundle: Path, refused: Callable[..., str]) -> No
     assert "of shape (2, 2), expected (4, 2): rebuild" in refused("inspect", bundle)
 
 
+def spoil_tables(bundle: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    tables = load_file(bundle / TABLES)
+    change(tables)
+    save_file(tables, bundle / TABLES)
+    reseal(bundle)
+
+
+def test_an_engine_that_computes_something_else_here(bundle: Path, refused: Callable[..., str]) -> None:
+    """What another processor's kernels would do is done to the probe instead: shifted by a little more, and a little less, than is allowed."""
+    words = ("run", bundle, "--out", bundle.parent / "x", "--format", "npy", "--batch-size", "4", "--num-samples", "8", "--workers")
+    key = "w4a8.ort-cpu.probe"
+    noise, sound = load_file(bundle / TABLES)[f"{key}_noise"][0], load_file(bundle / TABLES)[key]
+    spoil_tables(bundle, lambda t: t.update({key: sound + np.float32(1.02 * noise)}))
+    for line in (refused("verify", bundle), refused(*words, "1"), refused(*words, "2")):
+        assert re.search(
+            r"w4a8.ort-cpu computes something else here than where the bundle was built \(RMS difference .*, allowed .*\): "
+            r"this processor or ONNX Runtime version differs; rebuild the bundle on this machine",
+            line,
+        )
+    assert not (bundle.parent / "x").exists()
+    spoil_tables(bundle, lambda t: t.update({key: sound + np.float32(0.98 * noise)}))
+    assert verify_engines(Bundle.open(bundle))
+
+
+def test_a_bundle_without_probes(bundle: Path, refused: Callable[..., str]) -> None:
+    tables = load_file(bundle / TABLES)
+    for name in ("probe", "probe_noise"):
+        spoil_tables(bundle, lambda t, name=name: (t.update(tables), t.pop(f"w4a8.ort-cpu.{name}")))
+        for words in (("verify", bundle), ("run", bundle, "--out", bundle.parent / "x", "--format", "npy")):
+            assert f"has no table w4a8.ort-cpu.{name}: rebuild the bundle" in refused(*words)
+        spoil_tables(bundle, lambda t, name=name: t.update({f"w4a8.ort-cpu.{name}": np.zeros((1, 3))}))
+        assert "of shape (1, 3), expected" in refused("verify", bundle)
+
+
 def test_nonsense_is_not_written(bundle: Path, refused: Callable[..., str]) -> None:
     """A graph of infinite weights: no samples with NaN in them, and nothing in the folder."""
     weights = load_file(bundle / WEIGHTS)
@@ -506,5 +548,6 @@ def test_nonsense_is_not_written(bundle: Path, refused: Callable[..., str]) -> N
     save_file(weights, bundle / WEIGHTS)
     reseal(bundle)
     line = refused("run", bundle, "--out", bundle.parent / "x", "--format", "npy", "--num-samples", "3")
-    assert "holds NaN or infinite values" in line
+    assert "returns NaN, infinite values" in line
     assert not (bundle.parent / "x").exists()
+    assert "returns NaN, infinite values" in refused("verify", bundle)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from conftest import Built
+from safetensors.numpy import load_file, save_file
 
-from ptqd_export.backends import open_engine
-from ptqd_export.bundle import Bundle
-from ptqd_export.engine import EPSILON, SAMPLE, STEP, TIMESTEP, Array, Engine, Feeds
-from ptqd_export.errors import BundleError, RecipeError
+from ptqd_export.backends import OrtEngine, open_engine
+from ptqd_export.bundle import QUANTIZATION, Bundle
+from ptqd_export.engine import EPSILON, SAMPLE, STEP, TIMESTEP, Array, Engine, FakeEngine, Feeds
+from ptqd_export.errors import BundleError, ModelError, ParityError, RecipeError
 from ptqd_export.noise import Correction
 from ptqd_export.plan import Plan, fixed
 from ptqd_export.precision import FP32, Precision
-from ptqd_export.runtime import Asked, Runtime, run
+from ptqd_export.runtime import Asked, Runtime, check_probe, probe, run
 from ptqd_export.sampler import NoiseSource, predict_epsilon, sample
 
 W8A8 = Precision(8, 8)
@@ -199,21 +201,22 @@ def test_the_simulation_gives_the_same_pictures(name: str, bound: float, request
     assert psnr(engine, simulated) > max(bound, psnr(engine, full) + 6)
 
 
-def test_the_simulation_holds_the_correction(rgb: Built) -> None:
+def test_the_simulation_holds_the_correction(guided: Built) -> None:
     """The torch backend's table is the one folded into the graph: without it the two backends lie apart."""
     from ptqd_export.reference import simulated_engines
 
-    bundle = rgb.bundle
+    bundle = guided.bundle
     m, p = bundle.manifest, Precision(4, 8)
     x = NoiseSource(0, range(4), m.model.sample_shape).draw()
+    conditions = m.model.conditions(None, 4)
     emission = m.artifact(p, "ort-cpu").emission
     correction = bundle.correction(p, emission)
-    assert not np.array_equal(correction.gain, Correction.identity(4, 3).gain)
+    assert not np.array_equal(correction.gain, Correction.identity(3, 1).gain)
     step = int(abs(correction.offset).max(1).argmax())
     with open_engine("ort-cpu", bundle.file(m.artifact(p, "ort-cpu").file)) as engine:
-        got = predict_epsilon(engine, x, step, m.schedule, m.model, {}, 1.0)
-    simulated = simulated_engines(bundle, [p], rgb.recipe)[p]
-    expected = predict_epsilon(simulated, x, step, m.schedule, m.model, {}, 1.0)
+        got = predict_epsilon(engine, x, step, m.schedule, m.model, conditions, m.guidance_scale)
+    simulated = simulated_engines(bundle, [p], guided.recipe)[p]
+    expected = predict_epsilon(simulated, x, step, m.schedule, m.model, conditions, m.guidance_scale)
     uncorrected = (expected - correction.offset[step][:, None, None]) / correction.gain[step][:, None, None]
     assert rms(got - expected) < 0.1 * rms(got - uncorrected)
 
@@ -238,6 +241,60 @@ def test_progress_counts_every_sample_step(classes: Built) -> None:
         counted: list[int] = []
         run(classes.bundle, 5, batch_size=2, workers=workers, advance=counted.append)
         assert sum(counted) == 5 * 3
+
+
+@pytest.mark.parametrize("name", ["rgb", "classes", "guided", "own"])
+def test_the_probe_tells_right_kernels_from_wrong_ones(name: str, request: pytest.FixtureRequest) -> None:
+    """A fused and an unfused execution of a graph are both right, though their roundings differ; another precision's engine is wrong."""
+    bundle: Bundle = request.getfixturevalue(name).bundle
+    m = bundle.manifest
+    artifacts = {p: m.artifact(p, "ort-cpu") for p in m.bops}
+    for p, artifact in artifacts.items():
+        expected, allowed = bundle.probe(p, artifact.emission)
+        assert expected.shape == (2, *m.model.sample_shape) and 0 < allowed < rms(expected) * (2 if p.activation_bits == 4 else 0.4)
+        with OrtEngine(bundle.file(artifact.file), optimise=False) as engine:
+            check_probe(bundle, artifact, engine)
+            again = probe(engine, m.schedule, m.model, m.guidance_scale)
+            np.testing.assert_array_equal(again, probe(engine, m.schedule, m.model, m.guidance_scale))
+    with open_engine("ort-cpu", bundle.file(artifacts[Precision(4, 4)].file)) as engine:
+        for p in (FP32, Precision(8, 8)):
+            with pytest.raises(ParityError, match=f"{p}.ort-cpu computes something else here"):
+                check_probe(bundle, artifacts[p], engine)
+
+
+def test_samples_that_are_not_finite_are_refused(classes: Built) -> None:
+    """An engine that is right on the probe and wrong later."""
+    with Runtime(classes.bundle) as runtime:
+        last = len(classes.bundle.manifest.schedule) - 1
+        for p, engine in list(runtime.engines.items()):
+            right = lambda f, engine=engine: engine(f)[EPSILON]  # noqa: E731
+            broken = lambda f, right=right: np.full_like(right(f), np.nan) if f[STEP][0] == last else right(f)  # noqa: E731
+            runtime.engines[p] = FakeEngine(broken, engine.inputs)
+        with pytest.raises(ModelError, match="sample 3 holds NaN or infinite values"):
+            runtime.sample([3, 4])
+
+
+def test_the_first_backend_of_a_bundle_is_the_default(classes: Built) -> None:
+    m = classes.bundle.manifest
+    artifacts = tuple(dataclasses.replace(a, backends=("torch",)) for a in m.artifacts)
+    torch_alone = dataclasses.replace(classes.bundle, manifest=dataclasses.replace(m, artifacts=artifacts))
+    with Runtime(classes.bundle) as one, Runtime(torch_alone, model=classes.recipe) as other:
+        assert (one.backend, other.backend) == ("ort-cpu", "torch")
+
+
+def test_quantization_of_another_network_is_refused(own: Built, tmp_path: Path) -> None:
+    shutil.copytree(own.path, tmp_path / "bundle")
+    bundle = Bundle.open(tmp_path / "bundle")
+    file = bundle.file(QUANTIZATION)
+    scales = load_file(file)
+    name = next(key for key in scales if key.startswith("codes/w8/"))
+    for changed in (scales | {name: scales[name][:1]}, {k: v for k, v in scales.items() if k != name}, {f"{k}x": v for k, v in scales.items()}):
+        save_file({**changed, "w8a8/nothing/bits": np.array([8, 8])} if name + "x" in changed else changed, file)
+        with pytest.raises(BundleError, match=r"does not hold the layers of .*rebuild the bundle"):
+            Runtime(bundle, "torch", model=own.recipe)
+    file.write_bytes(b"nothing")
+    with pytest.raises(BundleError, match="does not hold the layers of"):
+        Runtime(bundle, "torch", model=own.recipe)
 
 
 def test_closed_engines_are_gone(rgb: Built, tmp_path: Path) -> None:
