@@ -6,9 +6,10 @@ Importing this package imports neither torch nor onnx nor any runtime.
 from __future__ import annotations
 
 from .build import build
-from .bundle import Bundle, Manifest
+from .bundle import Bundle
 from .engine import Engine, FakeEngine
 from .errors import BackendUnavailable, BundleError, GraphError, ModelError, ParityError, PTQDError, RecipeError
+from .manifest import Manifest
 from .noise import Correction, NoiseStats
 from .plan import Plan
 from .precision import Precision

@@ -24,9 +24,10 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from .bundle import QUANTIZATION, TABLES, Artifact, Bundle, Manifest, check_target, exclusive, write_manifest, writing
+from .bundle import QUANTIZATION, TABLES, Bundle, check_target, exclusive, write_manifest, writing
 from .errors import PTQDError, RecipeError
 from .evaluate import parity
+from .manifest import Artifact, Manifest
 from .noise import Correction, NoiseStats
 from .plan import Plan, by_budget, by_snr, fixed, pareto_front, step_weights
 from .precision import FLOAT_BITS, Precision

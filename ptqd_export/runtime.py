@@ -16,10 +16,11 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from .bundle import Artifact, Bundle
+from .bundle import Bundle
 from .conditioning import ModelInfo
 from .engine import Array, Engine
 from .errors import BackendUnavailable, BundleError, ModelError, ParityError
+from .manifest import Artifact
 from .plan import Plan
 from .precision import Precision
 from .quant import Emission

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ptqd_export.bundle import MANIFEST, QUANTIZATION, SEAL, TABLES, WEIGHTS, Artifact, Bundle, Manifest, _seal, check_target, write_manifest, writing
+from ptqd_export.bundle import MANIFEST, QUANTIZATION, SEAL, TABLES, WEIGHTS, Bundle, _seal, check_target, write_manifest, writing
 from ptqd_export.conditioning import ModelInfo
 from ptqd_export.errors import BundleError
+from ptqd_export.manifest import Artifact, Manifest
 from ptqd_export.plan import Plan
 from ptqd_export.precision import Precision
 from ptqd_export.quant import Emission

@@ -18,9 +18,10 @@ from conftest import Built, Invoke, Launch
 from onnx import TensorProto, helper
 from safetensors.numpy import load_file, save_file
 
-from ptqd_export.bundle import MANIFEST, TABLES, WEIGHTS, Bundle, Manifest, write_manifest
+from ptqd_export.bundle import MANIFEST, TABLES, WEIGHTS, Bundle, write_manifest
 from ptqd_export.errors import BundleError
 from ptqd_export.inspect import verify_engines
+from ptqd_export.manifest import Manifest
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SMALL = ("--calib-size", "2", "--n-steps", "2")
