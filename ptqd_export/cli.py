@@ -61,6 +61,7 @@ def cli() -> None:
 @click.option("--budget", type=float, help="Mean cost per step as a fraction of the dearest precision's (for --plan budget).")
 @click.option("--cost", type=click.Choice(["time", "bops"]), help="What the budget counts.")
 @click.option("--correction", type=click.Choice(["ptqd", "affine", "none"]))
+@click.option("--recalibrate-variance/--no-recalibrate-variance", default=None, help="Take the residual variance off the injected noise (eta > 0).")
 @click.option("--backend", "backends", multiple=True, type=click.Choice(BACKENDS), help="Repeat for several.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Take up the intermediate results of a build that was stopped.")
 @common
@@ -107,6 +108,7 @@ def _override(recipe: Recipe, **options: Any) -> Recipe:
     put("calibration", "seed", options["seed"])
     put("quantization", "precisions", options["precisions"] or None)
     put("quantization", "correction", options["correction"])
+    put("quantization", "recalibrate_variance", options["recalibrate_variance"])
     plan = options["plan"]
     if plan in ("snr", "budget"):
         put("plan", "rule", plan)

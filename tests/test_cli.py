@@ -18,8 +18,9 @@ import pytest
 from conftest import PRECISIONS, Built, Invoke, Launch, environment
 from PIL import Image
 
-from ptqd_export import __version__
+from ptqd_export import __version__, cli
 from ptqd_export.bundle import Bundle, write_manifest
+from ptqd_export.recipe import Recipe
 
 HEAVY = ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "scipy", "matplotlib")
 
@@ -327,3 +328,20 @@ def test_a_dead_worker_is_one_line(rgb: Built, tmp_path: Path, launch: Launch) -
     assert (process.returncode, printed) == (1, "")
     assert error.startswith("Error: a worker process died") and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_build_options_reach_the_recipe() -> None:
+    words = (
+        "model --out o --precision w4a8 --precision fp32 --solver ddpm --n-steps 7 --calib-size 6 --batch-size 3 --seed 5 --budget 0.5 --cost bops"
+    )
+    words += " --plan w4a8*6,fp32 --correction affine --no-recalibrate-variance --backend torch"
+    params = cli.build.make_context("build", words.split()).params
+    for name in ("recipe_or_model", "out", "as_json", "resume"):
+        params.pop(name)
+    recipe = cli._override(Recipe(), **params)
+    s, c, q, p = recipe.sampler, recipe.calibration, recipe.quantization, recipe.plan
+    assert (s.solver, s.n_steps, s.eta) == ("ddpm", 7, 1.0)
+    assert (c.size, c.held_out, c.batch_size, c.seed) == (6, 3, 3, 5)
+    assert (q.precisions, q.correction, q.recalibrate_variance) == (("w4a8", "fp32"), "affine", False)
+    assert (p.rule, p.steps, p.budget, p.cost, recipe.backends) == ("fixed", ("w4a8*6", "fp32"), 0.5, "bops", ("torch",))
+    assert cli._override(Recipe(), **{name: () if isinstance(value, tuple) else None for name, value in params.items()}) == Recipe()
