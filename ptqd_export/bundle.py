@@ -50,13 +50,16 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bundle:
     """An opened, verified bundle."""
 
     path: Path
     manifest: Manifest
     tables: Mapping[str, npt.NDArray[np.float64]]
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.path)!r}: {self.manifest.model.name}, {self.manifest.plan})"
 
     def file(self, name: str) -> Path:
         return self.path / name
@@ -100,13 +103,14 @@ class Bundle:
         return schedule.recalibrated_sigmas(var)
 
     @classmethod
-    def open(cls, path: Path, verify: bool = True) -> Bundle:
+    def open(cls, path: Path | str, verify: bool = True) -> Bundle:
         """Read a bundle and check it: format, paths, sizes and (unless `verify` is off) the SHA-256 of every file, the manifest
         among them, and that graphs take their weights from files of the bundle alone.
 
         Raises:
             BundleError: one line saying what is wrong.
         """
+        path = Path(path)
         manifest_path = path / MANIFEST
         if not manifest_path.is_file():
             raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}; make one with `ptqd-export build`")

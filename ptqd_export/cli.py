@@ -176,6 +176,7 @@ def run(
     pictures = m.model.channels in (1, 3)
     if file_format == "png" and not pictures:
         raise RecipeError(f"samples of {m.model.channels} channels are no pictures: give --format npy")
+    _check_out(out)
     with images.output_folder(out):
         with progress(num_samples * len(m.schedule), f"sampling {m.plan}", "step") as bar:
             x = run_bundle(
@@ -233,6 +234,21 @@ def _versions(backend: str) -> dict[str, str]:
     return found
 
 
+def _check_out(folder: Path) -> None:
+    """Refuse folders that hold something else than pictures of an earlier run: a bundle, a model, pictures of the user's own.
+
+    Raises:
+        RecipeError: naming what is in the way.
+    """
+    for name in ("manifest.json", "recipe.toml", "config.json", "model_index.json", "unet"):
+        if (folder / name).exists():
+            raise RecipeError(f"{folder} holds {name}: it is the folder of a bundle or a model; give another --out for the pictures")
+    own = _earlier_files(folder)
+    for name in ("grid.png", "samples.npy", "00000.png"):
+        if (folder / name).exists() and name not in own:
+            raise RecipeError(f"{folder} holds a {name} that no earlier run wrote (by its {RUN}): give another --out")
+
+
 def _earlier_files(folder: Path) -> set[str]:
     """Pictures that an earlier run left in a folder and put down in its run.json; those that only look like it are not among them."""
     try:
@@ -270,7 +286,7 @@ def _tensors(conditions: Sequence[str]) -> dict[str, Any]:
 
 @cli.command()
 @click.argument("bundle_dir", metavar="BUNDLE", type=click.Path(path_type=Path))
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the per-step figures and the Pareto front to this PNG.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the per-step figures to this PNG, and the Pareto front to <name>-pareto.png.")
 @common
 def inspect(bundle_dir: Path, plot: Path | None, as_json: bool) -> None:
     """What BUNDLE holds: engines, and per step precision, k, bias, sigma, sigma', SNR."""

@@ -211,6 +211,7 @@ def _check_figures(name: str, figures: Mapping[str, Any]) -> None:
         return
     _read(int, figures["layers"]["layers"], where)
     _read(float, figures["layers"]["share_apart"], where)
+    _read(float, figures["noise"]["limit_z"], where)
     largest = _read(dict, figures["noise"]["largest_z"], where)
     _need(bool(largest), f"{where} has no statistics")
     for value in largest.values():

@@ -73,7 +73,9 @@ def fixed(runs: Sequence[str], n_steps: int) -> Plan:
         count = int(times) if times else (n_steps if len(runs) == 1 else 1)
         steps += [Precision.parse(name)] * count
     if len(steps) != n_steps:
-        raise RecipeError(f"the fixed plan has {len(steps)} steps, the sampler {n_steps}: give a precision for each, such as w4a8*{n_steps}")
+        raise RecipeError(
+            f"the fixed plan has {len(steps)} steps, the sampler {n_steps}: give a precision for each by --plan or plan.steps, such as w4a8*{n_steps}"
+        )
     return Plan(tuple(steps))
 
 

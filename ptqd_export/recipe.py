@@ -166,16 +166,17 @@ class Recipe:
         return recipe
 
     @classmethod
-    def load(cls, path: Path) -> Recipe:
+    def load(cls, path: Path | str) -> Recipe:
         """From a recipe file, a folder that holds recipe.toml, or a diffusers folder with all defaults.
 
         Raises:
             RecipeError: nothing there, not TOML, or wrong values.
         """
+        path = Path(path)
         file = path / RECIPE_FILE if path.is_dir() else path
         if path.is_dir() and not file.exists():
             return cls.from_dict({"model": {"source": str(path.resolve())}}, path.resolve())
-        if ".py:" in path.name:
+        if path.suffix == ".py" or ".py:" in path.name:
             raise RecipeError(f"{path}: a model from a function needs a recipe that says model.source, model.sample_shape and model.scheduler")
         if not file.is_file():
             raise RecipeError(f"{path} does not exist: give a recipe file, a folder that holds {RECIPE_FILE}, or a diffusers model folder")

@@ -48,14 +48,14 @@ class Asked:
         """
         m = bundle.manifest
         held = {"n_steps": len(m.schedule), "eta": m.schedule.eta, "guidance_scale": m.guidance_scale, "solver": m.solver}
-        for name, value in held.items():
-            asked = getattr(self, name)
-            if asked is not None and asked != value:
-                option = "--" + name.replace("_", "-")
-                raise BundleError(
-                    f"{name} {asked} was asked for, but {bundle.path} was measured for {name} {value}: "
-                    f"leave it out, or rebuild with `ptqd-export build ... {option} {asked}`"
-                )
+        wrong = {name: getattr(self, name) for name, value in held.items() if getattr(self, name) not in (None, value)}
+        if wrong:
+            asked, measured = (", ".join(f"{name} {of[name]}" for name in wrong) for of in (wrong, held))
+            options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in wrong.items())
+            raise BundleError(
+                f"{asked} was asked for, but {bundle.path} was measured for {measured}: "
+                f"leave it out, or rebuild with `ptqd-export build ... {options}`"
+            )
 
 
 def probe(engine: Engine, schedule: NoiseSchedule, info: ModelInfo, guidance_scale: float) -> F32:
@@ -204,6 +204,7 @@ def run(
     if labels is not None or tensors:
         m.model.conditions(labels, num_samples, tensors)  # wrong ones are refused before any work
     out = np.empty((num_samples, *m.model.sample_shape))
+    batch_size = min(batch_size, -(-num_samples // workers))  # a batch for every worker
     batches = [range(i, min(i + batch_size, num_samples)) for i in range(0, num_samples, batch_size)]
 
     def part(batch: range) -> tuple[list[int] | None, dict[str, Array]]:
@@ -232,7 +233,10 @@ def run(
                     out[batch.start : batch.stop] = future.result()
                     advance(len(batch) * len(m.schedule))
         except BrokenProcessPool as error:
-            raise BackendUnavailable("a worker process died, most likely for lack of memory: lower --workers or --batch-size") from error
+            raise BackendUnavailable(
+                "a worker process died, most likely for lack of memory: lower --workers or --batch-size "
+                '(a script that calls run() with workers must do so under `if __name__ == "__main__":`)'
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
     return out

@@ -131,7 +131,7 @@ def test_a_sealed_manifest_opens(bundle: Path) -> None:
 
 
 FILE = {"sha256": "0" * 64, "size": 1}
-FIGURES = {"layers": {"layers": 3, "share_apart": 0.0}, "noise": {"largest_z": {"k": 1.0}}}
+FIGURES = {"layers": {"layers": 3, "share_apart": 0.0}, "noise": {"limit_z": 5.0, "largest_z": {"k": 1.0}}}
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ FIGURES = {"layers": {"layers": 3, "share_apart": 0.0}, "noise": {"largest_z": {
         (lambda m: m.update(provenance="me"), "provenance: expected dict"),
         (lambda m: m.update(parity={"w8a8": {}}), "KeyError: 'layers'"),
         (lambda m: m.update(parity={"w8a8": {**FIGURES, "layers": {"layers": 3}}}), "KeyError: 'share_apart'"),
-        (lambda m: m.update(parity={"w8a8": {**FIGURES, "noise": {"largest_z": {}}}}), "has no statistics"),
+        (lambda m: m.update(parity={"w8a8": {**FIGURES, "noise": {"limit_z": 5.0, "largest_z": {}}}}), "has no statistics"),
         (lambda m: m.update(parity={"w8a8": {"largest_relative_error": "small"}}), "expected float, got 'small'"),
         (lambda m: m.update(bops={"w8a8": None}), "bops: expected int"),
         (lambda m: m.update(bops={"int8": 3}), "precision 'int8' is not known"),

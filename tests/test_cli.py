@@ -93,12 +93,25 @@ def test_pictures_of_an_earlier_run_do_not_stay(classes: Built, tmp_path: Path, 
     assert run("--num-samples", "1") == ["00000.png", *kept]
     about = json.loads((out / "run.json").read_text())
     (tmp_path / "secret.png").write_text("mine")
-    (out / "run.json").write_text(json.dumps(about | {"files": ["../secret.png", "notes.png", str(out / "00007.png"), "00000.png", 3, "run.json"]}))
+    (out / "run.json").write_text(
+        json.dumps(about | {"files": ["../secret.png", "notes.png", str(out / "00007.png"), "00000.png", 3, "run.json", "grid.png"]})
+    )
     assert run("--num-samples", "2", "--format", "npy") == [*kept, "samples.npy"]
     assert {(out / name).read_text() for name in ("00007.png", "notes.png")} == {(tmp_path / "secret.png").read_text()} == {"mine"}
     for broken in ("[", "[]", '{"files": 3}', "[" * 100_000):
         (out / "run.json").write_text(broken)
-        assert run("--num-samples", "1", "--format", "npy") == [*kept, "samples.npy"]
+        assert "no earlier run wrote" in invoke("run", classes.path, "--out", out, "--num-samples", "1").error
+    assert sorted(path.name for path in out.iterdir()) == [*kept, "samples.npy"]
+
+
+def test_pictures_stay_out_of_bundles_and_models(classes: Built, tmp_path: Path, invoke: Invoke) -> None:
+    for folder, name in ((classes.path, "manifest.json"), (classes.recipe, "unet")):
+        before = sorted(path.name for path in folder.iterdir())
+        assert f"holds {name}" in invoke("run", classes.path, "--out", folder, "--num-samples", "1").error
+        assert sorted(path.name for path in folder.iterdir()) == before
+    (tmp_path / "grid.png").write_text("mine")
+    assert "grid.png that no earlier run wrote" in invoke("run", classes.path, "--out", tmp_path, "--num-samples", "1").error
+    assert (tmp_path / "grid.png").read_text() == "mine"
 
 
 def test_a_failed_run_keeps_the_earlier_pictures(rgb: Built, tmp_path: Path, invoke: Invoke) -> None:

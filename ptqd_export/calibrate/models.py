@@ -305,6 +305,9 @@ def trial_feeds(info: ModelInfo, n: int) -> dict[str, Array]:
 
 def _try_forward(network: Network) -> None:
     feeds = {name: torch.from_numpy(value) for name, value in trial_feeds(network.info, 2).items()}
+    spec = network.info.class_input
+    if spec is not None and spec.num_classes is not None:  # the first and the last class that an embedding must hold
+        feeds[spec.name] = torch.tensor([0, spec.num_classes - 1])
     expected = tuple(feeds["sample"].shape)
     try:
         with torch.inference_mode():

@@ -257,5 +257,6 @@ def summary(figures: Mapping[str, Any]) -> str:
     """One line for people."""
     if "largest_relative_error" in figures:
         return f"equal to the torch model within {figures['largest_relative_error']:.1g} RMS"
-    layers, z = figures["layers"], max(figures["noise"]["largest_z"].values())
-    return f"{layers['layers']} layers, {layers['share_apart']:.1e} of outputs one step apart; noise within {z:.2f} standard errors"
+    layers, noise = figures["layers"], figures["noise"]
+    apart = f"{layers['layers']} layers, {layers['share_apart']:.1e} of outputs one step apart"
+    return f"{apart}; noise within {max(noise['largest_z'].values()):.2f} standard errors (limit {noise['limit_z']:.1f})"
