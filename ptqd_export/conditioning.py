@@ -13,7 +13,7 @@ import numpy as np
 
 from .engine import EPSILON, SAMPLE, STEP, TIMESTEP, Array
 from .errors import RecipeError
-from .recipe import InputSpec, _read
+from .recipe import InputSpec, read_typed
 
 MAX_CLASSES = 1_000_000
 MAX_ELEMENTS = 2**28
@@ -126,9 +126,9 @@ class ModelInfo:
         Raises:
             RecipeError, KeyError, TypeError: a wrong type or value, or something missing.
         """
-        name, digest = _read(str, data["name"], "model.name"), _read(str, data["sha256"], "model.sha256")
-        shape = _read(tuple[int, ...], data["sample_shape"], "model.sample_shape")
-        inputs = _read(tuple[InputSpec, ...], data["inputs"], "model.inputs")
+        name, digest = read_typed(str, data["name"], "model.name"), read_typed(str, data["sha256"], "model.sha256")
+        shape = read_typed(tuple[int, ...], data["sample_shape"], "model.sample_shape")
+        inputs = read_typed(tuple[InputSpec, ...], data["inputs"], "model.inputs")
 
         def need(ok: bool, message: str) -> None:
             if not ok:

@@ -13,7 +13,7 @@ from .errors import BundleError
 from .plan import Plan
 from .precision import Precision
 from .quant import Emission
-from .recipe import _read
+from .recipe import read_typed
 from .schedule import PREDICTION_TYPES, NoiseSchedule
 
 FORMAT_VERSION = 1
@@ -119,14 +119,14 @@ class Manifest:
         _check_plain(data)
         plan, sampler = dict(data["plan"]), data["sampler"]
         model = ModelInfo.from_dict(data["model"])
-        guidance_scale = _read(float, sampler["guidance_scale"], "guidance_scale")
+        guidance_scale = read_typed(float, sampler["guidance_scale"], "guidance_scale")
         model.check_guidance(guidance_scale)
-        solver = _read(Literal["ddim", "ddpm"], sampler["solver"], "solver")
-        artifacts = tuple(_artifact(a) for a in _read(list, data["artifacts"], "artifacts"))
+        solver = read_typed(Literal["ddim", "ddpm"], sampler["solver"], "solver")
+        artifacts = tuple(_artifact(a) for a in read_typed(list, data["artifacts"], "artifacts"))
         _need(any(a.backends for a in artifacts), "no graph that a backend runs")
-        steps = _read(tuple[str, ...], plan.pop("steps"), "plan.steps")
+        steps = read_typed(tuple[str, ...], plan.pop("steps"), "plan.steps")
         _check_plan_info(plan)
-        parity = _read(dict, data["parity"], "parity")
+        parity = read_typed(dict, data["parity"], "parity")
         for name, figures in parity.items():
             _check_figures(name, figures)
         return cls(
@@ -134,15 +134,15 @@ class Manifest:
             schedule=_schedule(data["schedule"]),
             solver=solver,
             guidance_scale=guidance_scale,
-            recalibrate_variance=_read(bool, sampler["recalibrate_variance"], "recalibrate_variance"),
+            recalibrate_variance=read_typed(bool, sampler["recalibrate_variance"], "recalibrate_variance"),
             plan=Plan(tuple(Precision.parse(p) for p in steps)),
             plan_info=plan,
             artifacts=artifacts,
-            correction=_read(dict, data["correction"], "correction"),
+            correction=read_typed(dict, data["correction"], "correction"),
             parity=parity,
-            bops={Precision.parse(p): _read(int, v, "bops") for p, v in data["bops"].items()},
-            provenance=_read(dict, data["provenance"], "provenance"),
-            files={name: _read(dict, entry, "files") for name, entry in data["files"].items()},
+            bops={Precision.parse(p): read_typed(int, v, "bops") for p, v in data["bops"].items()},
+            provenance=read_typed(dict, data["provenance"], "provenance"),
+            files={name: read_typed(dict, entry, "files") for name, entry in data["files"].items()},
         )
 
 
@@ -167,17 +167,17 @@ def _check_plain(value: Any) -> None:
 
 
 def _artifact(data: Mapping[str, Any]) -> Artifact:
-    backends, ops = _read(tuple[str, ...], data["backends"], "backends"), _read(dict, data["ops"], "ops")
-    file, lowering, runtime = (_read(str, data[name], name) for name in ("file", "lowering", "runtime"))
-    time_ms = _read(float | None, data["time_ms"], "time_ms")
+    backends, ops = read_typed(tuple[str, ...], data["backends"], "backends"), read_typed(dict, data["ops"], "ops")
+    file, lowering, runtime = (read_typed(str, data[name], name) for name in ("file", "lowering", "runtime"))
+    time_ms = read_typed(float | None, data["time_ms"], "time_ms")
     return Artifact(Precision.parse(data["precision"]), Emission(data["emission"]), backends, file, lowering, runtime, ops, time_ms)
 
 
 def _schedule(data: Mapping[str, Any]) -> NoiseSchedule:
     for name, kind in (("timesteps", tuple[int, ...]), ("alphas_cumprod", tuple[float, ...]), ("alphas_cumprod_prev", tuple[float, ...])):
-        _read(kind, data[name], name)
-    _read(bool, data["rederive_epsilon"], "rederive_epsilon")
-    eta, clip = _read(float, data["eta"], "eta"), _read(float | None, data["clip_sample"], "clip_sample")
+        read_typed(kind, data[name], name)
+    read_typed(bool, data["rederive_epsilon"], "rederive_epsilon")
+    eta, clip = read_typed(float, data["eta"], "eta"), read_typed(float | None, data["clip_sample"], "clip_sample")
     schedule = NoiseSchedule.from_dict(data)
     t, a, p = schedule.timesteps, schedule.alphas_cumprod, schedule.alphas_cumprod_prev
     _need(1 <= len(t) == len(a) == len(p), f"the schedule has {len(t)} timesteps, {len(a)} alphas_cumprod and {len(p)} alphas_cumprod_prev")
@@ -193,26 +193,26 @@ def _schedule(data: Mapping[str, Any]) -> NoiseSchedule:
 def _check_plan_info(info: Mapping[str, Any]) -> None:
     """What `inspect` prints and plots."""
     for name in ("rule", "objective", "cost"):
-        _read(str, info[name], f"plan.{name}")
-    bops, full = (_read(float, info[name], f"plan.{name}") for name in ("bops", "bops_fp32"))
+        read_typed(str, info[name], f"plan.{name}")
+    bops, full = (read_typed(float, info[name], f"plan.{name}") for name in ("bops", "bops_fp32"))
     _need(bops >= 0 and full > 0, f"bit operations {bops} of {full}")
-    for note in _read(list, info.get("notes", []), "plan.notes"):
-        _read(str, note, "plan.notes")
-    for point in _read(list, info["front"], "plan.front"):
+    for note in read_typed(list, info.get("notes", []), "plan.notes"):
+        read_typed(str, note, "plan.notes")
+    for point in read_typed(list, info["front"], "plan.front"):
         for name, kind in (("cost", float), ("error", float), ("plan", str)):
-            _read(kind, point[name], f"plan.front.{name}")
+            read_typed(kind, point[name], f"plan.front.{name}")
 
 
 def _check_figures(name: str, figures: Mapping[str, Any]) -> None:
     """What `inspect` prints of the parity gate."""
     where = f"parity.{name}"
-    if "largest_relative_error" in _read(dict, figures, where):
-        _read(float, figures["largest_relative_error"], where)
+    if "largest_relative_error" in read_typed(dict, figures, where):
+        read_typed(float, figures["largest_relative_error"], where)
         return
-    _read(int, figures["layers"]["layers"], where)
-    _read(float, figures["layers"]["share_apart"], where)
-    _read(float, figures["noise"]["limit_z"], where)
-    largest = _read(dict, figures["noise"]["largest_z"], where)
+    read_typed(int, figures["layers"]["layers"], where)
+    read_typed(float, figures["layers"]["share_apart"], where)
+    read_typed(float, figures["noise"]["limit_z"], where)
+    largest = read_typed(dict, figures["noise"]["largest_z"], where)
     _need(bool(largest), f"{where} has no statistics")
     for value in largest.values():
-        _read(float, value, where)
+        read_typed(float, value, where)

@@ -161,7 +161,7 @@ class Recipe:
         Raises:
             RecipeError: an unknown key, a wrong type or a value out of range.
         """
-        recipe = dataclasses.replace(typing.cast(Recipe, _read(cls, data, "recipe")), folder=folder)
+        recipe = dataclasses.replace(typing.cast(Recipe, read_typed(cls, data, "recipe")), folder=folder)
         check(recipe)
         return recipe
 
@@ -187,7 +187,7 @@ class Recipe:
         return cls.from_dict(data, file.resolve().parent)
 
 
-def _read(kind: Any, value: Any, where: str) -> Any:
+def read_typed(kind: Any, value: Any, where: str) -> Any:
     """Check `value` against a type annotation and convert it: dataclasses from tables, tuples from arrays, int to float."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
@@ -201,19 +201,19 @@ def _read(kind: Any, value: Any, where: str) -> Any:
                 hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(hints)}"
                 raise RecipeError(f"{where}: unknown key {key!r}: {hint}")
         try:
-            return kind(**{key: _read(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+            return kind(**{key: read_typed(hints[key], item, f"{where}.{key}") for key, item in value.items()})
         except TypeError as error:
             raise RecipeError(f"{where}: {error}") from error
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise RecipeError(f"{where}: expected an array, got {value!r}")
-        return tuple(_read(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        return tuple(read_typed(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is Literal:
         if value not in args:
             raise RecipeError(f"{where}: got {value!r}, expected one of {', '.join(map(str, args))}")
         return value
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else _read(next(a for a in args if a is not type(None)), value, where)
+        return None if value is None else read_typed(next(a for a in args if a is not type(None)), value, where)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
