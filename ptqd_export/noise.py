@@ -6,7 +6,7 @@ quantized). PTQD (He et al. 2023, section 3.2): D = k e + D'. All statistics are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
 from operator import add
@@ -181,15 +181,15 @@ class Correction:
         return gated, kept, drop, error
 
 
-def jackknife(parts: Sequence[NoiseStats]) -> dict[str, tuple[F64, F64]]:
-    """{"k" | "bias" | "var": (estimate, standard error)} by leaving out one trajectory at a time; shapes (T,), (T, C), (T,).
+def jackknife(statistic: Callable[..., F64], *sets: Sequence[NoiseStats]) -> tuple[F64, F64]:
+    """(estimate, standard error) of statistic(pooled sums of each set), by leaving one trajectory out of all sets at once.
+
+    With one set, the error of a statistic; with two over the same trajectories, the error of a paired difference.
 
     Args:
-        parts: sums of single trajectories, at least two.
+        statistic: of as many NoiseStats as there are sets.
+        sets: sums of single trajectories, at least two, the same ones in each set.
     """
-    total, n = NoiseStats.pool(parts), len(parts)
-    out: dict[str, tuple[F64, F64]] = {}
-    for name in ("k", "bias", "var"):
-        left = np.stack([getattr(total - part, name) for part in parts])
-        out[name] = (getattr(total, name), np.sqrt((n - 1) / n * ((left - left.mean(0)) ** 2).sum(0)))
-    return out
+    totals, n = [NoiseStats.pool(parts) for parts in sets], len(sets[0])
+    left = np.stack([statistic(*(total - part for total, part in zip(totals, row, strict=True))) for row in zip(*sets, strict=True)])
+    return statistic(*totals), np.sqrt((n - 1) / n * ((left - left.mean(0)) ** 2).sum(0))

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ..conditioning import ModelInfo
 from ..engine import EPSILON, SAMPLE, STEP, TIMESTEP, Array, Engine
 from ..errors import ParityError
-from ..noise import Correction, NoiseStats
+from ..noise import Correction, NoiseStats, jackknife
 from ..quant import Emission, QuantizedNetwork
 from ..sampler import predict_epsilon
 from ..schedule import NoiseSchedule
@@ -130,15 +130,12 @@ def check_noise(name: str, engine: Sequence[NoiseStats], simulated: Sequence[Noi
     """
     total, reference = NoiseStats.pool(engine), NoiseStats.pool(simulated)
     limit = max_standard_errors(len(engine), len(total.count))
-    left_out = [(total - a, reference - b) for a, b in zip(engine, simulated, strict=True)]
-    n = len(engine)
     worst: dict[str, float] = {}
     for statistic, of in STATISTICS.items():
         a, b = of(total), of(reference)
-        differences = np.stack([of(x) - of(y) for x, y in left_out])
-        error = np.sqrt((n - 1) / n * ((differences - differences.mean(0)) ** 2).sum(0))
+        difference, error = jackknife(lambda x, y, of=of: of(x) - of(y), engine, simulated)
         # Two executions of one network may differ by float rounding alone, which has no spread worth the name.
-        z = (np.abs(a - b) / np.maximum(error, FLOAT_TOLERANCE * np.abs(b) + 1e-12)).reshape(len(a), -1).max(1)
+        z = (np.abs(difference) / np.maximum(error, FLOAT_TOLERANCE * np.abs(b) + 1e-12)).reshape(len(a), -1).max(1)
         worst[statistic] = round(float(z.max()), 3)
         if not z.max() <= limit:
             step = int(z.argmax())
