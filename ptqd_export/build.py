@@ -13,8 +13,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,31 +24,31 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from .bundle import QUANTIZATION, TABLES, Bundle, check_target, exclusive, write_manifest, writing
-from .errors import PTQDError, RecipeError
+from .bundle import QUANTIZATION, TABLES, Bundle, check_target, working, write_manifest, writing
+from .engine import Engine
+from .engines import Held, build_engines, graph_artifact, held_engines
+from .errors import RecipeError
 from .evaluate import parity
-from .manifest import Artifact, Manifest
+from .manifest import UPDATE, Artifact, Graph, Manifest
 from .noise import Correction, NoiseStats
 from .plan import Plan, by_budget, by_snr, fixed, pareto_front, step_weights
-from .precision import FLOAT_BITS, Precision
-from .quant import Emission, QuantizedNetwork
+from .precision import FLOAT_BITS, FP32, Precision
+from .quant import BACKENDS, BUILDERS, Emission, QuantizedNetwork
 from .recipe import Recipe
 from .runtime import probe
+from .sampler import branches
 from .schedule import NoiseSchedule
 
 F64 = npt.NDArray[np.float64]
 Key = tuple[Precision, Emission]
-BACKENDS_OF = {Emission.ORT_CPU: ("ort-cpu", "torch"), Emission.PORTABLE: ()}
-LOWERING = {
-    Emission.ORT_CPU: "QLinearConv: U8 activations (zero_point 128) x S8 weights, conv outputs in 8 bits; {bits}",
-    Emission.PORTABLE: "QDQ on layer inputs, S8 symmetric, float bias; {bits}",
-}
+"""Of graphs; of statistics and tables with the emission whose numerics they are."""
+CPU = "ort-cpu"
 VERSIONS = ("ptqd-export", "torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Noise sums of one (precision, emission): single calibration and held-out trajectories, and what was concluded from them."""
+    """Noise sums of one (precision, numerics): single calibration and held-out trajectories, and what was concluded from them."""
 
     calibration: Sequence[NoiseStats]
     held_out: Sequence[NoiseStats]
@@ -85,38 +85,10 @@ def build(recipe: Recipe, out: Path, *, resume: bool = True, say: Callable[[str]
     schedule = NoiseSchedule.from_config(network.scheduler_config, recipe.sampler.n_steps, recipe.sampler.eta, recipe.sampler.solver)
     if recipe.plan.rule == "fixed":
         _check_fixed(recipe, schedule)
-    with _work_folder(out, resume) as work:
+    with working(out, resume) as work:
         _build(recipe, out, network, schedule, work, say, started)
         shutil.rmtree(work)
     return Bundle.open(out)
-
-
-@contextlib.contextmanager
-def _work_folder(out: Path, resume: bool) -> Iterator[Path]:
-    """`<out>.work` for this process alone; it does not stay, nor do folders made for it, if there is nothing in it to take up.
-
-    Raises:
-        BundleError: another build works on the same target.
-        PTQDError: in place of an OSError, which is a disk that is full or fails.
-    """
-    work = out.resolve().with_name(out.name + ".work")
-    made = [folder for folder in work.parents if not folder.exists()]
-    try:
-        with exclusive(work):
-            try:
-                if not resume:
-                    for old in work.iterdir():
-                        shutil.rmtree(old) if old.is_dir() else old.unlink()
-                yield work
-            finally:
-                for folder in (*work.glob("*/"), work, *made):
-                    with contextlib.suppress(OSError):  # what holds something stays
-                        folder.rmdir()
-    except OSError as error:
-        raise PTQDError(
-            f"cannot write {error.filename or out}: {error.strerror or error}: free some space or choose another --out; "
-            "the same command takes up what is finished"
-        ) from error
 
 
 def _build(recipe: Recipe, out: Path, network: Any, schedule: NoiseSchedule, work: Path, say: Callable[[str], None], started: float) -> None:
@@ -137,13 +109,19 @@ def _build(recipe: Recipe, out: Path, network: Any, schedule: NoiseSchedule, wor
         say(f"{len(lost)} layers are not in the exported graph as themselves (such as {lost[0]}): they stay float")
     measured = _measure_all(recipe, network, schedule, trajectories, quantized, work, key)
 
+    held = held_engines(out)
     with writing(out) as tmp:
         graphs = _export(base, info.channels, schedule, quantized, measured, tmp)
-        figures, artifacts, costs = _check_engines(recipe, info, schedule, trajectories, quantized, measured, graphs, network, tmp, say)
-        plan, plan_info = choose_plan(recipe, schedule, quantized, costs, measured)
+        figures, graphs, probes = _check_graphs(recipe, info, schedule, trajectories, quantized, measured, graphs, network, tmp, say)
+        artifacts = _artifacts(recipe, list(graphs.values()), tmp, work, held, say)
+        artifacts, timed, seconds = _time(recipe, info, schedule, artifacts, graphs, tmp)
+        plan, plan_info = choose_plan(recipe, schedule, quantized, seconds, measured, BACKENDS[timed])
+        plan_info["timed_on"] = timed
         for note in plan_info["notes"]:
             say(note)
-        _write_tables(tmp, measured, quantized, _probes(graphs, measured, schedule, info, recipe.sampler.guidance_scale))
+        update = _export_update(recipe, info, schedule, plan, measured, tmp)
+        artifacts += _artifacts(recipe, [update], tmp, work, held, say)
+        _write_tables(tmp, measured, quantized, probes)
         kept = {
             f"{p}.{e}": {
                 "kept": m.kept.tolist(),
@@ -159,6 +137,7 @@ def _build(recipe: Recipe, out: Path, network: Any, schedule: NoiseSchedule, wor
             recalibrate_variance=recipe.quantization.recalibrate_variance,
             plan=plan,
             plan_info=plan_info,
+            graphs=(*graphs.values(), update),
             artifacts=tuple(artifacts),
             correction={"mode": recipe.quantization.correction, "clamp_k": recipe.quantization.clamp_k, "steps": kept},
             parity=figures,
@@ -192,7 +171,7 @@ def _measure_all(
     work: Path,
     key: str,
 ) -> dict[Key, Measured]:
-    """Noise statistics per precision and emission on the simulated network (science.md sections 1-2), and the gated corrections."""
+    """Noise statistics per precision and numerics on the simulated network (PTQD, section 4.2), and the gated corrections."""
     from .calibrate import SimulatedEngine, measure
 
     n_fit = recipe.calibration.size
@@ -200,7 +179,7 @@ def _measure_all(
     for precision, net in quantized.items():
         if precision.is_float:
             continue
-        for emission in Emission:
+        for emission in dict.fromkeys(e.numerics(precision) for e in Emission):
             file = work / f"stats-{_digest(key, recipe.digest('quantization'), str(precision), str(emission))[:16]}.safetensors"
             parts = _load_stats(file)
             if parts is None:
@@ -229,9 +208,9 @@ def _export(
     quantized: Mapping[Precision, QuantizedNetwork],
     measured: Mapping[Key, Measured],
     folder: Path,
-) -> dict[Key, Path]:
-    """Every graph, each a rewrite of the full-precision export `base`. Returns the files."""
-    from .export import fold, lint, lower
+) -> dict[Key, Graph]:
+    """Write every graph, each a rewrite of the full-precision export `base`; graphs that came out equal share a file."""
+    from .export import fold, lint, lower, quantized_nodes
     from .export import quantize as insert_qdq
     from .export import save as save_graphs
 
@@ -239,53 +218,85 @@ def _export(
     models = {}
     for precision, net in quantized.items():
         for emission in Emission:
-            c = Correction.identity(len(schedule), channels) if precision.is_float else measured[precision, emission].correction
+            key = precision, emission.numerics(precision)
+            c = Correction.identity(len(schedule), channels) if precision.is_float else measured[key].correction
             # epsilon = a out + b x (prediction type), then gain epsilon + offset: one affine map of the raw output and of x.
             sample_gain = None if not b.any() else c.gain * b[:, None]
-            graph = insert_qdq(base, net, emission)
-            models[precision, emission] = lower(fold(graph, c.gain * a[:, None], c.offset, sample_gain), emission)
-    save_graphs({f"{p}.{e}": m for (p, e), m in models.items()}, folder)
-    files = {(p, e): folder / f"{p}.{e}.onnx" for p, e in models}
-    for file in files.values():
-        lint(file)
-    return files
+            graph = lower(insert_qdq(base, net, emission), emission, precision)
+            models[precision, emission] = fold(graph, c.gain * a[:, None], c.offset, sample_gain)
+    digests = save_graphs({f"{p}.{e}": m for (p, e), m in models.items()}, folder)
+    graphs: dict[Key, Graph] = {}
+    files: dict[str, str] = {}
+    for (p, e), model in models.items():
+        name, digest = f"{p}.{e}.onnx", digests[f"{p}.{e}"]
+        if digest in files:
+            (folder / name).unlink()
+        else:
+            lint(folder / name, e)
+        graphs[p, e] = Graph(p, e, files.setdefault(digest, name), digest, {}, quantized_nodes(model))
+    return graphs
 
 
-def _check_engines(
+def _export_update(recipe: Recipe, info: Any, schedule: NoiseSchedule, plan: Plan, measured: Mapping[Key, Measured], folder: Path) -> Graph:
+    """The sampler's step as a graph, with the variances of the plan on the backends that keep the state on a device."""
+    from .export import lint, sampler_update
+    from .export import save as save_graphs
+
+    var = np.zeros(len(schedule))
+    for step, precision in enumerate(plan.steps):
+        if not precision.is_float:
+            var[step] = measured[precision, Emission.HALF.numerics(precision)].correction.var[step]
+    sigmas = schedule.recalibrated_sigmas(var) if recipe.quantization.recalibrate_variance else schedule.sigmas
+    digests = save_graphs({UPDATE: sampler_update(info, schedule, sigmas, recipe.sampler.guidance_scale)}, folder, None)
+    lint(folder / f"{UPDATE}.onnx", Emission.HALF)
+    return Graph(None, Emission.HALF, f"{UPDATE}.onnx", digests[UPDATE], {}, {})
+
+
+def _check_graphs(
     recipe: Recipe,
     info: Any,
     schedule: NoiseSchedule,
     trajectories: Any,
     quantized: Mapping[Precision, QuantizedNetwork],
     measured: Mapping[Key, Measured],
-    graphs: Mapping[Key, Path],
+    graphs: Mapping[Key, Graph],
     network: Any,
     folder: Path,
     say: Callable[[str], None],
-) -> tuple[dict[str, Any], list[Artifact], dict[Precision, float]]:
-    """The parity gate on every graph, what the optimised graphs hold, and the measured time of every ORT CPU engine."""
+) -> tuple[dict[str, Any], dict[Key, Graph], dict[str, npt.NDArray[Any]]]:
+    """The parity gate on every graph, on ONNX Runtime's CPU provider: its own as it optimises them, the others as they are written.
+
+    Returns:
+        figures; the graphs, with the operators counted; probes, see `runtime.check_probe`.
+    """
     from .backends.ort import OrtEngine
     from .calibrate import TorchEngine, measure
     from .export import op_counts
-    from .timing import time_engines
 
     figures: dict[str, Any] = {}
-    engines: dict[Precision, OrtEngine] = {}
-    ops: dict[Key, dict[str, int]] = {}
+    counted: dict[Key, Graph] = {}
+    probes: dict[str, npt.NDArray[Any]] = {}
+    done: dict[str, str] = {}
     scale = recipe.sampler.guidance_scale
-    with contextlib.ExitStack() as stack:
-        for (precision, emission), file in graphs.items():
-            native = emission is Emission.ORT_CPU
-            optimised = folder / ".optimised.onnx"
-            engine = stack.enter_context(OrtEngine(file, optimise=native, optimised_path=optimised if native else None))
-            ops[precision, emission] = dict(sorted(op_counts(optimised if native else file).items()))
-            name = f"{precision}.{emission}"
+    for (precision, emission), graph in graphs.items():
+        name, file, native = f"{precision}.{emission}", folder / graph.file, emission is Emission.ORT_CPU
+        optimised = folder / ".optimised.onnx"
+        same = done.setdefault(graph.file, name)
+        if same != name:
+            figures[name] = figures[same]
+            counted[precision, emission] = replace(graph, ops=next(g.ops for g in counted.values() if g.file == graph.file))
+            continue
+        numerics = emission.numerics(precision)
+        with OrtEngine(file, optimise=native, optimised_path=optimised if native else None) as engine:
+            counted[precision, emission] = replace(graph, ops=dict(sorted(op_counts(optimised if native else file).items())))
             if precision.is_float:
+                halved = emission is Emission.HALF and precision != FP32
+                allowed = parity.MAX_HALF_ERROR if halved else parity.MAX_FLOAT_ERROR
                 with TorchEngine(network, schedule) as reference:
-                    figures[name] = parity.check_float(name, engine, reference, info, schedule, trajectories, scale)
+                    figures[name] = parity.check_float(name, engine, reference, info, schedule, trajectories, scale, allowed)
             else:
-                net, m = quantized[precision], measured[precision, emission]
-                if native:
+                net, m = quantized[precision], measured[precision, numerics]
+                if native and numerics is emission:
                     parity.check_structure(name, file, optimised, net)
                 fold = parity.check_fold(name, engine, m.correction, info, schedule, trajectories)
                 layers = parity.check_layers(name, file, net, emission, info, schedule, trajectories, network)
@@ -295,44 +306,70 @@ def _check_engines(
                     "layers": layers,
                     "noise": parity.check_noise(name, noise, parity.correct_all(m.held_out, m.correction)),
                 }
-            for leftover in folder.glob(".optimised*"):
-                leftover.unlink()
-            say(f"parity {name}: {parity.summary(figures[name])}")
-            if native:
-                engines[precision] = engine
-            else:
-                engine.close()
-        branches = 1 if scale in (0.0, 1.0) else 2
-        n = recipe.plan.batch_size * branches
-        feeds = {
-            "sample": np.random.default_rng(0).standard_normal((n, *info.sample_shape)).astype(np.float32),
-            "timestep": np.full(n, schedule.timesteps[0]),
-            "step": np.zeros(1, np.int64),
-            **info.conditions(None, n),
-        }
-        seconds = time_engines({str(p): e for p, e in engines.items()}, feeds)
-    times = {p: seconds[str(p)] for p in engines}
-    artifacts = [
-        Artifact(
-            precision=p,
-            emission=e,
-            backends=tuple(b for b in BACKENDS_OF[e] if b in (*recipe.backends, "torch")),
-            file=file.name,
-            lowering="float32" if p.is_float else LOWERING[e].format(bits=_bits(p)),
-            runtime=f"onnxruntime {metadata.version('onnxruntime')}",
-            ops=ops[p, e],
-            time_ms=round(times[p] * 1e3, 3) if e is Emission.ORT_CPU else None,
-        )
-        for (p, e), file in graphs.items()
-    ]
-    return figures, artifacts, times
+            if numerics is emission:
+                probes |= _probe(precision, emission, engine, measured.get((precision, numerics)), schedule, info, scale)
+        for leftover in folder.glob(".optimised*"):
+            leftover.unlink()
+        say(f"parity {name}: {parity.summary(figures[name])}")
+    return figures, counted, probes
 
 
-def _bits(p: Precision) -> str:
-    narrow = [
-        f"{bits}-bit {what} on a grid inside INT8" for bits, what in ((p.weight_bits, "weights"), (p.activation_bits, "activations")) if bits < 8
-    ]
-    return ", ".join(narrow) or "full 8-bit range"
+def _probe(
+    precision: Precision, emission: Emission, engine: Engine, measured: Measured | None, schedule: NoiseSchedule, info: Any, guidance_scale: float
+) -> dict[str, npt.NDArray[Any]]:
+    """What an engine predicts here, and the RMS by which right executions may differ; see `runtime.check_probe`.
+
+    Two right executions drift apart by flipped roundings, at worst like two independent draws of the quantization noise, whose
+    difference has sqrt(2) times its RMS: allowed is twice, and at least what kernels in float32 (at fp16: in float16) may differ by.
+    """
+    epsilon = probe(engine, schedule, info, guidance_scale)
+    noise = 0.0 if measured is None else float(np.sqrt(measured.pooled.dd[0].mean() / measured.pooled.count[0]))
+    rms = float(np.sqrt((epsilon.astype(np.float64) ** 2).mean()))
+    floor = parity.MAX_HALF_ERROR if precision.is_float and precision != FP32 else 1e-3
+    head = f"{precision}.{emission}"
+    return {f"{head}.probe": epsilon, f"{head}.probe_noise": np.array([min(max(2 * noise, floor * rms), rms)])}
+
+
+def _artifacts(recipe: Recipe, graphs: Sequence[Graph], folder: Path, work: Path, held: Held, say: Callable[[str], None]) -> list[Artifact]:
+    """What every backend of the recipe runs: graphs as they are, or engines built from them."""
+    artifacts = []
+    for backend in recipe.backends:
+        mine = [graph for graph in graphs if graph.emission is BACKENDS[backend]]
+        if backend in BUILDERS:
+            artifacts += build_engines(backend, mine, folder, recipe.tensorrt, recipe.sampler.guidance_scale, work / "engines", held, say)
+        else:
+            artifacts += [graph_artifact(backend, graph) for graph in mine if graph.precision is not None]
+    return artifacts
+
+
+def _time(
+    recipe: Recipe, info: Any, schedule: NoiseSchedule, artifacts: Sequence[Artifact], graphs: Mapping[Key, Graph], folder: Path
+) -> tuple[list[Artifact], str, dict[Precision, float]]:
+    """Measured times of one evaluation per precision: of the best of the recipe's backends that works here, or of ORT CPU if none does.
+
+    Returns:
+        artifacts, with the times; the backend; seconds per precision.
+    """
+    from .backends import available, open_engine
+    from .timing import time_engines
+
+    working = available()
+    timed = next((b for b in BACKENDS if b in recipe.backends and working.get(b) == "ok"), CPU)
+    n = recipe.plan.batch_size * branches(recipe.sampler.guidance_scale)
+    feeds = {
+        "sample": np.random.default_rng(0).standard_normal((n, *info.sample_shape)).astype(np.float32),
+        "timestep": np.full(n, schedule.timesteps[0]),
+        "step": np.zeros(1, np.int64),
+        **info.conditions(None, n),
+    }
+    files = {a.precision: a.file for a in artifacts if a.backend == timed and a.precision is not None}
+    files = files or {p: g.file for (p, e), g in graphs.items() if e is BACKENDS[timed]}
+    with contextlib.ExitStack() as stack:
+        engines = {str(p): stack.enter_context(open_engine(timed, folder / file)) for p, file in files.items()}
+        seconds = time_engines(engines, feeds)
+    times = {p: seconds[str(p)] for p in files if p is not None}
+    with_times = [replace(a, time_ms=round(times[a.precision] * 1e3, 3)) if a.backend == timed and a.precision is not None else a for a in artifacts]
+    return with_times, timed, times
 
 
 def choose_plan(
@@ -341,12 +378,13 @@ def choose_plan(
     quantized: Mapping[Precision, QuantizedNetwork],
     seconds: Mapping[Precision, float],
     measured: Mapping[Key, Measured],
+    emission: Emission,
 ) -> tuple[Plan, dict[str, Any]]:
-    """The plan of the recipe's rule, and what the manifest keeps of the choice: costs, SNR_Q, errors, Pareto front."""
+    """The plan of the recipe's rule for backends that run `emission`; what the manifest keeps of the choice: costs, SNR_Q, errors, Pareto front."""
     spec, n = recipe.plan, len(schedule)
     candidates = list(quantized)
     bops = {p: float(net.bops) for p, net in quantized.items()}
-    native = {p: measured[p, Emission.ORT_CPU] for p in candidates if not p.is_float}
+    native = {p: measured[p, emission.numerics(p)] for p in candidates if not p.is_float}
     snr = {p: native[p].pooled.snr if p in native else np.full(n, np.inf) for p in candidates}
     weights = step_weights(schedule, spec.objective)
     errors = {p: weights * native[p].error() if p in native else np.zeros(n) for p in candidates}
@@ -383,29 +421,6 @@ def _finite(values: F64) -> list[float | None]:
     return [float(v) if np.isfinite(v) else None for v in values]
 
 
-def _probes(
-    graphs: Mapping[Key, Path], measured: Mapping[Key, Measured], schedule: NoiseSchedule, info: Any, guidance_scale: float
-) -> dict[str, npt.NDArray[Any]]:
-    """What every ORT CPU engine predicts here, and the RMS by which right executions may differ; see `runtime.check_probe`.
-
-    Two right executions drift apart by flipped roundings, at worst like two independent draws of the quantization noise, whose
-    difference has sqrt(2) times its RMS: allowed is twice, and at least what float kernels may differ by.
-    """
-    from .backends import open_engine
-
-    probes: dict[str, npt.NDArray[Any]] = {}
-    for (p, e), file in graphs.items():
-        if e is not Emission.ORT_CPU:
-            continue
-        with open_engine("ort-cpu", file) as engine:
-            epsilon = probe(engine, schedule, info, guidance_scale)
-        noise = 0.0 if p.is_float else float(np.sqrt(measured[p, e].pooled.dd[0].mean() / measured[p, e].pooled.count[0]))
-        rms = float(np.sqrt((epsilon.astype(np.float64) ** 2).mean()))
-        probes[f"{p}.{e}.probe"] = epsilon
-        probes[f"{p}.{e}.probe_noise"] = np.array([min(max(2 * noise, 1e-3 * rms), rms)])
-    return probes
-
-
 def _write_tables(
     folder: Path, measured: Mapping[Key, Measured], quantized: Mapping[Precision, QuantizedNetwork], probes: Mapping[str, npt.NDArray[Any]]
 ) -> None:
@@ -422,7 +437,10 @@ def _write_tables(
             scales[f"{head}/weight_scale"] = np.ascontiguousarray(layer.weight_scale)
             scales[f"{head}/input_scale"] = np.array([layer.input_scale], np.float32)
             scales[f"{head}/output_scale"] = np.array([np.nan if layer.output_scale is None else layer.output_scale], np.float32)
-            scales[f"codes/w{layer.weight_bits}/{layer.name}"] = np.ascontiguousarray(layer.weight)
+            shared = f"codes/{'fp8' if layer.number == 'fp8' else f'w{layer.weight_bits}'}/{layer.name}"
+            codes = np.ascontiguousarray(layer.weight)
+            # Precisions with the same weights share their codes, unless a bias made one of them take other scales.
+            scales[shared if np.array_equal(scales.get(shared, codes), codes) else f"{head}/codes"] = codes
             scales[f"{head}/bits"] = np.array([layer.weight_bits, layer.activation_bits], np.int64)
     folder.joinpath(QUANTIZATION).write_bytes(save(scales))
 

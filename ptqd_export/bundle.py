@@ -1,10 +1,12 @@
 """Bundle: a folder with manifest.json, ONNX graphs, safetensors tables; written atomically, verified when opened, never pickle.
 
 manifest.json                     what is here, what it was measured for, and a SHA-256 of every other file and of itself
-<precision>.<emission>.onnx       one graph per precision and emission; weights are external
+<precision>.<emission>.onnx       one graph per precision and emission (equal ones once); weights are external
+update.onnx                       the sampler's step, for backends that keep the state on a device
+<precision>.<backend>.engine      finished engines, for backends that build them
 weights.safetensors               every distinct tensor of all graphs, once
 quantization.safetensors          codes and scales of the quantized layers (the torch backend simulates from them)
-tables.safetensors                per precision and emission: gain, offset, var and the sums they came from; what each ort-cpu graph computed here
+tables.safetensors                per precision and numerics: gain, offset, var, the sums they came from, and what the graph computed here
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from .manifest import FORMAT_VERSION, Manifest
 from .noise import Correction, NoiseStats
 from .plan import Plan
 from .precision import Precision
-from .quant import Emission
+from .quant import BACKENDS, BUILDERS, Emission
 
 MANIFEST = "manifest.json"
 SEAL = "sha256"
@@ -40,7 +42,7 @@ SEAL = "sha256"
 TABLES = "tables.safetensors"
 QUANTIZATION = "quantization.safetensors"
 WEIGHTS = "weights.safetensors"
-SUFFIXES = (".json", ".onnx", ".safetensors")
+SUFFIXES = (".json", ".onnx", ".safetensors", ".engine")
 """Of all files that a bundle may hold."""
 
 
@@ -65,7 +67,7 @@ class Bundle:
         return self.path / name
 
     def correction(self, precision: Precision, emission: Emission) -> Correction:
-        """The tables folded into a graph; the identity for fp32."""
+        """The tables folded into a graph; the identity for float precisions."""
         if precision.is_float:
             return Correction.identity(len(self.manifest.schedule), self.manifest.model.channels)
         return Correction(*(self._table(precision, emission, name) for name in ("gain", "offset", "var")))
@@ -76,11 +78,11 @@ class Bundle:
 
     def _table(self, precision: Precision, emission: Emission, name: str) -> npt.NDArray[np.float64]:
         n, channels = len(self.manifest.schedule), self.manifest.model.channels
-        return self._array(f"{precision}.{emission}.{name}", (n,) if name in ("var", "count") else (n, channels))
+        return self._array(f"{precision}.{emission.numerics(precision)}.{name}", (n,) if name in ("var", "count") else (n, channels))
 
     def probe(self, precision: Precision, emission: Emission) -> tuple[npt.NDArray[np.float64], float]:
         """What a graph computed where it was built (`runtime.probe`), (2, C, H, W), and the RMS by which right executions may differ from it."""
-        head = f"{precision}.{emission}"
+        head = f"{precision}.{emission.numerics(precision)}"
         return self._array(f"{head}.probe", (2, *self.manifest.model.sample_shape)), float(self._array(f"{head}.probe_noise", (1,))[0])
 
     def _array(self, key: str, expected: tuple[int, ...]) -> npt.NDArray[np.float64]:
@@ -98,8 +100,7 @@ class Bundle:
             return schedule.sigmas
         var = np.zeros(len(schedule))
         for precision, steps in (plan or self.manifest.plan).runs():
-            emission = self.manifest.artifact(precision, backend).emission
-            var[steps.start : steps.stop] = self.correction(precision, emission).var[steps.start : steps.stop]
+            var[steps.start : steps.stop] = self.correction(precision, BACKENDS[backend]).var[steps.start : steps.stop]
         return schedule.recalibrated_sigmas(var)
 
     @classmethod
@@ -124,8 +125,10 @@ class Bundle:
         version = data.get("format_version") if isinstance(data, dict) else None
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise BundleError(f"{manifest_path} has no format_version: rebuild the bundle")
+        if version < FORMAT_VERSION:
+            raise BundleError(f"{path} has format version {version}, this ptqd-export reads {FORMAT_VERSION}: rebuild the bundle")
         if version > FORMAT_VERSION:
-            raise BundleError(f"{path} has format version {version}, this ptqd-export reads up to {FORMAT_VERSION}: upgrade ptqd-export")
+            raise BundleError(f"{path} has format version {version}, this ptqd-export reads {FORMAT_VERSION}: upgrade ptqd-export")
         try:
             manifest = Manifest.from_dict(data)
         except (*MALFORMED, PTQDError) as error:
@@ -137,7 +140,8 @@ class Bundle:
             # After the other checks, which can say more about a manifest that was edited by hand.
             if data.get(SEAL) != _seal(content, str(data.get(SEAL))):
                 raise BundleError(f"{manifest_path} does not match its own SHA-256: it was changed or damaged; copy the bundle again or rebuild it")
-            for name in dict.fromkeys(artifact.file for artifact in manifest.artifacts):
+            loaded = (a.file for a in manifest.artifacts if a.backend not in BUILDERS)
+            for name in dict.fromkeys((*(graph.file for graph in manifest.graphs), *loaded)):
                 _check_graph(path / name, manifest.files)
         try:
             tables = {k: v.astype(np.float64) for k, v in load_safetensors(path.joinpath(TABLES).read_bytes()).items()}
@@ -163,7 +167,7 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
     n = len(manifest.schedule)
     if len(manifest.plan) != n:
         raise BundleError(f"{path / MANIFEST} is damaged: {len(manifest.plan)} plan steps for {n} timesteps; rebuild the bundle")
-    for needed in (TABLES, QUANTIZATION, WEIGHTS, *(a.file for a in manifest.artifacts)):
+    for needed in (TABLES, QUANTIZATION, WEIGHTS, *(g.file for g in manifest.graphs), *(a.file for a in manifest.artifacts)):
         if needed not in manifest.files:
             raise BundleError(f"{path / MANIFEST} is damaged: it names {needed[:100]} but has no hash of it; rebuild the bundle")
 
@@ -255,6 +259,34 @@ def exclusive(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def working(out: Path, resume: bool = True) -> Iterator[Path]:
+    """`<out>.work` for this process alone; it does not stay, nor do folders made for it, if there is nothing in it to take up.
+
+    Raises:
+        BundleError: another build works on the same target.
+        PTQDError: in place of an OSError, which is a disk that is full or fails.
+    """
+    work = out.resolve().with_name(out.name + ".work")
+    made = [folder for folder in work.parents if not folder.exists()]
+    try:
+        with exclusive(work):
+            try:
+                if not resume:
+                    for old in work.iterdir():
+                        shutil.rmtree(old) if old.is_dir() else old.unlink()
+                yield work
+            finally:
+                for folder in (*work.glob("*/"), work, *made):
+                    with contextlib.suppress(OSError):  # what holds something stays
+                        folder.rmdir()
+    except OSError as error:
+        raise PTQDError(
+            f"cannot write {error.filename or out}: {error.strerror or error}: free some space or choose another --out; "
+            "the same command takes up what is finished"
+        ) from error
 
 
 @contextlib.contextmanager

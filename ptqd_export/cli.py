@@ -18,8 +18,17 @@ import click
 
 from . import __version__
 from .errors import PTQDError, RecipeError
-from .recipe import BACKENDS, Recipe
+from .quant import BACKENDS, BUILDERS
+from .recipe import BUILT, Recipe
 
+DISTRIBUTIONS = {
+    "tensorrt": ("tensorrt",),
+    "tensorrt-rtx": ("tensorrt-rtx-cu13",),
+    "ort-cuda": ("onnxruntime-gpu",),
+    "ort-cpu": ("onnxruntime", "onnxruntime-gpu"),
+    "torch": ("torch", "diffusers"),
+}
+"""Packages that decide what a backend computes."""
 RUN = "run.json"
 """Beside the pictures: what they were made with, and their names."""
 
@@ -49,7 +58,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("recipe_or_model")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle; an older bundle there is replaced at the end.")
-@click.option("--precision", "precisions", multiple=True, help="fp32, w8a8, w4a8, w4a4, ...; repeat for several.")
+@click.option("--precision", "precisions", multiple=True, help="fp32, fp16, w8a8, w4a8, w4a4, w8a8-fp8, w4a16, ...; repeat for several.")
 @click.option("--solver", type=click.Choice(["ddim", "ddpm"]))
 @click.option("--n-steps", type=int, help="Denoising steps.")
 @click.option("--eta", type=float, help="0 is deterministic DDIM, 1 is DDPM.")
@@ -62,7 +71,12 @@ def cli() -> None:
 @click.option("--cost", type=click.Choice(["time", "bops"]), help="What the budget counts.")
 @click.option("--correction", type=click.Choice(["ptqd", "affine", "none"]))
 @click.option("--recalibrate-variance/--no-recalibrate-variance", default=None, help="Take the residual variance off the injected noise (eta > 0).")
-@click.option("--backend", "backends", multiple=True, type=click.Choice(BACKENDS), help="Repeat for several.")
+@click.option(
+    "--backend", "backends", multiple=True, type=click.Choice(BUILT), help="What the bundle gets engines and times for; repeat for several."
+)
+@click.option(
+    "--compute-capability", "compute_capabilities", multiple=True, help="GPUs of tensorrt-rtx engines, such as 8.9; all it knows if left out."
+)
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Take up the intermediate results of a build that was stopped.")
 @common
 def build(recipe_or_model: str, out: Path, as_json: bool, resume: bool, **options: Any) -> None:
@@ -78,7 +92,7 @@ def build(recipe_or_model: str, out: Path, as_json: bool, resume: bool, **option
         "bundle": str(out),
         "plan": str(m.plan),
         "bops_of_fp32": m.plan_info["bops"] / m.plan_info["bops_fp32"],
-        "engines": [{"precision": str(a.precision), "emission": str(a.emission), "time_ms": a.time_ms} for a in m.artifacts],
+        "engines": m.to_dict()["artifacts"],
         "parity": m.parity,
         "bytes": sum(int(f["size"]) for f in m.files.values()),
         "seconds": round(time.monotonic() - started, 1),
@@ -117,6 +131,7 @@ def _override(recipe: Recipe, **options: Any) -> Recipe:
         put("plan", "steps", tuple(plan.replace(",", " ").split()))
     put("plan", "budget", options["budget"])
     put("plan", "cost", options["cost"])
+    put("tensorrt", "compute_capabilities", options["compute_capabilities"] or None)
     if options["backends"]:
         sections["backends"] = options["backends"]
     return recipe.override(**sections)
@@ -131,7 +146,10 @@ def _override(recipe: Recipe, **options: Any) -> Recipe:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--batch-size", type=int, default=16, show_default=True)
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes of one thread each that split the batches.")
-@click.option("--backend", type=click.Choice(BACKENDS), help="The first one that the bundle holds if left out.")
+@click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True, help="auto: the best that works here.")
+@click.option(
+    "--rebuild", is_flag=True, help="Build the backend's engines for this machine first, from the bundle's own graphs; the bundle keeps them."
+)
 @click.option("--model", type=click.Path(path_type=Path), help="The recipe or model the bundle was built from (for --backend torch).")
 @click.option("--format", "file_format", type=click.Choice(["png", "npy"]), default="png", show_default=True)
 @click.option("--n-steps", type=int, help="Checked against the bundle.")
@@ -148,7 +166,8 @@ def run(
     seed: int,
     batch_size: int,
     workers: int,
-    backend: str | None,
+    backend: str,
+    rebuild: bool,
     model: Path | None,
     file_format: str,
     as_json: bool,
@@ -158,7 +177,7 @@ def run(
     from . import images
     from .bundle import Bundle
     from .progress import progress
-    from .runtime import Asked
+    from .runtime import Asked, choose_backend, state_of
     from .runtime import run as run_bundle
 
     for name, value in (("num-samples", num_samples), ("batch-size", batch_size), ("workers", workers)):
@@ -171,12 +190,18 @@ def run(
     labels = None if class_labels is None else _labels(class_labels, num_samples)
     tensors = _tensors(conditions)
     m = bundle.manifest
-    backend = m.backends[0] if backend is None else backend
-    started = time.monotonic()
     pictures = m.model.channels in (1, 3)
     if file_format == "png" and not pictures:
         raise RecipeError(f"samples of {m.model.channels} channels are no pictures: give --format npy")
     _check_out(out)
+    if rebuild:
+        bundle = _rebuild(bundle, backend)
+        m = bundle.manifest
+    backend, passed_over = choose_backend(bundle) if backend == "auto" else (backend, {})
+    for name, why in passed_over.items():
+        if name in m.backends:  # one that the bundle was built for
+            _say(f"not on {name}: {why}")
+    started = time.monotonic()
     with images.output_folder(out):
         with progress(num_samples * len(m.schedule), f"sampling {m.plan}", "step") as bar:
             x = run_bundle(
@@ -215,20 +240,29 @@ def run(
         "grid": next(iter(grid), None),
         "plan": str(m.plan),
         "backend": backend,
-        "state": "float64",
+        "passed_over": passed_over,
+        "state": state_of(backend),
         "seed": seed,
         "seconds": round(seconds, 3),
         "seconds_per_sample": round(seconds / num_samples, 4),
         "largest_value": float(abs(x).max()),
     }
     look = f" (look at {out / 'grid.png'})" if pictures else ""
-    _print(result, as_json, f"{num_samples} samples in {out}{look}, {seconds:.1f} s, {seconds / num_samples:.3f} s each")
+    _print(result, as_json, f"{num_samples} samples in {out}{look}, {seconds:.1f} s, {seconds / num_samples:.3f} s each, on {backend}")
+
+
+def _rebuild(bundle: Any, backend: str) -> Any:
+    from .engines import rebuild
+
+    if backend == "auto":
+        raise RecipeError(f"--rebuild builds engines of one backend: say which, as in --backend {BUILDERS[-1]}")
+    return rebuild(bundle, backend, _say)
 
 
 def _versions(backend: str) -> dict[str, str]:
     """What decides the pictures besides the bundle."""
     found = {"ptqd-export": __version__}
-    for name in ("numpy", *(("torch", "diffusers") if backend == "torch" else ("onnxruntime", "onnxruntime-gpu"))):
+    for name in ("numpy", *DISTRIBUTIONS[backend]):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

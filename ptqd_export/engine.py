@@ -16,6 +16,9 @@ Feeds = Mapping[str, Array]
 SAMPLE, TIMESTEP, STEP, EPSILON = "sample", "timestep", "step", "epsilon"
 """Names in every graph: sample f32 (B, C, H, W), timestep int64 (B,), step int64 (1,) = row of the tables, epsilon f32 (B, C, H, W)."""
 
+NOISE, NEXT_SAMPLE, NEXT_TIMESTEP, NEXT_STEP = "noise", "next_sample", "next_timestep", "next_step"
+"""Names in the graph of the sampler's update, besides those above (`export.sampler_update`)."""
+
 
 @dataclass(frozen=True)
 class TensorSpec:

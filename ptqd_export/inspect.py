@@ -12,7 +12,8 @@ from .bundle import Bundle
 from .engine import SAMPLE, STEP, TIMESTEP
 from .errors import ParityError
 from .evaluate.parity import summary
-from .quant import Emission
+from .manifest import name_of
+from .quant import BACKENDS, Emission
 from .runtime import check_probe
 
 
@@ -33,9 +34,13 @@ class StepRow:
 
 
 def per_step(bundle: Bundle) -> list[StepRow]:
-    """A row per step; bias is the RMS over channels; snr_q is None where there is no noise, as at full precision."""
+    """A row per step, for the best backend that the bundle was built for.
+
+    bias is the RMS over channels; snr_q is None where there is no noise, as at full precision.
+    """
     m = bundle.manifest
     sigmas, recalibrated, snr_f = m.schedule.sigmas, bundle.sigmas(m.backends[0]), m.schedule.snr
+    emission = BACKENDS[m.backends[0]]
     rows = []
     for i, precision in enumerate(m.plan.steps):
         common = (i, int(m.schedule.timesteps[i]), str(precision))
@@ -43,7 +48,7 @@ def per_step(bundle: Bundle) -> list[StepRow]:
         if precision.is_float:
             rows.append(StepRow(*common, False, 0.0, 0.0, *tail, None, float(snr_f[i])))
             continue
-        stats, correction = bundle.stats(precision, Emission.ORT_CPU), bundle.correction(precision, Emission.ORT_CPU)
+        stats, correction = bundle.stats(precision, emission), bundle.correction(precision, emission)
         corrected = bool((correction.gain[i] != 1).any() or correction.offset[i].any())
         bias = float(np.sqrt((stats.bias[i] ** 2).mean()))
         snr_q = float(stats.snr[i]) if np.isfinite(stats.snr[i]) else None
@@ -65,11 +70,12 @@ def text(bundle: Bundle, rows: Sequence[StepRow]) -> str:
         *(f"note: {note}" for note in info.get("notes", ())),
         f"bit operations: {info['bops'] / info['bops_fp32']:.3f} of fp32",
         "",
-        f"{'engine':<12}{'emission':<11}{'ms/eval':>9}  lowering",
+        f"{'engine':<12}{'backend':<14}{'ms/eval':>9}  lowering",
     ]
-    lines += [f"{a.precision!s:<12}{a.emission:<11}{'-' if a.time_ms is None else f'{a.time_ms:.2f}':>9}  {a.lowering}" for a in m.artifacts]
+    lines += [f"{name_of(a.precision):<12}{a.backend:<14}{'-' if a.time_ms is None else f'{a.time_ms:.2f}':>9}  {a.lowering}" for a in m.artifacts]
+    lines += _built(bundle)
     lines += ["", "parity with the simulation:"]
-    lines += [f"  {name:<15}{summary(figures)}" for name, figures in m.parity.items()]
+    lines += [f"  {name:<19}{summary(figures)}" for name, figures in m.parity.items()]
     lines += ["", f"{'step':>4}{'t':>6}  {'precision':<10}{'corr':<5}{'k':>9}{'bias':>10}{'sigma':>9}{'sigma_':>9}{'SNR_Q':>10}{'SNR_F':>10}"]
     lines += [
         f"{r.step:>4}{r.timestep:>6}  {r.precision:<10}{'yes' if r.corrected else 'no':<5}{r.k:>9.4f}{r.bias:>10.5f}{r.sigma:>9.4f}"
@@ -77,6 +83,24 @@ def text(bundle: Bundle, rows: Sequence[StepRow]) -> str:
         for r in rows
     ]
     return "\n".join(lines).replace("sigma_", "sigma'")
+
+
+def _built(bundle: Bundle) -> list[str]:
+    """How the finished engines were built, and which of the layers meant to run in 8 bits do; nothing where there are none."""
+    built = [(a, a.build) for a in bundle.manifest.artifacts if a.build is not None]
+    if not built:
+        return []
+    lines = ["", f"{'finished engine':<26}{'8-bit layers':>13}{'kernels':>9}{'build s':>9}{'MB':>8}{'peak MB':>9}  targets"]
+    for a, build in built:
+        size = int(bundle.manifest.files[a.file]["size"])
+        lines.append(
+            f"{name_of(a.precision)}.{a.backend}".ljust(26)
+            + f"{build.plan['taken']} of {build.plan['meant']}".rjust(13)
+            + f"{build.plan['kernels']:>9}"
+            f"{build.seconds:>9.1f}{size / 1e6:>8.1f}{build.peak_bytes / 1e6:>9.0f}  {', '.join(build.targets)}"
+        )
+        lines += [f"    fell back: {layer} runs in {kind}" for layer, kind in build.plan["fell_back"].items()]
+    return lines
 
 
 def plot_bundle(bundle: Bundle, path: Path) -> None:
@@ -87,7 +111,8 @@ def plot_bundle(bundle: Bundle, path: Path) -> None:
     figures: dict[str, dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float64]]]] = {}
     for precision in m.bops:
         if not precision.is_float:
-            stats, correction = bundle.stats(precision, Emission.ORT_CPU), bundle.correction(precision, Emission.ORT_CPU)
+            emission = BACKENDS[m.backends[0]]
+            stats, correction = bundle.stats(precision, emission), bundle.correction(precision, emission)
             figures[str(precision)] = {
                 "snr": stats.snr,
                 "k": stats.k,
@@ -112,20 +137,26 @@ def plot_bundle(bundle: Bundle, path: Path) -> None:
 
 
 def verify_engines(bundle: Bundle) -> list[str]:
-    """Evaluate every graph of the bundle once on ONNX Runtime, the portable ones too; their names, such as "w8a8.ort-cpu".
+    """Evaluate every graph of the bundle once on ONNX Runtime's CPU provider, and finished engines where they can run; their names.
+
+    The provider's own graphs run as it optimises them, the others as they are written.
 
     Raises:
         ParityError: an engine returns NaN or a wrong shape, asks for an unknown input, or computes something else than where it was built.
         GraphError: a graph does not load.
         BackendUnavailable: ONNX Runtime is not installed.
     """
-    from .backends import open_engine
+    from .backends import OrtEngine
 
     m = bundle.manifest
-    for artifact in m.artifacts:
-        with open_engine("ort-cpu", bundle.file(artifact.file)) as engine:
+    names = []
+    for graph in m.graphs:
+        if graph.precision is None:
+            continue
+        with OrtEngine(bundle.file(graph.file), optimise=graph.emission is Emission.ORT_CPU) as engine:
             unknown = set(engine.inputs) - {SAMPLE, TIMESTEP, STEP, *(spec.name for spec in m.model.inputs)}
             if unknown:
-                raise ParityError(f"{artifact.file} asks for an input {min(unknown)!r} that the manifest does not know: rebuild the bundle")
-            check_probe(bundle, artifact, engine)
-    return [f"{artifact.precision}.{artifact.emission}" for artifact in m.artifacts]
+                raise ParityError(f"{graph.file} asks for an input {min(unknown)!r} that the manifest does not know: rebuild the bundle")
+            check_probe(bundle, graph.precision, graph.emission, engine)
+        names.append(f"{graph.precision}.{graph.emission}")
+    return names

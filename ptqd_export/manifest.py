@@ -5,32 +5,76 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from .conditioning import ModelInfo
 from .errors import BundleError
 from .plan import Plan
 from .precision import Precision
-from .quant import Emission
+from .quant import BACKENDS, BUILDERS, Emission
 from .recipe import read_typed
 from .schedule import PREDICTION_TYPES, NoiseSchedule
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+UPDATE = "update"
+"""Stands where a precision would for the sampler's update."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An ONNX graph of the bundle.
+
+    Attributes:
+        precision: None for the sampler's update, which keeps the state on a device (`export.sampler_update`).
+        digest: SHA-256 of what it computes, wherever its weights lie: engines are keyed by it.
+        ops: how often each operator occurs, as the backend runs it where that was looked at.
+        quantized: nodes meant to run in 8 bits, and as what: "int8" or "fp8".
+    """
+
+    precision: Precision | None
+    emission: Emission
+    file: str
+    digest: str
+    ops: Mapping[str, int]
+    quantized: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class EngineBuild:
+    """How a finished engine was made, and what its plan says.
+
+    Attributes:
+        key: SHA-256 over graph, settings and versions: the same key is not built again.
+        targets: GPUs it is for, such as "SM89" or a device's name.
+        settings: of the builder.
+        seconds, peak_bytes: time and memory of the build.
+        plan: {"meant", "taken": layers meant to run in 8 bits, and those that do; "fell_back": {node: type that it runs in},
+            "kernels": layers of the plan that launch work, "types": {layer type: how many}}.
+    """
+
+    key: str
+    targets: tuple[str, ...]
+    settings: Mapping[str, Any]
+    seconds: float
+    peak_bytes: int
+    plan: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A graph of the bundle. `lowering` says what the backend really computes with; `time_ms` is one measured evaluation, or None."""
+    """What a backend runs at a precision: the graph itself, or an engine built from it.
 
-    precision: Precision
-    emission: Emission
-    backends: tuple[str, ...]
+    `lowering` says what it really computes with; `time_ms` is one measured evaluation, or None.
+    """
+
+    precision: Precision | None
+    backend: str
     file: str
     lowering: str
     runtime: str
-    ops: Mapping[str, int]
-    time_ms: float | None
+    time_ms: float | None = None
+    build: EngineBuild | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +86,8 @@ class Manifest:
         schedule: the steps that the tables were measured for.
         solver, guidance_scale, recalibrate_variance: the rest of the key of validity.
         plan, plan_info: precision per step; rule, costs and Pareto front for people and plots.
-        artifacts: one per precision and emission.
+        graphs: one per precision and emission, and the sampler's update.
+        artifacts: one per backend that the bundle was built for and precision; backends with finished engines have one of the update too.
         correction: mode and, per graph, which steps kept it and why.
         parity: figures of the parity gate.
         bops: bit operations of one evaluation per precision.
@@ -57,6 +102,7 @@ class Manifest:
     recalibrate_variance: bool
     plan: Plan
     plan_info: Mapping[str, Any]
+    graphs: tuple[Graph, ...]
     artifacts: tuple[Artifact, ...]
     correction: Mapping[str, Any]
     parity: Mapping[str, Any]
@@ -64,23 +110,41 @@ class Manifest:
     provenance: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]]
 
-    def artifact(self, precision: Precision, backend: str) -> Artifact:
-        """The graph that `backend` runs at `precision`.
+    def graph(self, precision: Precision | None, emission: Emission) -> Graph:
+        """The graph of a precision in an emission; of the sampler's update for None.
 
         Raises:
             BundleError: the bundle holds none.
         """
-        for artifact in self.artifacts:
-            if artifact.precision == precision and backend in artifact.backends:
-                return artifact
+        for graph in self.graphs:
+            if graph.precision == precision and graph.emission is emission:
+                return graph
+        held = ", ".join(f"{name_of(g.precision)}.{g.emission}" for g in self.graphs)
         raise BundleError(
-            f"the bundle has no {precision} engine for backend {backend!r}: it holds {', '.join(self.backends)}; rebuild with --backend {backend}"
+            f"the bundle has no graph {name_of(precision)}.{emission}: it holds {held}; rebuild it with --precision {name_of(precision)}"
+        )
+
+    def artifact(self, precision: Precision | None, backend: str) -> Artifact:
+        """What `backend` runs at `precision`. Backends that load graphs run any bundle, whatever it was built for.
+
+        Raises:
+            BundleError: there is none.
+        """
+        for artifact in self.artifacts:
+            if (artifact.precision, artifact.backend) == (precision, backend):
+                return artifact
+        if backend in BACKENDS and backend not in BUILDERS:
+            return Artifact(precision, backend, self.graph(precision, BACKENDS[backend]).file, "not measured here", "")
+        raise BundleError(
+            f"the bundle has no {name_of(precision)} engine for backend {backend!r}: it was built for {', '.join(self.backends)}; "
+            f"build it here from the bundle's own graphs with `ptqd-export run ... --backend {backend} --rebuild`"
         )
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Backends that some graph of the bundle is for, in order."""
-        return tuple(dict.fromkeys(name for artifact in self.artifacts for name in artifact.backends))
+        """Backends that the bundle was built for, best first."""
+        found = {artifact.backend for artifact in self.artifacts}
+        return tuple(name for name in BACKENDS if name in found)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -89,19 +153,8 @@ class Manifest:
             "sampler": {"solver": self.solver, "guidance_scale": self.guidance_scale, "recalibrate_variance": self.recalibrate_variance},
             "schedule": self.schedule.to_dict(),
             "plan": {"steps": [str(p) for p in self.plan.steps], **self.plan_info},
-            "artifacts": [
-                {
-                    "precision": str(a.precision),
-                    "emission": str(a.emission),
-                    "backends": list(a.backends),
-                    "file": a.file,
-                    "lowering": a.lowering,
-                    "runtime": a.runtime,
-                    "ops": dict(a.ops),
-                    "time_ms": a.time_ms,
-                }
-                for a in self.artifacts
-            ],
+            "graphs": [{**asdict(g), "precision": name_of(g.precision), "emission": str(g.emission)} for g in self.graphs],
+            "artifacts": [{**asdict(a), "precision": name_of(a.precision)} for a in self.artifacts],
             "correction": dict(self.correction),
             "parity": dict(self.parity),
             "bops": {str(p): v for p, v in self.bops.items()},
@@ -122,8 +175,9 @@ class Manifest:
         guidance_scale = read_typed(float, sampler["guidance_scale"], "guidance_scale")
         model.check_guidance(guidance_scale)
         solver = read_typed(Literal["ddim", "ddpm"], sampler["solver"], "solver")
+        graphs = tuple(_graph(g) for g in read_typed(list, data["graphs"], "graphs"))
         artifacts = tuple(_artifact(a) for a in read_typed(list, data["artifacts"], "artifacts"))
-        _need(any(a.backends for a in artifacts), "no graph that a backend runs")
+        _need(bool(artifacts), "no artifact that a backend runs")
         steps = read_typed(tuple[str, ...], plan.pop("steps"), "plan.steps")
         _check_plan_info(plan)
         parity = read_typed(dict, data["parity"], "parity")
@@ -137,6 +191,7 @@ class Manifest:
             recalibrate_variance=read_typed(bool, sampler["recalibrate_variance"], "recalibrate_variance"),
             plan=Plan(tuple(Precision.parse(p) for p in steps)),
             plan_info=plan,
+            graphs=graphs,
             artifacts=artifacts,
             correction=read_typed(dict, data["correction"], "correction"),
             parity=parity,
@@ -166,11 +221,45 @@ def _check_plain(value: Any) -> None:
             _check_plain(item)
 
 
+def name_of(precision: Precision | None) -> str:
+    """As files and messages call it."""
+    return UPDATE if precision is None else str(precision)
+
+
+def _precision(text: Any) -> Precision | None:
+    return None if text == UPDATE else Precision.parse(read_typed(str, text, "precision"))
+
+
+def _graph(data: Mapping[str, Any]) -> Graph:
+    file, digest = (read_typed(str, data[name], name) for name in ("file", "digest"))
+    ops, quantized = (read_typed(dict, data[name], name) for name in ("ops", "quantized"))
+    for value in ops.values():
+        read_typed(int, value, "ops")
+    for value in quantized.values():
+        read_typed(Literal["int8", "fp8"], value, "quantized")
+    return Graph(_precision(data["precision"]), Emission(data["emission"]), file, digest, ops, quantized)
+
+
 def _artifact(data: Mapping[str, Any]) -> Artifact:
-    backends, ops = read_typed(tuple[str, ...], data["backends"], "backends"), read_typed(dict, data["ops"], "ops")
+    backend = data["backend"]
+    _need(backend in BACKENDS, f"backend {backend!r}")
     file, lowering, runtime = (read_typed(str, data[name], name) for name in ("file", "lowering", "runtime"))
     time_ms = read_typed(float | None, data["time_ms"], "time_ms")
-    return Artifact(Precision.parse(data["precision"]), Emission(data["emission"]), backends, file, lowering, runtime, ops, time_ms)
+    build = None if data["build"] is None else engine_build(read_typed(dict, data["build"], "build"))
+    _need((build is not None) == (backend in BUILDERS), f"the artifact {file[:100]!a} of {backend} {'has no' if build is None else 'has a'} build")
+    return Artifact(_precision(data["precision"]), backend, file, lowering, runtime, time_ms, build)
+
+
+def engine_build(data: Mapping[str, Any]) -> EngineBuild:
+    """From parsed JSON, every value checked; raises as `Manifest.from_dict`."""
+    plan, settings = read_typed(dict, data["plan"], "plan"), read_typed(dict, data["settings"], "settings")
+    for name in ("meant", "taken", "kernels"):
+        read_typed(int, plan[name], f"plan.{name}")
+    for value in read_typed(dict, plan["fell_back"], "plan.fell_back").values():
+        read_typed(str, value, "plan.fell_back")
+    _need(len(read_typed(tuple[int, ...], settings["rows"], "settings.rows")) == 3, f"settings.rows is {settings['rows']}")
+    key, targets = read_typed(str, data["key"], "key"), read_typed(tuple[str, ...], data["targets"], "targets")
+    return EngineBuild(key, targets, settings, read_typed(float, data["seconds"], "seconds"), read_typed(int, data["peak_bytes"], "peak_bytes"), plan)
 
 
 def _schedule(data: Mapping[str, Any]) -> NoiseSchedule:

@@ -1,6 +1,6 @@
 """Values of a quantized network: what calibration hands to the exporters and to the simulation.
 
-Everything is symmetric: real = code * scale, codes in [qmin(bits), qmax(bits)], zero_point 0.
+Everything is symmetric: real = code * scale, zero_point 0. Codes are integers in [qmin(bits), qmax(bits)], or FP8 numbers in [-448, 448].
 """
 
 from __future__ import annotations
@@ -12,25 +12,46 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from .precision import Precision
+from .precision import FLOAT_BITS, HALF_BITS, Number, Precision
 
 F32 = npt.NDArray[np.float32]
 I8 = npt.NDArray[np.int8]
+U8 = npt.NDArray[np.uint8]
 
 OUTPUT_BITS = 8
 """Bits of the quantized conv outputs in the ORT CPU emission, whatever the precision: they come with QLinearConv."""
 
 
 class Emission(StrEnum):
-    """Two graphs of the same weights and input scales.
+    """Graphs of the same weights and input scales.
 
-    PORTABLE: S8 activations at layer inputs only, float bias: what TensorRT takes.
-    ORT_CPU: the same values as U8 with zero_point 128, conv outputs quantized too and an int32 bias, so that
+    PORTABLE: S8 (or FP8) activations at layer inputs only, float bias, float32 in between: the reference, and what other tools read.
+    HALF: the same codes and scales with float16 in between: what GPU backends run.
+    ORT_CPU: integer codes as U8 with zero_point 128, conv outputs quantized too and an int32 bias, so that
     ONNX Runtime fuses every such Conv into a QLinearConv. The quantized outputs are a noise of their own.
     """
 
     PORTABLE = "portable"
+    HALF = "half"
     ORT_CPU = "ort-cpu"
+
+    def numerics(self, precision: Precision) -> Emission:
+        """The emission whose simulation and correction tables hold for this one: ORT_CPU's own for integer layers, else PORTABLE's."""
+        own = self is Emission.ORT_CPU and not precision.is_float and not precision.weight_only and precision.number == "int"
+        return Emission.ORT_CPU if own else Emission.PORTABLE
+
+
+BACKENDS: Mapping[str, Emission] = {
+    "tensorrt": Emission.HALF,
+    "tensorrt-rtx": Emission.HALF,
+    "ort-cuda": Emission.HALF,
+    "ort-cpu": Emission.ORT_CPU,
+    "torch": Emission.ORT_CPU,
+}
+"""The graph that each backend runs, best backend first; "torch" simulates it."""
+
+BUILDERS = ("tensorrt", "tensorrt-rtx")
+"""Backends that run a finished engine, built from the graph for certain GPUs; the others load the graph itself."""
 
 
 def qmin(bits: int) -> int:
@@ -49,6 +70,34 @@ def quantize(x: npt.NDArray[np.floating], scale: npt.NDArray[np.floating] | floa
     return np.clip(np.rint(ratio), qmin(bits), qmax(bits)).astype(np.int8)
 
 
+E4M3_MAX = 448.0
+
+
+def _e4m3_values() -> F32:
+    """The 127 values of E4M3 from 0 up, by bit pattern 0x00 to 0x7e (0x7f is NaN)."""
+    code = np.arange(127)
+    exponent, mantissa = code >> 3, code & 7
+    return np.asarray(np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0)), np.float32)
+
+
+_E4M3 = _e4m3_values()
+
+
+def to_e4m3(x: npt.NDArray[np.floating]) -> U8:
+    """FP8 E4M3 bit patterns of `x`: round half to even, saturated at 448. NaN is not allowed."""
+    magnitude = np.abs(np.asarray(x, np.float32))
+    middles = (_E4M3[:-1] + _E4M3[1:]) / 2
+    index = np.searchsorted(middles, magnitude)
+    tie = magnitude == middles[np.minimum(index, len(middles) - 1)]
+    index += tie & (index % 2 == 1) & (index < len(middles))
+    return np.asarray(np.where(np.signbit(x), index + 128, index), np.uint8)
+
+
+def from_e4m3(codes: U8) -> F32:
+    """float32 values of FP8 E4M3 bit patterns."""
+    return np.asarray(np.where(codes >= 128, -_E4M3[codes & 127], _E4M3[codes & 127]), np.float32)
+
+
 @dataclass(frozen=True)
 class LayerQuant:
     """One quantized Conv2d or Linear.
@@ -56,19 +105,20 @@ class LayerQuant:
     Attributes:
         name: path of the torch module, e.g. "down_blocks.0.resnets.0.conv1".
         kind: "conv" or "linear".
-        weight: codes, int8, in torch's layout: (O, I/groups, kh, kw) or (O, I).
-        weight_scale: float32 (O,), one per output channel.
+        weight: codes in torch's layout, (O, I/groups, kh, kw) or (O, I): int8, or uint8 bit patterns of FP8 E4M3.
+        weight_scale: float32 (O,), one per output channel (all equal where one scale serves the whole tensor).
         weight_bits: bits of the weight grid.
-        input_scale: scale of the input, per tensor.
-        activation_bits: bits of the input grid.
-        output_scale: scale of the 8-bit output in the ORT CPU emission; None for "linear".
+        input_scale: scale of the input, per tensor; without meaning where the input is not quantized.
+        activation_bits: bits of the input grid; 16 where the input is not quantized.
+        output_scale: scale of the 8-bit output in the ORT CPU emission; None for "linear", and where that emission has no numerics of its own.
         bias: float32 (O,) or None.
         macs: multiply-accumulates for one sample.
+        number: what the codes of weights and input are.
     """
 
     name: str
     kind: str
-    weight: I8
+    weight: I8 | U8
     weight_scale: F32
     weight_bits: int
     input_scale: float
@@ -76,6 +126,16 @@ class LayerQuant:
     output_scale: float | None
     bias: F32 | None
     macs: int
+    number: Number = "int"
+
+    @property
+    def weight_only(self) -> bool:
+        """The input is not quantized."""
+        return self.activation_bits == HALF_BITS
+
+    def weight_values(self) -> F32:
+        """The codes as float32 numbers, not scaled."""
+        return from_e4m3(self.weight.view(np.uint8)) if self.number == "fp8" else self.weight.astype(np.float32)
 
     @property
     def bops(self) -> int:
@@ -120,5 +180,6 @@ class QuantizedNetwork:
 
     @property
     def bops(self) -> int:
-        """Bit operations of one network evaluation for one sample, over what `macs` counts; layers left in float count 32 x 32 bits."""
-        return sum(layer.bops for layer in self.layers.values()) + sum(self.float_macs.values()) * 32 * 32
+        """Bit operations of one network evaluation for one sample, over what `macs` counts; float layers count 32 x 32 bits, at fp16 16 x 16."""
+        bits = self.precision.weight_bits if self.precision.is_float else FLOAT_BITS
+        return sum(layer.bops for layer in self.layers.values()) + sum(self.float_macs.values()) * bits**2

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import tomllib
 import types
 import typing
@@ -20,10 +21,12 @@ from typing import Any, Literal
 from .errors import RecipeError
 from .noise import MODES
 from .precision import Precision
+from .quant import BACKENDS
 
 RECIPE_FILE = "recipe.toml"
-BACKENDS = ("ort-cpu", "torch")
 SOLVERS = ("ddim", "ddpm")
+BUILT = tuple(name for name in BACKENDS if name != "torch")
+"""Backends that a bundle is built for; the torch one simulates any bundle."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,14 @@ class QuantizationSpec:
     """How layers are quantized and corrected.
 
     `edge_layers`: first and last conv in "float", or at 8 bits ("w8a8") as in the paper. `rounding`: of weights below 8 bits.
+    `weight_scales`: one scale per output "channel", or one for the whole "tensor", with which TensorRT's convs absorb bias and residual.
     `skip`: globs of module paths left in float.
     """
 
     precisions: tuple[str, ...] = ("w8a8", "w4a8", "w4a4")
     edge_layers: Literal["float", "w8a8"] = "float"
     rounding: Literal["gptq", "nearest"] = "gptq"
+    weight_scales: Literal["channel", "tensor"] = "channel"
     skip: tuple[str, ...] = ()
     correction: Literal["none", "ptqd", "affine"] = "ptqd"
     clamp_k: bool = False
@@ -116,6 +121,22 @@ class PlanSpec:
 
 
 @dataclass(frozen=True)
+class TensorRTSpec:
+    """How TensorRT and TensorRT-RTX engines are built.
+
+    `batch_sizes`: fewest, usual and most samples that one engine call gets (guidance doubles the rows that this makes).
+    `compute_capabilities`: GPUs that a TensorRT-RTX engine is for, such as "8.9"; all that it knows where empty. TensorRT builds for the GPU at hand.
+    `optimization_level`: the builder's, 0 to 5; its own default where not given.
+    `workspace_mib`: most scratch memory of one engine; no limit where not given.
+    """
+
+    batch_sizes: tuple[int, ...] = (1, 8, 32)
+    compute_capabilities: tuple[str, ...] = ()
+    optimization_level: int | None = None
+    workspace_mib: int | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides a bundle's contents."""
 
@@ -124,6 +145,7 @@ class Recipe:
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
     quantization: QuantizationSpec = field(default_factory=QuantizationSpec)
     plan: PlanSpec = field(default_factory=PlanSpec)
+    tensorrt: TensorRTSpec = field(default_factory=TensorRTSpec)
     backends: tuple[str, ...] = ("ort-cpu",)
     folder: Path = field(default=Path("."), compare=False)
 
@@ -260,4 +282,12 @@ def check(recipe: Recipe) -> None:
     need(p.rule != "fixed" or bool(p.steps), 'plan.rule is fixed but plan.steps is empty: give a precision per step, such as ["w4a8*12", "w8a8*8"]')
     need(bool(recipe.backends), "backends is empty: give at least one, such as ort-cpu")
     for name in recipe.backends:
-        need(name in BACKENDS, f"backend {name!r} is not known: expected one of {', '.join(BACKENDS)}")
+        need(name in BUILT, f"backend {name!r} is not known: expected one of {', '.join(BUILT)}")
+    t, batches = recipe.tensorrt, list(recipe.tensorrt.batch_sizes)
+    in_order = len(batches) == 3 and batches == sorted(batches) and batches[0] >= 1
+    need(in_order, f"tensorrt.batch_sizes is {batches}: give three in order, such as [1, 8, 32]")
+    for text in t.compute_capabilities:
+        need(re.fullmatch(r"[0-9]{1,2}\.[0-9]", text) is not None, f"tensorrt.compute_capabilities holds {text!r}: give major.minor, such as 8.9")
+    level, space = t.optimization_level, t.workspace_mib
+    need(level is None or 0 <= level <= 5, f"tensorrt.optimization_level is {level}: give 0 to 5")
+    need(space is None or space >= 1, f"tensorrt.workspace_mib is {space}: give at least 1")

@@ -37,7 +37,7 @@ def set_threads(n: int) -> None:
 
 
 def simulated_engines(bundle: Bundle, precisions: Sequence[Precision], model: Path | None) -> dict[Precision, Engine]:
-    """Engines that simulate what the bundle's ORT CPU graphs compute, corrections included.
+    """Engines that simulate what the bundle's ORT CPU graphs compute, corrections included; fp16 is simulated in float32.
 
     Args:
         model: recipe or model that the bundle was built from; its weights must match the bundle's hash.
@@ -57,7 +57,7 @@ def simulated_engines(bundle: Bundle, precisions: Sequence[Precision], model: Pa
         raise BundleError(f"{model} is not the model that {bundle.path} was built from: its weights have another SHA-256")
     try:
         scales = load_file(bundle.file(QUANTIZATION))
-        networks = {p: QuantizedNetwork(p, _layers(scales, f"{p}/", network.module)) for p in precisions if not p.is_float}
+        networks = {p: QuantizedNetwork(p, _layers(scales, p, network.module)) for p in precisions if not p.is_float}
     except (SafetensorError, *MALFORMED) as error:
         raise BundleError(
             f"{bundle.file(QUANTIZATION)} does not hold the layers of {model} ({type(error).__name__}: {error}): rebuild the bundle"
@@ -67,21 +67,28 @@ def simulated_engines(bundle: Bundle, precisions: Sequence[Precision], model: Pa
         if precision.is_float:
             engines[precision] = TorchEngine(network, manifest.schedule)
             continue
-        correction = bundle.correction(precision, Emission.ORT_CPU)
+        correction = bundle.correction(precision, Emission.ORT_CPU.numerics(precision))
         engines[precision] = SimulatedEngine(network, networks[precision], Emission.ORT_CPU, manifest.schedule, correction)
     return engines
 
 
-def _layers(scales: Mapping[str, npt.NDArray[Any]], head: str, module: Any) -> dict[str, LayerQuant]:
-    """The quantized layers whose keys start with `head`."""
+def _layers(scales: Mapping[str, npt.NDArray[Any]], precision: Precision, module: Any) -> dict[str, LayerQuant]:
+    """The quantized layers of one precision.
+
+    Raises:
+        KeyError, ValueError, AttributeError: not those of `module`.
+    """
+    head = f"{precision}/"
     layers = {}
     for name in [key[len(head) : -len("/bits")] for key in scales if key.startswith(head) and key.endswith("/bits")]:
         parameters = dict(module.get_submodule(name).named_parameters(recurse=False))
         weight_bits, activation_bits = (int(v) for v in scales[f"{head}{name}/bits"])
         output_scale = float(scales[f"{head}{name}/output_scale"][0])
-        weight = scales[f"codes/w{weight_bits}/{name}"]
-        if weight.shape != tuple(parameters["weight"].shape):
-            raise ValueError(f"layer {name} has weights of shape {weight.shape}")
+        fp8 = precision.number == "fp8"
+        own, shared = f"{head}{name}/codes", f"codes/{'fp8' if fp8 else f'w{weight_bits}'}/{name}"
+        weight = scales[own if own in scales else shared]
+        if weight.shape != tuple(parameters["weight"].shape) or weight.dtype != (np.uint8 if fp8 else np.int8):
+            raise ValueError(f"layer {name} has weights of shape {weight.shape} and type {weight.dtype}")
         layers[name] = LayerQuant(
             name=name,
             kind="conv" if weight.ndim == 4 else "linear",
@@ -93,5 +100,6 @@ def _layers(scales: Mapping[str, npt.NDArray[Any]], head: str, module: Any) -> d
             output_scale=None if np.isnan(output_scale) else output_scale,
             bias=parameters["bias"].detach().numpy() if "bias" in parameters else None,
             macs=0,
+            number=precision.number,
         )
     return layers

@@ -33,6 +33,23 @@ class NoiseSource:
         return np.stack([g.standard_normal(self._shape) for g in self._generators])
 
 
+def branches(guidance_scale: float) -> int:
+    """Rows that one sample takes in an engine call: two where guidance mixes two predictions."""
+    return 1 if guidance_scale in (0.0, 1.0) else 2
+
+
+def condition_rows(info: ModelInfo, conditions: Mapping[str, Array], n: int, guidance_scale: float) -> dict[str, Array]:
+    """Feeds of info.inputs for one engine call: the null condition's rows first where guidance mixes two predictions; it alone at guidance 0."""
+    null = info.null_conditions(n)
+    if guidance_scale == 1.0:
+        used: list[Mapping[str, Array]] = [conditions]
+    elif guidance_scale == 0.0:
+        used = [null]
+    else:
+        used = [null, conditions]
+    return {spec.name: np.concatenate([branch[spec.name] for branch in used]) for spec in info.inputs}
+
+
 def predict_epsilon(
     engine: Engine,
     x: npt.NDArray[np.floating],
@@ -48,23 +65,15 @@ def predict_epsilon(
     with 0 only the unconditional one (classifier-free guidance, Ho & Salimans 2022).
     """
     n = len(x)
-    null = info.null_conditions(n)
-    if guidance_scale == 1.0:
-        branches: list[Mapping[str, Array]] = [conditions]
-    elif guidance_scale == 0.0:
-        branches = [null]
-    else:
-        branches = [null, conditions]
     x32 = np.ascontiguousarray(x, np.float32)
     feeds: dict[str, Array] = {
-        SAMPLE: np.concatenate([x32] * len(branches)),
-        TIMESTEP: np.full(n * len(branches), schedule.timesteps[step], np.int64),
+        SAMPLE: np.concatenate([x32] * branches(guidance_scale)),
+        TIMESTEP: np.full(n * branches(guidance_scale), schedule.timesteps[step], np.int64),
         STEP: np.array([step], np.int64),
+        **condition_rows(info, conditions, n, guidance_scale),
     }
-    for spec in info.inputs:
-        feeds[spec.name] = np.concatenate([branch[spec.name] for branch in branches])
     epsilon = engine(feeds)[EPSILON].astype(np.float64)
-    if len(branches) == 1:
+    if branches(guidance_scale) == 1:
         return epsilon
     return np.asarray(epsilon[:n] + guidance_scale * (epsilon[n:] - epsilon[:n]))
 

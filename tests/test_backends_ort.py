@@ -1,17 +1,20 @@
-"""OrtEngine, the registry, and the structure of what ONNX Runtime runs."""
+"""OrtEngine and OrtDevice on the CPU, and the structure of what ONNX Runtime runs."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from ptqd_export.backends import OrtEngine, available, base, open_engine, set_threads
+from ptqd_export.backends import Device, DeviceEngine, OrtDevice, OrtEngine, set_threads
+from ptqd_export.backends.ort import DISTRIBUTIONS, DTYPES
 from ptqd_export.engine import Engine, Feeds
 from ptqd_export.errors import BackendUnavailable, GraphError, PTQDError
 from ptqd_export.export.structure import float_convs, op_counts
@@ -152,26 +155,167 @@ def test_unknown_operator(tmp_path: Path) -> None:
         OrtEngine(tmp_path / "bar.onnx")
 
 
-def test_registry(affine: Path, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert available() == {"ort-cpu": "ok"}
-    with open_engine("ort-cpu", affine) as engine:
-        assert engine(feeds)["epsilon"].shape == (3, 2)
-    with pytest.raises(BackendUnavailable, match="'ort-gpu' does not run graph files: expected one of ort-cpu"):
-        open_engine("ort-gpu", affine)
+def test_not_installed(affine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert set(available()) == set(base.BACKENDS) and "ptqd-export[cpu]" in available()["ort-cpu"]
-    with pytest.raises(BackendUnavailable, match=r"pip install 'ptqd-export\[cpu\]'"):
+    with pytest.raises(BackendUnavailable, match=r"ort-cpu needs onnxruntime .*pip install 'ptqd-export\[cpu\]'"):
         OrtEngine(affine)
+    with pytest.raises(BackendUnavailable, match=r"ort-cuda needs onnxruntime .*pip install 'ptqd-export\[gpu\]'"):
+        OrtDevice("cuda")
 
 
 def test_both_distributions_installed(tmp_path: Path, affine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    info = tmp_path / "onnxruntime_gpu-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.0\n")
+    for name in DISTRIBUTIONS:
+        info = tmp_path / f"{name.replace('-', '_')}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(BackendUnavailable, match="onnxruntime and onnxruntime-gpu are both installed"):
+    both = "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: pip uninstall both, then pip install 'ptqd-export"
+    with pytest.raises(BackendUnavailable, match=re.escape(f"{both}[cpu]'")):
         OrtEngine(affine)
-    assert "both installed" in available()["ort-cpu"]
+    with pytest.raises(BackendUnavailable, match=re.escape(f"{both}[gpu]'")):
+        OrtDevice("cuda")
+
+
+def _buffers(device: OrtDevice, engine: OrtEngine, n: int) -> dict[str, Any]:
+    """One per tensor of an engine, with n for the batch."""
+    return {s.name: device.empty(tuple(n if d is None else d for d in s.shape), s.dtype) for s in (*engine.specs, *engine.output_specs)}
+
+
+@pytest.mark.parametrize("dtype", sorted(set(DTYPES.values())))
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 3)])
+def test_buffers(dtype: str, shape: tuple[int, ...]) -> None:
+    with OrtDevice() as device:
+        assert isinstance(device, Device)
+        buffer = device.empty(shape, dtype)
+        for value in (1, 0):
+            wanted = np.full(shape, value, dtype)
+            device.write(buffer, wanted)
+            device.synchronize()
+            got = device.read(buffer)
+            assert (got.dtype, got.shape) == (wanted.dtype, shape)
+            np.testing.assert_array_equal(got, wanted)
+
+
+def test_a_buffer_keeps_what_was_written() -> None:
+    """Of the arrays that pass in and out, none is the buffer."""
+    device = OrtDevice()
+    buffer = device.empty((2, 3), "float32")
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    device.write(buffer, x[:, ::-1])
+    first = device.read(buffer)
+    np.testing.assert_array_equal(first, x[:, ::-1])
+    x[:] = 7
+    first[:] = 8
+    np.testing.assert_array_equal(device.read(buffer), np.arange(6).reshape(2, 3)[:, ::-1])
+    device.write(buffer, x)
+    assert np.all(first == 8)
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((2, 3)), np.zeros((3, 2), np.float32), np.zeros((2, 4), np.float32), np.zeros(6, np.float32)])
+def test_writes_of_another_layout(wrong: np.ndarray) -> None:
+    """ONNX Runtime would take the first two, as the bytes that they are."""
+    device = OrtDevice()
+    buffer = device.empty((2, 3), "float32")
+    device.write(buffer, np.ones((2, 3), np.float32))
+    with pytest.raises(GraphError, match=re.escape(f"holds float32 (2, 3): got {wrong.dtype} {wrong.shape}")):
+        device.write(buffer, wrong)
+    assert np.all(device.read(buffer) == 1)
+
+
+def test_device_memory_runs_out(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BackendUnavailable, match=r"no cpu memory for a buffer float32 \(1000000000000000,\) .*lower the batch size"):
+        OrtDevice().empty((10**15,), "float32")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_closed_device(affine: Path) -> None:
+    device = OrtDevice()
+    buffer = device.empty((2,), "int64")
+    device.close()
+    device.close()
+    with pytest.raises(BackendUnavailable, match="the cpu device is closed"):
+        device.empty((2,), "int64")
+    with pytest.raises(BackendUnavailable, match="the cpu device is closed"):
+        OrtEngine(affine, device=device)
+    device.write(buffer, np.array([1, 2]))
+    assert device.read(buffer).tolist() == [1, 2]
+
+
+def test_launch(affine: Path, feeds: Feeds) -> None:
+    """Sets of buffers in turn, of several batch sizes, with new content each time, give what calls give; nothing is bound twice."""
+    with OrtDevice() as device, OrtEngine(affine, device=device) as engine:
+        assert isinstance(engine, DeviceEngine) and not engine.captures
+        sets = [_buffers(device, engine, n) for n in (3, 3, 1)]
+        addresses = [buffers["epsilon"].data_ptr() for buffers in sets]
+        for turn in range(3):
+            for n, buffers in zip((3, 3, 1), sets, strict=True):
+                fed = {name: (value + turn * n).astype(value.dtype)[:n] for name, value in feeds.items()}
+                for name, value in fed.items():
+                    device.write(buffers[name], value)
+                engine.launch(dict(buffers))
+                for name, value in engine(fed).items():
+                    np.testing.assert_array_equal(device.read(buffers[name]), value)
+        assert len(engine._bound) == 3
+        assert [buffers["epsilon"].data_ptr() for buffers in sets] == addresses
+    with pytest.raises(BackendUnavailable, match="closed"):
+        engine.launch(sets[0])
+
+
+def test_engines_pass_buffers_on(affine: Path, tmp_path: Path, feeds: Feeds) -> None:
+    """An engine reads what another wrote, with no copy in between."""
+    path = _save(tmp_path / "half.onnx", "g (float[B, 2] epsilon) => (float16[B, 2] half) { half = Cast<to = 10>(epsilon) }")
+    with OrtDevice() as device, OrtEngine(affine, device=device) as first, OrtEngine(path, device=device) as second:
+        buffers = {**_buffers(device, second, 3), **_buffers(device, first, 3)}
+        for name, value in feeds.items():
+            device.write(buffers[name], value)
+        first.launch(buffers)
+        second.launch(buffers)
+        half = device.read(buffers["half"])
+        assert half.dtype == np.float16
+        np.testing.assert_array_equal(half, first(feeds)["epsilon"])
+
+
+def test_buffers_that_the_caller_dropped(affine: Path, feeds: Feeds) -> None:
+    """A new set is not taken for one whose place in memory it got."""
+    with OrtDevice() as device, OrtEngine(affine, device=device) as engine:
+        for turn in range(20):
+            buffers = _buffers(device, engine, 3)
+            for name, value in feeds.items():
+                device.write(buffers[name], value)
+            device.write(buffers["epsilon"], np.full((3, 2), -1, np.float32))
+            engine.launch(buffers)
+            np.testing.assert_array_equal(device.read(buffers["epsilon"]), 2 * feeds["sample"] + feeds["timestep"][:, None])
+            assert len(engine._bound) == turn + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "message"),
+    [
+        ("sample", (3, 2), "float64", r"takes 'sample' as float32 \(any, 2\): got float64 \(3, 2\)"),
+        ("sample", (3, 5), "float32", r"got float32 \(3, 5\)"),
+        ("epsilon", (3, 2), "float16", r"takes 'epsilon' as float32 \(any, 2\): got float16 \(3, 2\)"),
+        ("epsilon", (6,), "float32", r"got float32 \(6,\)"),
+        ("epsilon", (4, 2), "float32", "failed to run"),
+    ],
+)
+def test_wrong_buffers(affine: Path, name: str, shape: tuple[int, ...], dtype: str, message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with OrtDevice() as device, OrtEngine(affine, device=device) as engine:
+        buffers = _buffers(device, engine, 3)
+        with pytest.raises(GraphError, match=message) as caught:
+            engine.launch({**buffers, name: device.empty(shape, dtype)})
+        assert "\n" not in str(caught.value)
+        with pytest.raises(GraphError, match=f"needs the buffer '{name}'"):
+            engine.launch({key: value for key, value in buffers.items() if key != name})
+        engine.launch(buffers)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("other", ["sample", "doubled"])
+def test_a_buffer_for_two_tensors(affine: Path, other: str) -> None:
+    with OrtDevice() as device, OrtEngine(affine, device=device) as engine:
+        buffers = _buffers(device, engine, 3)
+        with pytest.raises(GraphError, match="into a buffer that it reads or writes otherwise"):
+            engine.launch({**buffers, "epsilon": buffers[other]})
 
 
 def _python(code: str) -> str:

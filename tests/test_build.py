@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -20,9 +21,10 @@ from conftest import MIXED, PRECISIONS, Built, Invoke, Launch, environment
 
 from ptqd_export.bundle import MANIFEST, QUANTIZATION, TABLES, WEIGHTS, Bundle, exclusive, writing
 from ptqd_export.evaluate.parity import MAX_FLOAT_ERROR, MAX_SHARE_APART
-from ptqd_export.precision import Precision
+from ptqd_export.precision import FP32, Precision
 from ptqd_export.quant import Emission
 
+NUMERICS = (Emission.PORTABLE, Emission.ORT_CPU)
 MODELS = ("rgb", "classes", "guided", "own")
 Snapshot = dict[str, bytes]
 
@@ -44,13 +46,16 @@ def built(request: pytest.FixtureRequest) -> Built:
 
 def test_a_bundle_holds_every_engine(built: Built) -> None:
     bundle = built.bundle
-    graphs = {f"{p}.{e}.onnx" for p in PRECISIONS for e in Emission}
-    assert {file.name for file in built.path.iterdir()} == {*graphs, WEIGHTS, TABLES, QUANTIZATION, MANIFEST}
-    assert {a.file for a in bundle.manifest.artifacts} == graphs
+    m = bundle.manifest
+    graphs = {f"{p}.{e}.onnx" for p in PRECISIONS for e in Emission} - {"fp32.half.onnx"}  # which is fp32.portable.onnx
+    assert {file.name for file in built.path.iterdir()} == {*graphs, "update.onnx", WEIGHTS, TABLES, QUANTIZATION, MANIFEST}
+    assert {(str(g.precision), g.emission) for g in m.graphs} == {*itertools.product(PRECISIONS, Emission), ("None", Emission.HALF)}
+    assert m.graph(FP32, Emission.HALF).file == "fp32.portable.onnx"
     for p in (Precision.parse(text) for text in PRECISIONS):
-        artifact = bundle.manifest.artifact(p, "ort-cpu")
-        assert artifact.time_ms is not None and artifact.time_ms > 0
-        assert (artifact.ops.get("QLinearConv", 0) > 0) is not p.is_float
+        artifact, graph = m.artifact(p, "ort-cpu"), m.graph(p, Emission.ORT_CPU)
+        assert artifact.time_ms is not None and artifact.time_ms > 0 and artifact.file == graph.file
+        assert (graph.ops.get("QLinearConv", 0) > 0) is not p.is_float
+        assert set(graph.quantized.values()) == (set() if p.is_float else {"int8"})
     assert not [path for path in built.path.parent.iterdir() if ".tmp-" in path.name or path.suffix == ".work"]
     umask = os.umask(0)
     os.umask(umask)
@@ -69,8 +74,8 @@ def test_parity_figures_are_those_of_a_right_build(built: Built) -> None:
         assert max(noise["largest_z"].values()) <= noise["limit_z"]
         assert len(noise["snr_q_corrected"]) == len(noise["mse_ratio"]) == len(m.schedule)
     # Fewer bits, more noise: by a factor of about 16^2 / 2 where 4-bit activations are quantized instead of 8-bit ones.
-    pooled = {p: [built.bundle.stats(Precision.parse(p), e).snr.mean() for e in Emission] for p in PRECISIONS[1:]}
-    for emission in range(len(Emission)):
+    pooled = {p: [built.bundle.stats(Precision.parse(p), e).snr.mean() for e in NUMERICS] for p in PRECISIONS[1:]}
+    for emission in range(len(NUMERICS)):
         assert pooled["w8a8"][emission] > 2 * pooled["w4a8"][emission] > 4 * pooled["w4a4"][emission]
     assert m.bops[Precision(32, 32)] > m.bops[Precision(8, 8)] > m.bops[Precision(4, 8)] > m.bops[Precision(4, 4)]
 
@@ -223,13 +228,13 @@ def test_a_lock_is_of_threads_too_and_ends_with_its_block(tmp_path: Path) -> Non
 def test_the_gate_keeps_what_helps(classes: Built) -> None:
     """On the trajectories it was judged by, the corrected error of no kept step is above the plain one."""
     steps = classes.bundle.manifest.correction["steps"]
-    assert set(steps) == {f"{p}.{e}" for p in PRECISIONS[1:] for e in Emission}
+    assert set(steps) == {f"{p}.{e}" for p in PRECISIONS[1:] for e in NUMERICS}
     for figures in steps.values():
         assert [ratio > 1 for ratio in figures["mse_drop_over_standard_error"]] == figures["kept"]
     data = json.loads((classes.path / MANIFEST).read_text())
     assert data["correction"]["mode"] == "ptqd"
     for p in PRECISIONS[1:]:
-        for e in Emission:
+        for e in NUMERICS:
             correction = classes.bundle.correction(Precision.parse(p), e)
             touched = (correction.gain != 1).any(1) | (correction.offset != 0).any(1)
             np.testing.assert_array_equal(touched, steps[f"{p}.{e}"]["kept"])

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from ptqd_export.bundle import MANIFEST, QUANTIZATION, SEAL, TABLES, WEIGHTS, Bundle, _seal, check_target, write_manifest, writing
 from ptqd_export.conditioning import ModelInfo
 from ptqd_export.errors import BundleError
-from ptqd_export.manifest import Artifact, Manifest
+from ptqd_export.manifest import Artifact, EngineBuild, Graph, Manifest
 from ptqd_export.plan import Plan
 from ptqd_export.precision import Precision
 from ptqd_export.quant import Emission
@@ -42,8 +42,14 @@ def write(path: Path, schedule: NoiseSchedule, info: ModelInfo, marker: str = "g
             | {f"w8a8.ort-cpu.{k}": np.full(t, 1e-3) for k in ("var", "count")},
             tmp / TABLES,
         )
-        artifact = Artifact(W8A8, Emission.ORT_CPU, ("ort-cpu",), "w8a8.ort-cpu.onnx", "test", "none", {}, 1.5)
-        manifest = Manifest(info, schedule, "ddim", 2.0, True, Plan((W8A8,) * t), PLAN_INFO, (artifact,), {}, PARITY, {W8A8: 10}, {}, {})
+        (tmp / "w8a8.tensorrt-rtx.engine").write_bytes(b"not opened")
+        graph = Graph(W8A8, Emission.ORT_CPU, "w8a8.ort-cpu.onnx", "0" * 64, {"Conv": 3}, {"conv": "int8"})
+        made = EngineBuild("1" * 64, ("SM89",), {"rows": [1, 8, 32]}, 1.5, 10**9, {"meant": 1, "taken": 1, "kernels": 9, "fell_back": {}})
+        artifacts = (
+            Artifact(W8A8, "ort-cpu", graph.file, "test", "none", 1.5),
+            Artifact(W8A8, "tensorrt-rtx", "w8a8.tensorrt-rtx.engine", "test", "none", None, made),
+        )
+        manifest = Manifest(info, schedule, "ddim", 2.0, True, Plan((W8A8,) * t), PLAN_INFO, (graph,), artifacts, {}, PARITY, {W8A8: 10}, {}, {})
         write_manifest(tmp, manifest)
 
 
@@ -67,6 +73,8 @@ def test_round_trip(bundle: Path, schedule: NoiseSchedule, class_info: ModelInfo
     np.testing.assert_array_equal(m.schedule.timesteps, schedule.timesteps)
     assert m.plan.steps == (W8A8,) * len(schedule)
     assert m.artifact(W8A8, "ort-cpu").time_ms == 1.5
+    assert m.backends == ("tensorrt-rtx", "ort-cpu")  # best first
+    assert Manifest.from_dict(json.loads(json.dumps(m.to_dict()))).to_dict() == m.to_dict()
     np.testing.assert_array_equal(opened.correction(W8A8, Emission.ORT_CPU).gain, np.full((len(schedule), 1), 0.5))
     np.testing.assert_allclose(opened.sigmas("ort-cpu"), schedule.recalibrated_sigmas(np.full(len(schedule), 1e-3)))
     assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle"]
@@ -94,6 +102,7 @@ def test_missing_and_truncated_files(bundle: Path) -> None:
     ("changes", "message"),
     [
         ({"format_version": 99}, "format version 99.*upgrade"),
+        ({"format_version": 1}, "format version 1.*rebuild"),
         ({"format_version": "1"}, "no format_version"),
         ({"plan": {"steps": ["w8a8"], **PLAN_INFO}}, "1 plan steps for 10"),
         ({"plan": {}}, "damaged"),
@@ -177,11 +186,22 @@ FIGURES = {"layers": {"layers": 3, "share_apart": 0.0}, "noise": {"limit_z": 5.0
         (lambda m: m["plan"].update(bops="many"), "plan.bops: expected float, got 'many'"),
         (lambda m: m["plan"].update(front=[{"cost": 1.0}]), "KeyError: 'error'"),
         (lambda m: m["plan"].update(steps=[3] * 10), r"plan.steps\[0\]: expected str"),
-        (lambda m: m["artifacts"][0].update(emission="cuda"), "'cuda' is not a valid Emission"),
-        (lambda m: m["artifacts"][0].update(backends="ort-cpu"), "backends: expected an array"),
+        (lambda m: m["graphs"][0].update(emission="cuda"), "'cuda' is not a valid Emission"),
+        (lambda m: m["graphs"][0].update(digest=3), "digest: expected str"),
+        (lambda m: m["graphs"][0].update(ops={"Conv": "many"}), "ops: expected int"),
+        (lambda m: m["graphs"][0].update(quantized={"conv": "int4"}), "quantized: got 'int4'"),
+        (lambda m: m["graphs"][0].update(file="../x"), "names ../x but has no hash"),
+        (lambda m: m["artifacts"][0].update(backend="vulkan"), "backend 'vulkan'"),
+        (lambda m: m["artifacts"][0].update(backend=["ort-cpu"]), "TypeError"),
         (lambda m: m["artifacts"][0].update(time_ms="fast"), "time_ms: expected float"),
-        (lambda m: m["artifacts"][0].update(backends=[]), "no graph that a backend runs"),
-        (lambda m: m.update(artifacts=[]), "no graph that a backend runs"),
+        (lambda m: m["artifacts"][1].update(build=None), "of tensorrt-rtx has no build"),
+        (lambda m: m["artifacts"][0].update(build=m["artifacts"][1]["build"]), "of ort-cpu has a build"),
+        (lambda m: m["artifacts"][1]["build"].update(targets="SM89"), "targets: expected an array"),
+        (lambda m: m["artifacts"][1]["build"].update(settings={}), "KeyError: 'rows'"),
+        (lambda m: m["artifacts"][1]["build"].update(settings={"rows": [1, 2]}), "settings.rows"),
+        (lambda m: m["artifacts"][1]["build"]["plan"].pop("kernels"), "KeyError: 'kernels'"),
+        (lambda m: m["artifacts"][1]["build"]["plan"].update(fell_back={"conv": 1}), "plan.fell_back: expected str"),
+        (lambda m: m.update(artifacts=[]), "no artifact that a backend runs"),
         (lambda m: m.update(correction=[]), "correction: expected dict"),
         (lambda m: m.update(provenance="me"), "provenance: expected dict"),
         (lambda m: m.update(parity={"w8a8": {}}), "KeyError: 'layers'"),
@@ -321,7 +341,7 @@ def test_the_current_folder_is_no_target(tmp_path: Path, bundle: Path, monkeypat
 
 def test_asking_for_an_engine_that_is_not_there(bundle: Path) -> None:
     manifest = Bundle.open(bundle).manifest
-    with pytest.raises(BundleError, match=r"no w4a8 engine.*holds ort-cpu"):
+    with pytest.raises(BundleError, match=r"no graph w4a8.ort-cpu: it holds w8a8.ort-cpu; rebuild it with --precision w4a8"):
         manifest.artifact(Precision(4, 8), "ort-cpu")
-    with pytest.raises(BundleError, match="--backend tensorrt"):
+    with pytest.raises(BundleError, match=r"no w8a8 engine for backend 'tensorrt'.*--backend tensorrt --rebuild"):
         manifest.artifact(W8A8, "tensorrt")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +17,7 @@ from conftest import PRECISIONS, Built, Invoke, Launch, environment
 from PIL import Image
 
 from ptqd_export import __version__, cli
-from ptqd_export.bundle import Bundle, write_manifest
+from ptqd_export.bundle import Bundle
 from ptqd_export.recipe import Recipe
 
 HEAVY = ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "scipy", "matplotlib")
@@ -145,21 +143,6 @@ def test_the_torch_backend_on_the_command_line(classes: Built, own: Built, tmp_p
     assert "is not the model that" in error and "another SHA-256" in error
     assert "does not exist" in invoke(*words, "--out", tmp_path / "b", "--model", tmp_path / "nowhere").error
     assert not (tmp_path / "b").exists()
-
-
-def test_a_bundle_for_torch_alone(classes: Built, tmp_path: Path, invoke: Invoke) -> None:
-    """`run` takes the first backend that the bundle holds; `verify` evaluates the graphs all the same."""
-    shutil.copytree(classes.path, tmp_path / "bundle")
-    m = classes.bundle.manifest
-    artifacts = tuple(dataclasses.replace(a, backends=tuple(b for b in a.backends if b == "torch")) for a in m.artifacts)
-    write_manifest(tmp_path / "bundle", dataclasses.replace(m, artifacts=artifacts))
-    words = ("run", tmp_path / "bundle", "--num-samples", "2", "--format", "npy", "--out", tmp_path / "x")
-    assert "give --model RECIPE_OR_MODEL" in invoke(*words).error
-    result = invoke(*words, "--model", classes.recipe, "--json")
-    assert (result.code, result.err) == (0, "") and result.json["backend"] == "torch"
-    assert json.loads((tmp_path / "x" / "run.json").read_text())["backend"] == "torch"
-    assert "holds torch; rebuild with --backend ort-cpu" in invoke(*words, "--backend", "ort-cpu").error
-    assert len(invoke("verify", tmp_path / "bundle", "--json").json["engines"]) == 2 * len(PRECISIONS)
 
 
 def test_inspect(rgb: Built, invoke: Invoke, tmp_path: Path) -> None:
@@ -347,7 +330,7 @@ def test_build_options_reach_the_recipe() -> None:
     words = (
         "model --out o --precision w4a8 --precision fp32 --solver ddpm --n-steps 7 --calib-size 6 --batch-size 3 --seed 5 --budget 0.5 --cost bops"
     )
-    words += " --plan w4a8*6,fp32 --correction affine --no-recalibrate-variance --backend torch"
+    words += " --plan w4a8*6,fp32 --correction affine --no-recalibrate-variance --backend ort-cuda --compute-capability 8.9"
     params = cli.build.make_context("build", words.split()).params
     for name in ("recipe_or_model", "out", "as_json", "resume"):
         params.pop(name)
@@ -356,5 +339,6 @@ def test_build_options_reach_the_recipe() -> None:
     assert (s.solver, s.n_steps, s.eta) == ("ddpm", 7, 1.0)
     assert (c.size, c.held_out, c.batch_size, c.seed) == (6, 3, 3, 5)
     assert (q.precisions, q.correction, q.recalibrate_variance) == (("w4a8", "fp32"), "affine", False)
-    assert (p.rule, p.steps, p.budget, p.cost, recipe.backends) == ("fixed", ("w4a8*6", "fp32"), 0.5, "bops", ("torch",))
+    assert (p.rule, p.steps, p.budget, p.cost, recipe.backends) == ("fixed", ("w4a8*6", "fp32"), 0.5, "bops", ("ort-cuda",))
+    assert recipe.tensorrt.compute_capabilities == ("8.9",)
     assert cli._override(Recipe(), **{name: () if isinstance(value, tuple) else None for name, value in params.items()}) == Recipe()

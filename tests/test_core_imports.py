@@ -12,11 +12,11 @@ import pytest
 import ptqd_export
 
 PACKAGE = Path(ptqd_export.__file__).parent
-HEAVY = {"torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "polygraphy", "scipy", "matplotlib"}
+HEAVY = {"torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda", "polygraphy", "scipy", "matplotlib"}
 ALLOWED = {
     "calibrate": {"torch", "diffusers"},
     "export": {"onnx", "onnx_ir", "onnxscript"},
-    "backends": {"onnxruntime", "tensorrt", "tensorrt_rtx", "polygraphy"},
+    "backends": {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda", "polygraphy"},
     "evaluate": {"scipy", "matplotlib"},
 }
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

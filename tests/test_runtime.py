@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ptqd_export.errors import BundleError, ModelError, ParityError, RecipeError
 from ptqd_export.noise import Correction
 from ptqd_export.plan import Plan, fixed
 from ptqd_export.precision import FP32, Precision
+from ptqd_export.quant import Emission
 from ptqd_export.runtime import Asked, Runtime, check_probe, probe, run
 from ptqd_export.sampler import NoiseSource, predict_epsilon, sample
 
@@ -89,7 +91,7 @@ def test_recalibrated_variance_is_what_the_plan_s_graphs_left(rgb: Built) -> Non
     m = bundle.manifest
     sigmas = bundle.sigmas("ort-cpu")
     assert (sigmas <= m.schedule.sigmas).all() and (sigmas < m.schedule.sigmas).any()
-    w4a4 = bundle.correction(Precision(4, 4), m.artifact(Precision(4, 4), "ort-cpu").emission)
+    w4a4 = bundle.correction(Precision(4, 4), Emission.ORT_CPU)
     assert sigmas[0] == m.schedule.recalibrated_sigmas(w4a4.var)[0]
     np.testing.assert_array_equal(bundle.sigmas("ort-cpu", Plan((FP32,) * 4)), m.schedule.sigmas)
     off = dataclasses.replace(bundle, manifest=dataclasses.replace(m, recalibrate_variance=False))
@@ -209,8 +211,7 @@ def test_the_simulation_holds_the_correction(guided: Built) -> None:
     m, p = bundle.manifest, Precision(4, 8)
     x = NoiseSource(0, range(4), m.model.sample_shape).draw()
     conditions = m.model.conditions(None, 4)
-    emission = m.artifact(p, "ort-cpu").emission
-    correction = bundle.correction(p, emission)
+    correction = bundle.correction(p, Emission.ORT_CPU)
     assert not np.array_equal(correction.gain, Correction.identity(3, 1).gain)
     step = int(abs(correction.offset).max(1).argmax())
     with open_engine("ort-cpu", bundle.file(m.artifact(p, "ort-cpu").file)) as engine:
@@ -248,18 +249,17 @@ def test_the_probe_tells_right_kernels_from_wrong_ones(name: str, request: pytes
     """A fused and an unfused execution of a graph are both right, though their roundings differ; another precision's engine is wrong."""
     bundle: Bundle = request.getfixturevalue(name).bundle
     m = bundle.manifest
-    artifacts = {p: m.artifact(p, "ort-cpu") for p in m.bops}
-    for p, artifact in artifacts.items():
-        expected, allowed = bundle.probe(p, artifact.emission)
+    for p, emission in itertools.product(m.bops, Emission):
+        expected, allowed = bundle.probe(p, emission)
         assert expected.shape == (2, *m.model.sample_shape) and 0 < allowed < rms(expected) * (2 if p.activation_bits == 4 else 0.4)
-        with OrtEngine(bundle.file(artifact.file), optimise=False) as engine:
-            check_probe(bundle, artifact, engine)
+        with OrtEngine(bundle.file(m.graph(p, emission).file), optimise=False) as engine:
+            check_probe(bundle, p, emission, engine)
             again = probe(engine, m.schedule, m.model, m.guidance_scale)
             np.testing.assert_array_equal(again, probe(engine, m.schedule, m.model, m.guidance_scale))
-    with open_engine("ort-cpu", bundle.file(artifacts[Precision(4, 4)].file)) as engine:
+    with open_engine("ort-cpu", bundle.file(m.artifact(Precision(4, 4), "ort-cpu").file)) as engine:
         for p in (FP32, Precision(8, 8)):
             with pytest.raises(ParityError, match=f"{p}.ort-cpu computes something else here"):
-                check_probe(bundle, artifacts[p], engine)
+                check_probe(bundle, p, Emission.ORT_CPU, engine)
 
 
 def test_samples_that_are_not_finite_are_refused(classes: Built) -> None:
@@ -272,14 +272,6 @@ def test_samples_that_are_not_finite_are_refused(classes: Built) -> None:
             runtime.engines[p] = FakeEngine(broken, engine.inputs)
         with pytest.raises(ModelError, match="sample 3 holds NaN or infinite values"):
             runtime.sample([3, 4])
-
-
-def test_the_first_backend_of_a_bundle_is_the_default(classes: Built) -> None:
-    m = classes.bundle.manifest
-    artifacts = tuple(dataclasses.replace(a, backends=("torch",)) for a in m.artifacts)
-    torch_alone = dataclasses.replace(classes.bundle, manifest=dataclasses.replace(m, artifacts=artifacts))
-    with Runtime(classes.bundle) as one, Runtime(torch_alone, model=classes.recipe) as other:
-        assert (one.backend, other.backend) == ("ort-cpu", "torch")
 
 
 def test_quantization_of_another_network_is_refused(own: Built, tmp_path: Path) -> None:

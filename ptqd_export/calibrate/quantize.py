@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..precision import Precision
+from ..precision import Number, Precision
 from ..progress import progress
-from ..quant import F32, I8, OUTPUT_BITS, LayerQuant, QuantizedNetwork
+from ..quant import E4M3_MAX, F32, I8, OUTPUT_BITS, U8, Emission, LayerQuant, QuantizedNetwork
 from ..recipe import Recipe
 from ..sampler import predict_epsilon
 from ..schedule import NoiseSchedule
@@ -48,7 +48,7 @@ class ObservedLayer:
         vector: the input is 2-D, one vector per sample (time and class embeddings): such a layer stays float.
         input, output: histograms of |values|.
         hessians: float32 (groups, K, K), sums of x x^T of what meets a flattened weight row of K values; None where GPTQ is not to act.
-        codes: weight codes by (rounding, bits, scales), so that precisions with the same weights share them.
+        codes: weight codes by (rounding, number, bits, scales), so that precisions with the same weights share them.
     """
 
     kind: str
@@ -57,7 +57,7 @@ class ObservedLayer:
     input: AbsHistogram = field(default_factory=AbsHistogram)
     output: AbsHistogram = field(default_factory=AbsHistogram)
     hessians: Tensor | None = None
-    codes: dict[tuple[str, int, bytes], I8] = field(default_factory=dict)
+    codes: dict[tuple[str, Number, int, bytes], I8 | U8] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -159,9 +159,12 @@ def quantize(network: Network, observed: Observed, precision: Precision, recipe:
     """The network's layers at one precision: scales and weight codes.
 
     Left in float: embedding layers (see ObservedLayer.vector), convs with a padding mode other than zeros, globs of
-    quantization.skip, and the first and last conv where quantization.edge_layers says so (else they get 8/8 bits). fp32 quantizes nothing.
+    quantization.skip, and the first and last conv where quantization.edge_layers says so (else they get 8/8 bits, FP8 at FP8, and 8-bit
+    weights alone where weights alone are quantized). fp32 and fp16 quantize nothing.
 
     8-bit weights are rounded to the nearest whatever the recipe says: GPTQ gains nothing there.
+    FP8 reaches to the largest value whatever the recipe says. The steps of a floating grid go with the value, so that clipping only costs
+    (0.9 dB of an input's signal to noise at the 99.99th percentile) and the best scale of the octave below gains less than 0.2 dB.
 
     Raises:
         ModelError: nothing is left to quantize.
@@ -182,31 +185,64 @@ def quantize(network: Network, observed: Observed, precision: Precision, recipe:
         if stays:
             float_macs[name] = seen.macs
         else:
-            used = Precision(EDGE_BITS, EDGE_BITS) if name in edges else precision
+            used = _edge(precision) if name in edges else precision
             layers[name] = _quantize_layer(name, module, seen, used, recipe)
     if not layers and not precision.is_float:
         raise ModelError(
-            f"{network.info.name} has no layer left to quantize at {precision}: check quantization.skip and edge_layers, or ask for fp32"
+            f"{network.info.name} has no layer left to quantize at {precision}: check quantization.skip and edge_layers, or ask for fp32 or fp16"
         )
     return QuantizedNetwork(precision, layers, float_macs)
+
+
+def _edge(precision: Precision) -> Precision:
+    """`precision` with EDGE_BITS where it has integers; inputs that stay float do."""
+    return Precision(EDGE_BITS, precision.activation_bits if precision.weight_only else EDGE_BITS, precision.number)
 
 
 def _quantize_layer(name: str, module: Any, seen: ObservedLayer, precision: Precision, recipe: Recipe) -> LayerQuant:
     spec = recipe.calibration
     weight: F32 = np.ascontiguousarray(module.weight.detach().numpy(), np.float32)
     bias: F32 | None = None if module.bias is None else module.bias.detach().numpy().astype(np.float32)
-    input_scale = seen.input.scale(spec.activation_range, precision.activation_bits, spec.percentile)
-    scale = weight_scales(weight, precision.weight_bits, spec.weight_range, spec.percentile)
-    if bias is not None:
-        scale = np.maximum(scale, np.abs(bias) / np.float32(input_scale * MAX_BIAS_CODE)).astype(np.float32)
+    cpu = Emission.ORT_CPU.numerics(precision) is Emission.ORT_CPU
+    if precision.weight_only:
+        input_scale = 1.0
+    elif precision.number == "fp8":
+        input_scale = float(np.float32(seen.input.range("minmax", precision.activation_bits) / E4M3_MAX))
+    else:
+        input_scale = seen.input.scale(spec.activation_range, precision.activation_bits, spec.percentile)
+    scale = _weight_scales(weight, precision, recipe)
+    if bias is not None and cpu:
+        smallest = np.abs(bias) / np.float32(input_scale * MAX_BIAS_CODE)
+        scale = np.maximum(scale, smallest if recipe.quantization.weight_scales == "channel" else smallest.max()).astype(np.float32)
     scale = np.where(scale > 0, scale, np.float32(1.0)).astype(np.float32)
     rounding = recipe.quantization.rounding
-    key = (rounding, precision.weight_bits, scale.tobytes())
+    key = (rounding, precision.number, precision.weight_bits, scale.tobytes())
     if key not in seen.codes:
         if rounding == "nearest" or seen.hessians is None or precision.weight_bits >= EDGE_BITS:
-            seen.codes[key] = nearest(weight, scale, precision.weight_bits)
+            seen.codes[key] = nearest(weight, scale, precision.weight_bits, precision.number)
         else:
             seen.codes[key] = gptq(weight, scale, precision.weight_bits, seen.hessians)
-    codes = seen.codes[key]
-    output_scale = seen.output.scale(spec.activation_range, OUTPUT_BITS, spec.percentile) if seen.kind == "conv" else None
-    return LayerQuant(name, seen.kind, codes, scale, precision.weight_bits, input_scale, precision.activation_bits, output_scale, bias, seen.macs)
+    return LayerQuant(
+        name,
+        seen.kind,
+        seen.codes[key],
+        scale,
+        precision.weight_bits,
+        input_scale,
+        precision.activation_bits,
+        seen.output.scale(spec.activation_range, OUTPUT_BITS, spec.percentile) if seen.kind == "conv" and cpu else None,
+        bias,
+        seen.macs,
+        precision.number,
+    )
+
+
+def _weight_scales(weight: F32, precision: Precision, recipe: Recipe) -> F32:
+    """float32 (O,): scales of `weight` (O, ...), all equal where quantization.weight_scales is "tensor"; 0 where there are only zeros."""
+    spec = recipe.calibration
+    rows = weight if recipe.quantization.weight_scales == "channel" else weight.reshape(1, -1)
+    if precision.number == "fp8":
+        scale = (np.abs(rows).reshape(len(rows), -1).max(1) / np.float32(E4M3_MAX)).astype(np.float32)
+    else:
+        scale = weight_scales(rows, precision.weight_bits, spec.weight_range, spec.percentile)
+    return np.ascontiguousarray(np.broadcast_to(scale, len(weight)))

@@ -1,4 +1,4 @@
-"""Rounding of weights to codes on a given per-channel grid: to the nearest, or GPTQ."""
+"""Rounding of weights to codes on a given grid, a scale per output channel: to the nearest, or GPTQ."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..quant import F32, I8, qmax, qmin
+from ..precision import Number
+from ..quant import F32, I8, U8, qmax, qmin, to_e4m3
 from ..quant import quantize as to_codes
 
 DAMPING = 0.01
@@ -22,9 +23,10 @@ def per_channel(scale: F32, ndim: int) -> F32:
     return scale.reshape(-1, *[1] * (ndim - 1))
 
 
-def nearest(weight: F32, scale: F32, bits: int) -> I8:
+def nearest(weight: F32, scale: F32, bits: int, number: Number = "int") -> I8 | U8:
     """Codes of `weight` (O, ...) with `scale` (O,): round half to even, saturated."""
-    return to_codes(weight, per_channel(scale, weight.ndim), bits)
+    scales = per_channel(scale, weight.ndim)
+    return to_e4m3(weight / scales) if number == "fp8" else to_codes(weight, scales, bits)
 
 
 def gptq(weight: F32, scale: F32, bits: int, hessians: Tensor) -> I8:

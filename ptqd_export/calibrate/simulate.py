@@ -1,10 +1,13 @@
-"""The simulated quantized network: in torch, on float32 numbers that hold integers, what the emitted graphs compute.
+"""The simulated quantized network: in torch, on float32 numbers that hold codes, what the emitted graphs compute.
 
-Products and sums of codes are exact in float32 while they stay below 2^24, so an accumulator is the integer one; what
-follows it repeats the graph's operations in their order and precision.
+Products and sums of integer codes are exact in float32 while they stay below 2^24, so an accumulator is the integer one; what
+follows it repeats the graph's operations in their order and precision. Sums of FP8 products (8 significant bits each, from
+2^-18 to 448^2) and of float inputs' are rounded, and their last bits depend on the order of summation: two right executions differ there.
 
-Input, both emissions: codes = clamp(round_half_even(x / input_scale)), float32 division. Padding is code 0, value 0.
-PORTABLE: conv or matmul of dequantized values + float bias. (The scales are multiplied into the weight codes here.)
+Input, all emissions: codes = clamp(round_half_even(x / input_scale)), float32 division, rounded to integers or to FP8 E4M3;
+x itself where weights alone are quantized. Padding is code 0, value 0.
+PORTABLE, and FP8 and weights alone in every emission (Emission.numerics): conv or matmul of dequantized values + float bias.
+    (The scales are multiplied into the weight codes here.)
 ORT_CPU conv (QLinearConv): accumulator = conv(codes, weight codes) + bias codes; output code = clamp(round_half_even(
     float32(accumulator) * (input_scale * weight_scale / output_scale))); value = output code * output_scale.
 ORT_CPU linear (MatMulIntegerToFloat): accumulator * (input_scale * weight_scale) + float bias; not quantized.
@@ -22,7 +25,8 @@ from torch import Tensor
 
 from ..engine import Array
 from ..noise import Correction
-from ..quant import F32, OUTPUT_BITS, Emission, LayerQuant, QuantizedNetwork, qmax, qmin
+from ..precision import Precision
+from ..quant import E4M3_MAX, F32, OUTPUT_BITS, Emission, LayerQuant, QuantizedNetwork, qmax, qmin
 from ..schedule import NoiseSchedule
 from .engine import TorchEngine, as_tensor
 from .models import Network
@@ -40,17 +44,17 @@ class SimulatedLayer:
 
     def __init__(self, layer: LayerQuant, emission: Emission, module: Any) -> None:
         self._layer = layer
-        self._portable = emission is Emission.PORTABLE
+        self._portable = emission.numerics(Precision(layer.weight_bits, layer.activation_bits, layer.number)) is Emission.PORTABLE
         self._geometry = (module.stride, module.padding, module.dilation, module.groups) if layer.kind == "conv" else None
         acc_scale = layer.bias_scale()
-        weight = layer.weight.astype(np.float32)
+        weight = layer.weight_values()
         self._input_scale = float(np.float32(layer.input_scale))
         self._bias = None if layer.bias is None else torch.from_numpy(layer.bias.copy())
         self._scale = torch.from_numpy(acc_scale)
         if self._portable:
             weight = weight * per_channel(acc_scale, weight.ndim)
         elif layer.kind == "conv":
-            assert layer.output_scale is not None  # every conv has one (LayerQuant)
+            assert layer.output_scale is not None  # every conv of integers has one (LayerQuant)
             self._output_scale = float(np.float32(layer.output_scale))
             self._scale = _channels(torch.from_numpy(acc_scale / np.float32(layer.output_scale)))
             codes = layer.bias_codes()
@@ -60,8 +64,7 @@ class SimulatedLayer:
             self._weight = self._weight.to(memory_format=torch.channels_last)
 
     def __call__(self, input: Tensor) -> Tensor:  # named as in Conv2d.forward: some models call layers by keyword
-        bits = self._layer.activation_bits
-        codes = (input / self._input_scale).round_().clamp_(qmin(bits), qmax(bits))
+        codes = self._codes(input)
         if self._portable:
             return self._multiply(codes, self._bias)
         acc = self._multiply(codes, None)
@@ -71,6 +74,16 @@ class SimulatedLayer:
         if self._bias is not None:
             acc = acc.add_(self._bias)
         return acc.mul_(self._scale).round_().clamp_(qmin(OUTPUT_BITS), qmax(OUTPUT_BITS)).mul_(self._output_scale)
+
+    def _codes(self, x: Tensor) -> Tensor:
+        """What meets the weight codes: float32 numbers of the input's grid, or `x` where the input is not quantized."""
+        if self._layer.weight_only:
+            return x
+        ratio = x / self._input_scale
+        if self._layer.number == "fp8":
+            return ratio.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+        bits = self._layer.activation_bits
+        return ratio.round_().clamp_(qmin(bits), qmax(bits))
 
     def _multiply(self, codes: Tensor, bias: Tensor | None) -> Tensor:
         if self._geometry is None:

@@ -2,11 +2,13 @@
 
 from .fold import fold
 from .from_torch import export_fp
-from .graph import exported_layers, layer_sites, lint, with_outputs
+from .graph import exported_layers, layer_sites, quantized_nodes, with_outputs
+from .lint import lint
 from .lower import lower
 from .quantize import quantize
 from .save import expose_layers, save
 from .structure import float_convs, op_counts, quantized_convs
+from .update import sampler_update
 
 __all__ = [
     "export_fp",
@@ -20,6 +22,8 @@ __all__ = [
     "op_counts",
     "quantize",
     "quantized_convs",
+    "quantized_nodes",
+    "sampler_update",
     "save",
     "with_outputs",
 ]

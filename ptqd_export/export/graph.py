@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -15,6 +14,8 @@ from ..errors import GraphError
 
 LAYER = "ptqd.layer"
 """Node metadata: path of the torch module (Conv2d or Linear) that a Conv, MatMul or Gemm, or the Add of its bias, comes from."""
+LAYER_INPUT = "ptqd.layer_input"
+"""Node metadata in quantized graphs: the node is part of the quantization of a layer's input."""
 LAYER_OUTPUT = "ptqd.layer_output"
 """Node metadata in quantized graphs: module path of the layer whose float result this node yields."""
 ATTENTION = "ptqd.attention"
@@ -31,15 +32,16 @@ class Builder:
         self.graph = graph
         values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
         self._names = {value.name for value in values}
+        self._node_names = {node.name for node in graph}
 
     def name(self, wanted: str) -> str:
-        """`wanted`, or with the first free number behind it."""
-        name, n = wanted, 1
-        while name in self._names:
-            n += 1
-            name = f"{wanted}.{n}"
-        self._names.add(name)
-        return name
+        """A value's name: `wanted`, or with the first free number behind it."""
+        return _free(wanted, self._names)
+
+    def rename(self, node: ir.Node, wanted: str) -> None:
+        """Call a node `wanted`, or with the first free number behind it ("conv.2")."""
+        self._node_names.discard(node.name)
+        node.name = _free(wanted, self._node_names)
 
     def const(self, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
         """A new initializer."""
@@ -57,12 +59,12 @@ class Builder:
         name: str,
         dtype: ir.DataType,
         shape: ir.Shape | None,
-        attributes: Mapping[str, ir.Attr | int | float | str] | None = None,
+        attributes: Mapping[str, ir.Attr | int | float | str | Sequence[int]] | None = None,
         domain: str = "",
     ) -> ir.Value:
         """A new node in front of `before`, or at the end; returns its only output, called `name`."""
         name = self.name(name)
-        node = ir.node(op, list(inputs), dict(sorted((attributes or {}).items())), domain=domain, name=f"{op}_{name}")
+        node = ir.node(op, list(inputs), dict(sorted((attributes or {}).items())), domain=domain, name=_free(f"{op}_{name}", self._node_names))
         out = node.outputs[0]
         out.name, out.dtype, out.shape = name, dtype, None if shape is None else shape.copy()
         if before is None:
@@ -70,6 +72,16 @@ class Builder:
         else:
             self.graph.insert_before(before, node)
         return out
+
+
+def _free(wanted: str, taken: set[str | None]) -> str:
+    """`wanted`, or with the first number behind it that is not taken; taken from then on."""
+    name, n = wanted, 1
+    while name in taken:
+        n += 1
+        name = f"{wanted}.{n}"
+    taken.add(name)
+    return name
 
 
 def take_over(old: ir.Value, new: ir.Value) -> None:
@@ -103,33 +115,97 @@ def exported_layers(model: ir.Model) -> set[str]:
 
 
 def layer_sites(model: ir.Model) -> dict[str, tuple[str, str]]:
-    """Where each quantized layer begins and ends: module path -> (name of its float input, name of its float output).
+    """Where each quantized layer begins and ends: module path -> (name of its input, name of its output).
 
-    The input is the value before QuantizeLinear; the output is the value after the output's DequantizeLinear (convs of the
-    ORT CPU emission), the Conv itself (portable emission), or the bias Add of a linear layer. A module that is called more
-    than once is reported at its first call.
+    The input is the float32 value that is quantized; where weights alone are, the node's own input. The output is the value after
+    the output's DequantizeLinear (convs of the ORT CPU emission), the Conv itself, or the bias Add of a linear layer. In the half
+    emission outputs and unquantized inputs are float16 where the layer computes in it. A module that is called more than once is
+    reported at its first call.
     """
+    quantized = {node.metadata_props.get(LAYER_OUTPUT) for node in model.graph}
     sites: dict[str, tuple[str, str]] = {}
     for node in model.graph:
         path = node.metadata_props.get(LAYER)
-        quantized = path is not None and node.op_type in ("Conv", "MatMul") and _producer(node.inputs[0], "DequantizeLinear") is not None
-        if path is None or path in sites or not quantized:
+        if path is None or path in sites or path not in quantized:
             continue
-        before = node.inputs[0]
-        while (producer := _producer(before, "DequantizeLinear", "Clip", "QuantizeLinear")) is not None:
-            before = producer.inputs[0]
-            if producer.op_type == "QuantizeLinear":
-                break
-        after = node
+        before, after = _before_quantization(node.inputs[0]), node
         while LAYER_OUTPUT not in after.metadata_props:
             after = after.outputs[0].consumers()[0]
         sites[path] = (str(before.name if before else None), str(after.outputs[0].name))
     return sites
 
 
-def _producer(value: ir.Value | None, *ops: str) -> ir.Node | None:
+def _before_quantization(value: ir.Value | None) -> ir.Value | None:
+    """The value that a layer's quantized input was made of; the value itself where it is not quantized."""
+    node = producer(value, "Cast")
+    inner = value if node is None or LAYER_INPUT in node.metadata_props else node.inputs[0]  # the half emission casts what is dequantized
+    before = inner
+    while (step := producer(before)) is not None and LAYER_INPUT in step.metadata_props:
+        before = step.inputs[0]
+    return value if before is inner else before
+
+
+def producer(value: ir.Value | None, *ops: str) -> ir.Node | None:
+    """The node that yields a value, if it is one of these operators (any where none is named)."""
     node = None if value is None else value.producer()
-    return node if node is not None and node.op_type in ops else None
+    return node if node is not None and (not ops or node.op_type in ops) else None
+
+
+def uncast(value: ir.Value | None) -> ir.Value | None:
+    """The value in front of any Casts."""
+    while (node := producer(value, "Cast")) is not None:
+        value = node.inputs[0]
+    return value
+
+
+def dequantizer(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear that a value comes from, Casts between them or not."""
+    return producer(uncast(value), "DequantizeLinear")
+
+
+CODES = {
+    ir.DataType.INT4: "int4",
+    ir.DataType.UINT4: "int4",
+    ir.DataType.INT8: "int8",
+    ir.DataType.UINT8: "int8",
+    ir.DataType.FLOAT8E4M3FN: "fp8",
+}
+"""What the codes of DequantizeLinear are."""
+MACS = ("Conv", "MatMul", "Gemm")
+"""Operators whose inputs are worth quantizing."""
+
+
+def code_of(node: ir.Node) -> str:
+    """Codes of a DequantizeLinear: "int4", "int8" or "fp8", else the name of the type."""
+    dtype = None if node.inputs[0] is None else node.inputs[0].dtype
+    return CODES.get(dtype, dtype.name) if dtype is not None else "unknown"
+
+
+def quantized_nodes(model: ir.Model | Path) -> dict[str, str]:
+    """{node name: "int8" | "fp8"} of every Conv, MatMul and Gemm whose input and weight are both dequantized: meant to run in 8 bits.
+
+    Raises:
+        GraphError: the path is not an ONNX graph.
+    """
+    if isinstance(model, Path):
+        model = load(model)
+    nodes: dict[str, str] = {}
+    for node in model.graph:
+        if node.op_type in MACS and (x := dequantizer(node.inputs[0])) is not None and dequantizer(node.inputs[1]) is not None:
+            nodes[str(node.name)] = code_of(x)
+    return nodes
+
+
+def load(path: Path) -> ir.Model:
+    """A saved graph; its weights stay in their file.
+
+    Raises:
+        GraphError: missing, or not an ONNX graph.
+    """
+    try:
+        return ir.load(path)
+    except Exception as error:  # an OSError or protobuf's DecodeError, by the protobuf build
+        raise GraphError(f"{path} cannot be read as an ONNX graph: {first_line(error)}") from error
 
 
 def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:
@@ -148,33 +224,6 @@ def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:
             present.add(name)
             copy.graph.outputs.append(values[name])
     return copy
-
-
-def lint(model: ir.Model | Path) -> None:
-    """Structural checks: onnx.checker with full checks passes, and every quantization scale is a constant, finite and above zero.
-
-    Args:
-        model: a model that holds its weights (below 2 GB), or the path of a saved one.
-    Raises:
-        GraphError: a check fails.
-    """
-    try:
-        if isinstance(model, Path):
-            onnx.checker.check_model(str(model), full_check=True)
-            model = ir.load(model)
-        else:
-            onnx.checker.check_model(ir.to_proto(model), full_check=True)
-    except Exception as error:  # the checker raises its own types as well as ValueError and protobuf's
-        raise GraphError(f"the graph does not pass onnx.checker: {first_line(error)}") from error
-    for node in model.graph:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        scale = node.inputs[1]
-        if scale is None or scale.const_value is None:
-            raise GraphError(f"the scale of {node.op_type} {node.name} is not a constant: engines need scales that are known when they are built")
-        values = scale.const_value.numpy()
-        if not (np.isfinite(values).all() and (values > 0).all()):
-            raise GraphError(f"the scale of {node.op_type} {node.name} is {values.min()}: expected finite values above 0")
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,6 @@
-"""Rewrites that change how a graph is computed, not what: what ONNX Runtime's CPU kernels are fast at.
+"""Rewrites that change how a graph is computed, not what, for the runtimes of an emission.
+
+Half: `halve`. What follows is for ONNX Runtime's CPU kernels.
 
 GroupNorm. ONNX Runtime has no CPU kernel for GroupNormalization and inlines it into dozens of nodes. With x (B, C, H, W), G groups:
 
@@ -22,16 +24,26 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from ..precision import FP32, Precision
 from ..quant import Emission
-from .graph import ATTENTION, Builder, prune, static_dims, take_over
+from .graph import ATTENTION, Builder, producer, prune, static_dims, take_over
+from .half import halve
 
 FLOAT = ir.DataType.FLOAT
 MICROSOFT = "com.microsoft"
 HEADS_FIRST = [0, 2, 1, 3]
 
 
-def lower(model: ir.Model, emission: Emission) -> ir.Model:
-    """A new model, equal up to float rounding, for the runtime of an emission; the portable one is for any, and stays as it is."""
+def lower(model: ir.Model, emission: Emission, precision: Precision) -> ir.Model:
+    """A new model, equal up to the rounding of its floats, for the runtimes of an emission; the portable one is for any, and stays as it is.
+
+    Call it before `fold`. fp32 computes in float32 in every emission; every other precision, fp16 too, in float16 in HALF alone.
+
+    Raises:
+        GraphError: the graph holds an operator that cannot be brought to float16.
+    """
+    if emission is Emission.HALF and precision != FP32:
+        return halve(model)
     copy = model.clone()
     if emission is not Emission.ORT_CPU:
         return copy
@@ -66,7 +78,7 @@ def _group_norm(build: Builder, node: ir.Node) -> None:
 
 def _attention(build: Builder, softmax: ir.Node) -> bool:
     """Fuse around one Softmax; False where the pattern does not match."""
-    scores = _from(softmax.inputs[0], "MatMul")
+    scores = producer(softmax.inputs[0], "MatMul")
     weighted = _only_consumer(softmax, "MatMul")
     transposed = None if weighted is None else _only_consumer(weighted, "Transpose")
     merged = None if transposed is None else _only_consumer(transposed, "Reshape")
@@ -85,12 +97,6 @@ def _attention(build: Builder, softmax: ir.Node) -> bool:
     return True
 
 
-def _from(value: ir.Value | None, op: str) -> ir.Node | None:
-    """The producer of a value, if it is this operator."""
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == op else None
-
-
 def _only_consumer(node: ir.Node, op: str) -> ir.Node | None:
     consumers = node.outputs[0].consumers()
     return consumers[0] if len(consumers) == 1 and consumers[0].op_type == op and not node.outputs[0].is_graph_output() else None
@@ -102,7 +108,7 @@ def _perm(node: ir.Node) -> list[int]:
 
 def _scaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
     """(v, a) of a value a * v with a constant a; (value, 1) if there is no factor."""
-    node = _from(value, "Mul")
+    node = producer(value, "Mul")
     if node is not None and (factor := node.inputs[1]) is not None and factor.const_value is not None and factor.const_value.size == 1:
         return node.inputs[0], float(factor.const_value.numpy().reshape(()))
     return value, 1.0
@@ -110,12 +116,12 @@ def _scaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
 
 def _untransposed(value: ir.Value | None) -> ir.Value | None:
     """K of K^T. torch writes the transposition of the last two axes as Reshape (-1, L, d) -> Transpose -> Reshape (B, h, d, L)."""
-    node = _from(value, "Transpose")
+    node = producer(value, "Transpose")
     if node is not None and _perm(node) == [0, 1, 3, 2]:
         return node.inputs[0]
-    back = _from(value, "Reshape")
-    swap = None if back is None else _from(back.inputs[0], "Transpose")
-    flat = None if swap is None else _from(swap.inputs[0], "Reshape")
+    back = producer(value, "Reshape")
+    swap = None if back is None else producer(back.inputs[0], "Transpose")
+    flat = None if swap is None else producer(swap.inputs[0], "Reshape")
     if swap is None or flat is None or _perm(swap) != [0, 2, 1] or ATTENTION not in flat.metadata_props:
         return None
     return flat.inputs[0]
@@ -123,8 +129,8 @@ def _untransposed(value: ir.Value | None) -> ir.Value | None:
 
 def _split_heads(value: ir.Value | None) -> tuple[ir.Value, int] | None:
     """(x, heads) of Transpose(Reshape(x, (B, S, heads, d)), (0, 2, 1, 3)) with x (B, S, heads * d)."""
-    node = _from(value, "Transpose")
-    reshape = None if node is None or _perm(node) != HEADS_FIRST else _from(node.inputs[0], "Reshape")
+    node = producer(value, "Transpose")
+    reshape = None if node is None or _perm(node) != HEADS_FIRST else producer(node.inputs[0], "Reshape")
     if reshape is None or reshape.inputs[0] is None:
         return None
     x, split = static_dims(reshape.inputs[0]), static_dims(reshape.outputs[0])

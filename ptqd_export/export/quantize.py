@@ -3,36 +3,49 @@
 Everything is symmetric (see ptqd_export.quant). For a layer y = W x + b with codes q_W, scales s_W (per output channel) and s_x:
 
     portable   x -> QuantizeLinear(s_x, int8 0) [-> Clip] -> DequantizeLinear -> Conv | MatMul (W = DequantizeLinear(q_W, s_W)), b in float
+    half       the same; `lower` puts float16 in between
     ort-cpu    the same codes as uint8 with zero point 128; a Conv also gets b = DequantizeLinear(int32 codes, s_x s_W) and
                -> QuantizeLinear(s_y, uint8 128) -> DequantizeLinear, so that ONNX Runtime fuses it into a QLinearConv;
                a MatMul stays without an output scale and becomes MatMulIntegerToFloat
 
-Clip narrows the codes to [qmin, qmax] where the activation has fewer than 8 bits; the container stays 8 bits wide.
+Clip narrows the codes to [qmin, qmax] where the activation has fewer than 8 bits; the container stays 8 bits wide, the weights' too:
+TensorRT refuses INT4 weights where the activation is INT8.
+
+FP8 is the same with E4M3 in place of int8, and weights alone have no Q and DQ on x, and packed INT4 codes where they fit. Both have the
+portable numbers in every emission. ONNX Runtime's CPU optimiser breaks both forms (a MatMul of dequantized FP8 becomes an invalid
+MatMulIntegerToFloat; one of dequantized weights a MatMulNBits, which quantizes x as well), so ort-cpu spells them out:
+
+    x -> Div(s_x) -> Cast(E4M3, saturating) -> Cast(float32) -> Mul(s_x),   W = Mul(Cast(q_W, float32), s_W), folded when it is loaded
 """
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from ..errors import GraphError
 from ..quant import OUTPUT_BITS, Emission, LayerQuant, QuantizedNetwork, qmax, qmin
-from .graph import LAYER, LAYER_OUTPUT, Builder, prune, static_dims, take_over
+from .graph import LAYER, LAYER_INPUT, LAYER_OUTPUT, Builder, prune, static_dims, take_over
 
-FLOAT = ir.DataType.FLOAT
+FLOAT, FP8 = ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN
+PACKED_BITS = 4
+"""Weights alone are stored as INT4 up to this many bits."""
 
 
 def quantize(base: ir.Model, network: QuantizedNetwork, emission: Emission) -> ir.Model:
     """A new model in which every layer of `network` is quantized; `base` (from `export_fp`) is left as it is.
 
     Values keep their names: a layer's float input and output are called what they are called in `base`. A Gemm becomes
-    MatMul and Add (Sub). QuantizeLinear and DequantizeLinear of one value are shared between the layers that use the same scale and bits.
+    MatMul and Add (Sub). The Conv or MatMul itself is called by its module path, a module's second call "path.2": engines print
+    these names. QuantizeLinear and DequantizeLinear of one value are shared between the layers that use the same scale and bits.
 
     Raises:
         GraphError: a layer is not in the graph, or is there with another kind or weight shape.
     """
     model = base.clone()
-    rewriter = _Rewriter(model.graph, emission)
+    rewriter = _Rewriter(model.graph, emission, emission.numerics(network.precision) is Emission.ORT_CPU)
     done: set[str] = set()
     for node in list(model.graph):
         path = node.metadata_props.get(LAYER)
@@ -54,27 +67,29 @@ def quantize(base: ir.Model, network: QuantizedNetwork, emission: Emission) -> i
 
 
 class _Rewriter:
-    def __init__(self, graph: ir.Graph, emission: Emission) -> None:
+    """`fused`: with the arithmetic of ORT CPU's integer kernels; `spelled`: FP8 and lone weights without Q and DQ."""
+
+    def __init__(self, graph: ir.Graph, emission: Emission, fused: bool) -> None:
         self.build = Builder(graph)
-        self.ort = emission is Emission.ORT_CPU
-        self.zero = 128 if self.ort else 0
-        self.container = np.dtype(np.uint8) if self.ort else np.dtype(np.int8)
-        self.shared: dict[tuple[ir.Value, float, int], ir.Value] = {}
+        self.fused, self.spelled = fused, emission is Emission.ORT_CPU
+        self.zero = 128 if fused else 0
+        self.container = np.dtype(np.uint8) if fused else np.dtype(np.int8)
+        self.shared: dict[tuple[ir.Value, float, int, str], ir.Value] = {}
         self.consts: dict[str, ir.Value] = {}
 
     def conv(self, node: ir.Node, layer: LayerQuant) -> None:
         self._check(node, layer, "conv", list(layer.weight.shape))
         old = node.outputs[0]
-        inputs: list[ir.Value | None] = [self._input(node, layer), self._weight(node, layer, layer.weight, axis=0)]
+        inputs: list[ir.Value | None] = [self._input(node, layer), self._weight(node, layer, _codes(layer), axis=0)]
         if layer.bias is not None:
             inputs.append(self._bias(node, layer))
         new = self.build.node(node, "Conv", inputs, f"{old.name}.conv", FLOAT, old.shape, node.attributes)
-        _note(new, LAYER, layer)
-        if self.ort:
+        self._call(new, layer)
+        if self.fused:
             if layer.output_scale is None:
                 raise GraphError(f"conv {layer.name!r} has no output_scale, which the {Emission.ORT_CPU} emission needs: calibrate its output")
-            new = self._quantize_dequantize(node, new, str(old.name), layer.output_scale, OUTPUT_BITS)
-        _note(new, LAYER_OUTPUT, layer)
+            new = self._quantize_dequantize(node, new, str(old.name), layer.output_scale, OUTPUT_BITS, {})
+        _note(new, LAYER_OUTPUT, layer.name)
         take_over(old, new)
 
     def linear(self, node: ir.Node, layer: LayerQuant) -> None:
@@ -85,14 +100,14 @@ class _Rewriter:
             if len(consumers) == 1 and consumers[0].op_type == "Add" and consumers[0].metadata_props.get(LAYER) == layer.name:
                 last = consumers[0]
                 old = last.outputs[0]
-        inputs = [self._input(node, layer), self._weight(node, layer, np.ascontiguousarray(layer.weight.T), axis=1)]
+        inputs = [self._input(node, layer), self._weight(node, layer, _codes(layer).T, axis=1)]
         new = self.build.node(last, "MatMul", inputs, f"{old.name}.matmul", FLOAT, old.shape)
-        _note(new, LAYER, layer)
+        self._call(new, layer)
         if layer.bias is not None:
             # y - (-b) is y + b bit for bit. ONNX Runtime would fuse a 2-D MatMul and Add into a Gemm, which then runs in float.
-            op, word, bias = ("Sub", "negative", -layer.bias) if self.ort and len(static_dims(old)) == 2 else ("Add", "float", layer.bias)
+            op, word, bias = ("Sub", "negative", -layer.bias) if self.fused and len(static_dims(old)) == 2 else ("Add", "float", layer.bias)
             new = self.build.node(last, op, [new, self._const(f"{layer.name}.bias.{word}", bias)], f"{old.name}.biased", FLOAT, old.shape)
-        _note(new, LAYER_OUTPUT, layer)
+        _note(new, LAYER_OUTPUT, layer.name)
         take_over(old, new)
 
     def _check(self, node: ir.Node, layer: LayerQuant, kind: str, shape: list[int]) -> None:
@@ -109,48 +124,94 @@ class _Rewriter:
         if any(attribute.value != plain.get(name, attribute.value) for name, attribute in node.attributes.items()):
             raise GraphError(f"layer {layer.name!r} is a Gemm with factors of its own: only a plain Linear can be quantized")
 
+    def _call(self, value: ir.Value, layer: LayerQuant) -> None:
+        """Note the node that does a layer's products, and call it by the layer's name."""
+        node = _note(value, LAYER, layer.name)
+        self.build.rename(node, layer.name)
+
     def _input(self, node: ir.Node, layer: LayerQuant) -> ir.Value:
         value = node.inputs[0]
         assert value is not None
-        key = (value, float(np.float32(layer.input_scale)), layer.activation_bits)
+        if layer.weight_only:
+            return value
+        key = (value, float(np.float32(layer.input_scale)), layer.activation_bits, layer.number)
         if key not in self.shared:
-            self.shared[key] = self._quantize_dequantize(node, value, str(value.name), *key[1:])
+            name, scale, marks = str(value.name), key[1], {LAYER_INPUT: "1"}
+            if layer.number == "fp8":
+                self.shared[key] = self._fp8(node, value, name, scale, marks)
+            else:
+                self.shared[key] = self._quantize_dequantize(node, value, name, scale, layer.activation_bits, marks)
         return self.shared[key]
 
-    def _quantize_dequantize(self, before: ir.Node, value: ir.Value, name: str, scale: float, bits: int) -> ir.Value:
+    def _quantize_dequantize(self, before: ir.Node, value: ir.Value, name: str, scale: float, bits: int, marks: dict[str, str]) -> ir.Value:
         build, code_type = self.build, ir.DataType.from_numpy(self.container)
         zero = self._const("ptqd.zero_point", np.array(self.zero, self.container))
         step = build.const(f"{name}.scale", np.array(scale, np.float32))
-        codes = build.node(before, "QuantizeLinear", [value, step, zero], f"{name}.codes", code_type, value.shape)
+        codes = _mark(build.node(before, "QuantizeLinear", [value, step, zero], f"{name}.codes", code_type, value.shape), marks)
         if bits < 8:
             low, high = (
                 self._const(f"ptqd.{word}_{bits}", np.array(self.zero + limit, self.container))
                 for word, limit in (("min", qmin(bits)), ("max", qmax(bits)))
             )
-            codes = build.node(before, "Clip", [codes, low, high], f"{name}.clipped", code_type, value.shape)
-        return build.node(before, "DequantizeLinear", [codes, step, zero], f"{name}.dequantized", FLOAT, value.shape)
+            codes = _mark(build.node(before, "Clip", [codes, low, high], f"{name}.clipped", code_type, value.shape), marks)
+        return _mark(build.node(before, "DequantizeLinear", [codes, step, zero], f"{name}.dequantized", FLOAT, value.shape), marks)
 
-    def _weight(self, before: ir.Node, layer: LayerQuant, codes: np.ndarray[tuple[int, ...], np.dtype[np.int8]], axis: int) -> ir.Value:
-        inputs = [self._const(f"{layer.name}.weight.codes", codes), self._const(f"{layer.name}.weight.scale", layer.weight_scale)]
-        return self.build.node(before, "DequantizeLinear", inputs, f"{layer.name}.weight.dequantized", FLOAT, ir.Shape(codes.shape), {"axis": axis})
+    def _fp8(self, before: ir.Node, value: ir.Value, name: str, scale: float, marks: dict[str, str]) -> ir.Value:
+        build, shape = self.build, value.shape
+        step = build.const(f"{name}.scale", np.array(scale, np.float32))
+        if self.spelled:
+            ratio = _mark(build.node(before, "Div", [value, step], f"{name}.ratio", FLOAT, shape), marks)
+            codes = _mark(build.node(before, "Cast", [ratio], f"{name}.codes", FP8, shape, {"to": int(FP8)}), marks)
+            numbers = _mark(build.node(before, "Cast", [codes], f"{name}.numbers", FLOAT, shape, {"to": int(FLOAT)}), marks)
+            return _mark(build.node(before, "Mul", [numbers, step], f"{name}.dequantized", FLOAT, shape), marks)
+        zero = self._const("ptqd.zero_point.fp8", np.zeros((), ml_dtypes.float8_e4m3fn))
+        codes = _mark(build.node(before, "QuantizeLinear", [value, step, zero], f"{name}.codes", FP8, shape), marks)
+        return _mark(build.node(before, "DequantizeLinear", [codes, step, zero], f"{name}.dequantized", FLOAT, shape), marks)
+
+    def _weight(self, before: ir.Node, layer: LayerQuant, codes: npt.NDArray[np.generic], axis: int) -> ir.Value:
+        build, shape = self.build, ir.Shape(codes.shape)
+        values = self._const(f"{layer.name}.weight.codes", codes)
+        if self.spelled and (layer.weight_only or layer.number == "fp8"):
+            scale = layer.weight_scale.reshape([-1 if i == axis else 1 for i in range(codes.ndim)])
+            numbers = build.node(before, "Cast", [values], f"{layer.name}.weight.numbers", FLOAT, shape, {"to": int(FLOAT)})
+            return build.node(
+                before, "Mul", [numbers, self._const(f"{layer.name}.weight.scale", scale)], f"{layer.name}.weight.dequantized", FLOAT, shape
+            )
+        inputs = [values, self._const(f"{layer.name}.weight.scale", layer.weight_scale)]
+        return build.node(before, "DequantizeLinear", inputs, f"{layer.name}.weight.dequantized", FLOAT, shape, {"axis": axis})
 
     def _bias(self, before: ir.Node, layer: LayerQuant) -> ir.Value:
         assert layer.bias is not None
-        if not self.ort:
+        if not self.fused:
             return self._const(f"{layer.name}.bias.float", layer.bias)
         codes = layer.bias_codes()
         assert codes is not None
         inputs = [self._const(f"{layer.name}.bias.codes", codes), self._const(f"{layer.name}.bias.scale", layer.bias_scale())]
         return self.build.node(before, "DequantizeLinear", inputs, f"{layer.name}.bias.dequantized", FLOAT, ir.Shape(codes.shape), {"axis": 0})
 
-    def _const(self, name: str, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> ir.Value:
+    def _const(self, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
         """A constant that is made once: a layer that is called twice shares its weights."""
         if name not in self.consts:
             self.consts[name] = self.build.const(name, array)
         return self.consts[name]
 
 
-def _note(value: ir.Value, key: str, layer: LayerQuant) -> None:
+def _codes(layer: LayerQuant) -> npt.NDArray[np.generic]:
+    """The weight's codes in the type that they are stored in."""
+    if layer.number == "fp8":
+        return layer.weight.view(ml_dtypes.float8_e4m3fn)
+    return layer.weight.astype(ml_dtypes.int4) if layer.weight_only and layer.weight_bits <= PACKED_BITS else layer.weight
+
+
+def _note(value: ir.Value, key: str, text: str) -> ir.Node:
     node = value.producer()
     assert node is not None
-    node.metadata_props[key] = layer.name
+    node.metadata_props[key] = text
+    return node
+
+
+def _mark(value: ir.Value, marks: dict[str, str]) -> ir.Value:
+    node = value.producer()
+    assert node is not None
+    node.metadata_props.update(marks)
+    return value

@@ -20,62 +20,74 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from ..errors import GraphError
-from .graph import first_line, layer_sites, with_outputs
+from .graph import layer_sites, load, with_outputs
 
 WEIGHTS = "weights.safetensors"
 MIN_EXTERNAL_BYTES = 257
 """Smaller tensors (scales, shapes) stay inside the ONNX file."""
+AS_BYTES = (ir.DataType.FLOAT8E4M3FN, ir.DataType.INT4)
 
 
-def save(models: Mapping[str, ir.Model], folder: Path, weights_name: str = WEIGHTS) -> None:
-    """Write `<key>.onnx` for every model, and their weights to `weights_name`, into an existing folder.
+def save(models: Mapping[str, ir.Model], folder: Path, weights_name: str | None = WEIGHTS) -> dict[str, str]:
+    """Write `<key>.onnx` for every model, and their weights to `weights_name` (into the ONNX files if None), into an existing folder.
 
     Every distinct tensor above 256 bytes (same dtype, shape and content) is stored once, whichever graphs use it, as
-    "<name of its first initializer>-<12 digits of its SHA-256>". The models are left as they are; the same models give the same
-    bytes. Not atomic: a reader must not see the folder before this returns.
+    "<name of its first initializer>-<12 digits of its SHA-256>"; FP8 and INT4, which safetensors or numpy do not know, as the uint8
+    bytes that ONNX stores (INT4: two codes a byte, the first in the low half). The models are left as they are; the same models
+    give the same bytes. Not atomic: a reader must not see the folder before this returns.
 
+    Returns:
+        key -> SHA-256, in hex, of what the graph says and of its weights: the same graph has the same digest wherever its weights lie.
     Raises:
         GraphError: an initializer without data, of a type that safetensors cannot hold, or a file that cannot be written.
     """
     arrays: dict[str, npt.NDArray[Any]] = {}
-    names: dict[tuple[str, tuple[int, ...], bytes], str] = {}
-    stored: dict[int, str] = {}  # by identity: the graphs of one export share their tensors, which need to be hashed once only
+    names: dict[tuple[str, tuple[int, ...], str], str] = {}
+    known: dict[int, str] = {}  # by identity: the graphs of one export share their tensors, which need to be hashed once only
+    stored: dict[int, str] = {}
     copies = {key: model.clone() for key, model in models.items()}
     for model in copies.values():
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if tensor is None:
                 raise GraphError(f"initializer {value.name!r} has no data: save graphs that hold their weights")
-            if tensor.nbytes < MIN_EXTERNAL_BYTES or id(tensor) in stored:
+            if id(tensor) in known:
                 continue
-            array = np.ascontiguousarray(tensor.numpy())
-            digest = hashlib.sha256(array.tobytes()).digest()
-            content = (array.dtype.name, array.shape, digest)
+            data = tensor.tobytes()
+            known[id(tensor)] = digest = hashlib.sha256(data).hexdigest()
+            if weights_name is None or len(data) < MIN_EXTERNAL_BYTES:
+                continue
+            content = (tensor.dtype.name, tuple(tensor.shape.numpy()), digest)
             if content not in names:
-                names[content] = f"{value.name}-{digest.hex()[:12]}"
-                arrays[names[content]] = array
+                names[content] = f"{value.name}-{digest[:12]}"
+                raw = tensor.dtype in AS_BYTES
+                arrays[names[content]] = np.frombuffer(data, np.uint8) if raw else np.ascontiguousarray(tensor.numpy())
             stored[id(tensor)] = names[content]
-    try:
-        save_file(arrays, folder / weights_name)
-    except (SafetensorError, KeyError) as error:
-        raise GraphError(f"{folder / weights_name} cannot be written: {error}") from error
-    places = _places(folder / weights_name)
+    places = {} if weights_name is None else _write_weights(arrays, folder / weights_name)
+    digests: dict[str, str] = {}
     for key, model in copies.items():
+        contents = []
         for value in model.graph.initializers.values():
             tensor = value.const_value
-            if tensor is None or id(tensor) not in stored:
+            assert tensor is not None
+            contents.append([str(value.name), tensor.dtype.name, list(tensor.shape.numpy()), known[id(tensor)]])
+            if weights_name is None or id(tensor) not in stored:
                 continue
             start, length = places[stored[id(tensor)]]
-            assert isinstance(tensor.shape, ir.Shape)
             value.const_value = ir.ExternalTensor(
-                weights_name, start, length, tensor.dtype, shape=tensor.shape, name=str(value.name), base_dir=folder
+                weights_name, start, length, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=str(value.name), base_dir=folder
             )
-        _write(model, folder / f"{key}.onnx")
-        shutil.copymode(folder / f"{key}.onnx", folder / weights_name)  # safetensors makes its file readable for the owner alone
+        proto = ir.to_proto(model)
+        (folder / f"{key}.onnx").write_bytes(proto.SerializeToString(deterministic=True))
+        if weights_name is not None:
+            shutil.copymode(folder / f"{key}.onnx", folder / weights_name)  # safetensors makes its file readable for the owner alone
+        proto.graph.ClearField("initializer")
+        digests[key] = hashlib.sha256(proto.SerializeToString(deterministic=True) + json.dumps(sorted(contents)).encode()).hexdigest()
+    return digests
 
 
 def expose_layers(source: Path, target: Path) -> dict[str, tuple[str, str]]:
-    """Copy a saved graph with the float input and output of every quantized layer as further outputs.
+    """Copy a saved graph with the input and output of every quantized layer as further outputs.
 
     Args:
         target: in the folder of `source`, whose weights it refers to.
@@ -86,21 +98,19 @@ def expose_layers(source: Path, target: Path) -> dict[str, tuple[str, str]]:
     """
     if source.resolve().parent != target.resolve().parent:
         raise GraphError(f"{target} is not in the folder of {source.name}: the copy shares its weights, write it beside the graph")
-    try:
-        model = ir.load(source)
-    except Exception as error:  # an OSError or protobuf's DecodeError, by the protobuf build
-        raise GraphError(f"{source} cannot be read as an ONNX graph: {first_line(error)}") from error
+    model = load(source)
     sites = layer_sites(model)
-    _write(with_outputs(model, dict.fromkeys(name for pair in sites.values() for name in pair)), target)
+    exposed = with_outputs(model, dict.fromkeys(name for pair in sites.values() for name in pair))
+    target.write_bytes(ir.to_proto(exposed).SerializeToString(deterministic=True))
     return sites
 
 
-def _write(model: ir.Model, path: Path) -> None:
-    path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
-
-
-def _places(path: Path) -> dict[str, tuple[int, int]]:
+def _write_weights(arrays: Mapping[str, npt.NDArray[Any]], path: Path) -> dict[str, tuple[int, int]]:
     """(offset in the file, length) of every tensor, from the header."""
+    try:
+        save_file(dict(arrays), path)
+    except (SafetensorError, KeyError) as error:
+        raise GraphError(f"{path} cannot be written: {error}") from error
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

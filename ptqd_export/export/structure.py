@@ -35,14 +35,14 @@ def float_convs(path: Path) -> list[str]:
 
 
 def quantized_convs(path: Path) -> int:
-    """How many convolutions of an emitted graph take dequantized integer weights: those meant to run as integers.
+    """How many convolutions of an emitted graph take dequantized inputs and weights: those meant to run as integers.
 
     Raises:
         GraphError: the file is missing or is not an ONNX graph.
     """
     nodes = list(_nodes(path))
     dequantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
-    return sum(node.op_type == "Conv" and node.input[1] in dequantized for node in nodes)
+    return sum(node.op_type == "Conv" and set(node.input[:2]) <= dequantized for node in nodes)
 
 
 def _nodes(path: Path) -> Iterator[onnx.NodeProto]:

@@ -1,0 +1,92 @@
+"""The sampler's loop with the state on a device: engines and the update graph pass buffers to each other, nothing comes back before the end.
+
+Each step is two launches: the precision's engine, sample -> epsilon, and the update, (sample, epsilon) -> (next sample, timestep, step).
+Two sets of state buffers take turns, so that no engine reads what it writes and every address recurs, as CUDA graphs need.
+The state is float32 here; on the host (`sampler.sample`) it is float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .backends.base import Device, DeviceEngine
+from .conditioning import ModelInfo
+from .engine import EPSILON, NEXT_SAMPLE, NEXT_STEP, NEXT_TIMESTEP, NOISE, SAMPLE, STEP, TIMESTEP, Array
+from .sampler import F64, NoiseSource, branches, condition_rows
+from .schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """For one batch size: two states in turn, {sample, timestep, step}, and what all steps share: conditions, epsilon, noise."""
+
+    states: tuple[dict[str, Any], dict[str, Any]]
+    shared: dict[str, Any]
+
+
+class DeviceSampler:
+    """Samples with the state on `device`.
+
+    Args:
+        update: engine of the update graph (`export.sampler_update`), made for this schedule and guidance scale.
+    """
+
+    def __init__(self, device: Device, update: DeviceEngine, schedule: NoiseSchedule, info: ModelInfo, guidance_scale: float) -> None:
+        self._device, self._update = device, update
+        self._schedule, self._info, self._scale = schedule, info, guidance_scale
+        self._buffers: dict[int, _Buffers] = {}
+
+    def sample(
+        self,
+        engine_at: Callable[[int], DeviceEngine],
+        conditions: Mapping[str, Array],
+        indices: Sequence[int],
+        *,
+        seed: int,
+        advance: Callable[[int], None] = lambda step: None,
+    ) -> F64:
+        """As `sampler.sample`, noise included: x_0, float64 (N, C, H, W), not clamped.
+
+        Args:
+            advance: told of every step once it is launched.
+        """
+        n, rows = len(indices), branches(self._scale)
+        buffers, write = self._allocate(n), self._device.write
+        source = NoiseSource(seed, indices, self._info.sample_shape)
+        here, there = buffers.states
+        write(here[SAMPLE], np.concatenate([source.draw().astype(np.float32)] * rows))
+        write(here[TIMESTEP], np.full(n * rows, self._schedule.timesteps[0], np.int64))
+        write(here[STEP], np.zeros(1, np.int64))
+        for name, value in condition_rows(self._info, conditions, n, self._scale).items():
+            write(buffers.shared[name], value)
+        for step, sigma in enumerate(self._schedule.sigmas):
+            if sigma > 0:
+                write(buffers.shared[NOISE], source.draw().astype(np.float32))
+            _launch(engine_at(step), here | buffers.shared)
+            following = {NEXT_SAMPLE: there[SAMPLE], NEXT_TIMESTEP: there[TIMESTEP], NEXT_STEP: there[STEP]}
+            _launch(self._update, here | buffers.shared | following)
+            here, there = there, here
+            advance(step)
+        return np.asarray(self._device.read(here[SAMPLE])[:n], np.float64)
+
+    def _allocate(self, n: int) -> _Buffers:
+        if n not in self._buffers:
+            empty, shape = self._device.empty, self._info.sample_shape
+            rows = n * branches(self._scale)
+
+            def state() -> dict[str, Any]:
+                return {SAMPLE: empty((rows, *shape), "float32"), TIMESTEP: empty((rows,), "int64"), STEP: empty((1,), "int64")}
+
+            shared = {EPSILON: empty((rows, *shape), "float32"), NOISE: empty((n, *shape), "float32")}
+            self._device.write(shared[NOISE], np.zeros((n, *shape), np.float32))  # steps that inject nothing multiply it by 0
+            shared |= {spec.name: empty((rows, *spec.shape), spec.dtype) for spec in self._info.inputs}
+            self._buffers[n] = _Buffers((state(), state()), shared)
+        return self._buffers[n]
+
+
+def _launch(engine: DeviceEngine, buffers: Mapping[str, Any]) -> None:
+    engine.launch({name: buffers[name] for name in (*engine.inputs, *engine.outputs)})
