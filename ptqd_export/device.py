@@ -65,7 +65,7 @@ class DeviceSampler:
             write(buffers.shared[name], value)
         for step, sigma in enumerate(self._schedule.sigmas):
             if sigma > 0:
-                write(buffers.shared[NOISE], source.draw().astype(np.float32))
+                write(buffers.shared[NOISE], np.concatenate([source.draw().astype(np.float32)] * rows))
             _launch(engine_at(step), here | buffers.shared)
             following = {NEXT_SAMPLE: there[SAMPLE], NEXT_TIMESTEP: there[TIMESTEP], NEXT_STEP: there[STEP]}
             _launch(self._update, here | buffers.shared | following)
@@ -81,8 +81,8 @@ class DeviceSampler:
             def state() -> dict[str, Any]:
                 return {SAMPLE: empty((rows, *shape), "float32"), TIMESTEP: empty((rows,), "int64"), STEP: empty((1,), "int64")}
 
-            shared = {EPSILON: empty((rows, *shape), "float32"), NOISE: empty((n, *shape), "float32")}
-            self._device.write(shared[NOISE], np.zeros((n, *shape), np.float32))  # steps that inject nothing multiply it by 0
+            shared = {EPSILON: empty((rows, *shape), "float32"), NOISE: empty((rows, *shape), "float32")}
+            self._device.write(shared[NOISE], np.zeros((rows, *shape), np.float32))  # steps that inject nothing multiply it by 0
             shared |= {spec.name: empty((rows, *spec.shape), spec.dtype) for spec in self._info.inputs}
             self._buffers[n] = _Buffers((state(), state()), shared)
         return self._buffers[n]

@@ -331,13 +331,26 @@ def test_settings_reach_the_builder(build: Build, tmp_path: Path) -> None:
         build(graph, Settings((1, 2, 4), ("8.9",), None, 1))
 
 
+def test_inputs_with_rows_of_their_own(build: Build, tmp_path: Path) -> None:
+    """As in the update of a guided sampler: two rows of the network for each of the noise."""
+    nodes = [helper.make_node("Concat", ["noise", "noise"], ["both"], axis=0), helper.make_node("Add", ["sample", "both"], ["out"])]
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [name, 4]) for name in ("sample", "noise")]
+    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["sample", 4])])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "g.onnx")
+    build(tmp_path / "g.onnx", Settings((2, 8, 16), ("8.9",), rows_of={"noise": (1, 4, 8)}), {})
+    assert "MinShape: [1,4], OptShape: [4,4], MaxShape: [8,4]" in (tmp_path / "e.log").read_text()
+    with pytest.raises(GraphError, match="shape constraints"):
+        build(tmp_path / "g.onnx", Settings((2, 8, 16), ("8.9",)), {})
+
+
 def test_key(rtx: Any) -> None:
     settings = Settings((1, 2, 4))
     keys = {trt.key(RTX, "a", settings), trt.key(RTX, "b", settings), trt.key(RTX, "a", Settings((1, 2, 8))), trt.key(RTX, "a", SETTINGS)}
     assert len(keys) == 4 and all(len(key) == 64 for key in keys)
     assert trt.key(RTX, "a", settings) == trt.key(RTX, "a", Settings((1, 2, 4)), Gpu("x", "8.9"))
     assert trt.runtime_version(RTX) == f"{RTX} {rtx.__version__}"
-    assert Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(json.dumps(SETTINGS.to_dict())).items()}) == SETTINGS
+    assert json.loads(json.dumps(SETTINGS.to_dict())) == SETTINGS.to_dict()
+    assert trt.key(RTX, "a", Settings((1, 2, 4), rows_of={"noise": (1, 2, 4)})) not in keys
 
 
 def test_key_of_the_gpu_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,7 +512,7 @@ def test_engine_call(cuda: FakeCuda, device: CudaDevice, file: Path, rtx: bool) 
     fake = FakeTensorRT(cuda, rtx=rtx)
     with TrtEngine(fake, file, device) as engine:
         assert isinstance(engine, Engine) and isinstance(engine, DeviceEngine)
-        assert engine.inputs == ("timestep", "sample") and engine.outputs == ("epsilon",) and engine.rows == (1, 8)
+        assert engine.inputs == ("timestep", "sample") and engine.outputs == ("epsilon",) and engine.rows == {"timestep": (1, 8), "sample": (1, 8)}
         assert engine.specs[1].shape == (None, 4) and engine.specs[1].dtype == "float32"
         outs = []
         for n, start in ((2, 0), (8, 5), (2, 7), (2, 9), (2, 11), (8, 3)):

@@ -60,7 +60,7 @@ def states(n: int, branches: int, seed: int) -> tuple[F64, F64, F64]:
 
 
 def step_of(model: ir.Model, branches: int, step: int, x: F64, e: F64, noise: F64) -> dict[str, np.ndarray[Any, Any]]:
-    feeds = {"sample": np.concatenate([x] * branches), "epsilon": e, "noise": noise}
+    feeds = {"sample": np.concatenate([x] * branches), "epsilon": e, "noise": np.concatenate([noise] * branches)}
     return run(model, {name: array.astype(np.float32) for name, array in feeds.items()} | {"step": np.array([step])})
 
 

@@ -25,7 +25,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -114,21 +114,24 @@ class Settings:
     """How an engine is built.
 
     Attributes:
-        rows: fewest, usual and most rows of one call.
+        rows: fewest, usual and most rows of one call, the first dimension of the inputs where it is dynamic.
         compute_capabilities: GPUs that a TensorRT-RTX engine is for, such as "8.9"; where empty, all that the library knows and the numbers allow.
             TensorRT ignores them: it builds for the GPU at hand.
         optimization_level: the builder's, 0 to 5; None is its own default.
         workspace_mib: most scratch memory of a layer; None is no limit.
+        rows_of: {input: rows} of inputs that have others, such as the noise of a guided sampler's update.
     """
 
     rows: tuple[int, int, int]
     compute_capabilities: tuple[str, ...] = ()
     optimization_level: int | None = None
     workspace_mib: int | None = None
+    rows_of: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**dataclasses.asdict(self), "rows": list(self.rows), "compute_capabilities": list(self.compute_capabilities)}
+        lists = {"rows": list(self.rows), "compute_capabilities": list(self.compute_capabilities)}
+        return {**dataclasses.asdict(self), **lists, "rows_of": {name: list(rows) for name, rows in self.rows_of.items()}}
 
 
 def key(name: str, graph_digest: str, settings: Settings, gpu: cuda.Gpu | None = None) -> str:
@@ -445,7 +448,7 @@ def _build(request: Mapping[str, Any], part: Path, tell: Callable[[Mapping[str, 
     if hasattr(trt, "IProgressMonitor"):
         config.progress_monitor = _monitor(trt, tell)
     targets = _set_targets(trt, config, settings.compute_capabilities, request["fp8"])
-    _add_profile(builder, network, config, settings.rows)
+    _add_profile(builder, network, config, settings)
     cache = Path(request["timing_cache"]) if request["timing_cache"] and name == "tensorrt" else None
     if cache:
         _use_timing_cache(config, cache)
@@ -458,7 +461,7 @@ def _build(request: Mapping[str, Any], part: Path, tell: Callable[[Mapping[str, 
                 "BackendUnavailable", f"{name} cannot build {{graph}}: {{told}}: end other programs or build on a larger machine; the log is {{log}}"
             )
         tight = settings.workspace_mib is not None and "workspace" in logger.first_error
-        advice = "raise tensorrt.workspace_mib" if tight else "leave the layers that it names in float"
+        advice = "raise tensorrt.workspace_mib" if tight else "keep the layers that it names in float (quantization.skip)"
         raise _Failure("GraphError", f"{name} cannot build {{graph}}: {{told}}: {advice}; the log is {{log}}")
     seconds = time.perf_counter() - start
     if cache:
@@ -585,8 +588,8 @@ def _set_targets(trt: Any, config: Any, wanted: tuple[str, ...], fp8: bool) -> t
     return chosen
 
 
-def _add_profile(builder: Any, network: Any, config: Any, rows: tuple[int, int, int]) -> None:
-    """One profile: `rows` for every input whose first dimension is dynamic."""
+def _add_profile(builder: Any, network: Any, config: Any, settings: Settings) -> None:
+    """One profile, with the settings' rows for every input whose first dimension is dynamic."""
     profile = builder.create_optimization_profile()
     dynamic = False
     for index in range(network.num_inputs):
@@ -596,7 +599,7 @@ def _add_profile(builder: Any, network: Any, config: Any, rows: tuple[int, int, 
             raise GraphError(f"input {tensor.name!r} is {tuple(tensor.shape)}: expected a dynamic size in the first dimension only")
         if first == -1:
             dynamic = True
-            profile.set_shape(tensor.name, *((n, *rest) for n in rows))
+            profile.set_shape(tensor.name, *((n, *rest) for n in settings.rows_of.get(tensor.name, settings.rows)))
     if dynamic:
         config.add_optimization_profile(profile)
 
@@ -667,9 +670,9 @@ class TrtEngine:
         }
         self.specs = tuple(specs[n] for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT)
         self._outputs = tuple(specs[n] for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT)
-        shapes = [engine.get_tensor_profile_shape(s.name, 0) for s in self.specs if None in s.shape]
-        self.rows: tuple[int, int] | None = (max(s[0][0] for s in shapes), min(s[2][0] for s in shapes)) if shapes else None
-        """Fewest and most rows of a call; None where the size is fixed."""
+        shapes = {s.name: engine.get_tensor_profile_shape(s.name, 0) for s in self.specs if None in s.shape}
+        self.rows = {name: (int(low[0]), int(high[0])) for name, (low, _, high) in shapes.items()}
+        """{input: (fewest, most rows)} of the inputs whose first dimension is dynamic."""
         device.reserve(engine.device_memory_size_v2)
 
     @property
@@ -763,9 +766,10 @@ class TrtEngine:
         if dtype != spec.dtype or not fits:
             shape = "(" + ", ".join("any" if d is None else str(d) for d in spec.shape) + ")"
             raise GraphError(f"{self.path} takes {spec.name!r} as {spec.dtype} {shape}: got {dtype} {got}")
-        if self.rows is not None and None in spec.shape and not self.rows[0] <= got[0] <= self.rows[1]:
+        low, high = self.rows.get(spec.name, (0, sys.maxsize))
+        if got and not low <= got[0] <= high:
             raise GraphError(
-                f"{self.path} was built for {self.rows[0]} to {self.rows[1]} rows: {spec.name!r} has {got[0]}: "
+                f"{self.path} was built for {low} to {high} rows: {spec.name!r} has {got[0]}: "
                 "choose another batch size, or build with other tensorrt.batch_sizes"
             )
 

@@ -28,17 +28,15 @@ from .graph import Builder
 
 F64 = npt.NDArray[np.float64]
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
-ROWS = "rows"
-"""The batch of a guided network: every sample twice, without its condition and with it."""
 IR_VERSION = 10
 
 
 def sampler_update(info: ModelInfo, schedule: NoiseSchedule, sigmas: F64, guidance_scale: float) -> ir.Model:
     """One step of `sampler.sample` after the network: guidance, then `ddim_step`, in float32 with tables computed in float64.
 
-    Inputs: `sample` f32 (B, C, H, W), `epsilon` f32 (B, C, H, W), `step` int64 (1,) in [0, T), and `noise` f32 (N, C, H, W) where the
+    Inputs: `sample` f32 (B, C, H, W), `epsilon` f32 (B, C, H, W), `step` int64 (1,) in [0, T), and `noise` f32 (B, C, H, W) where the
     schedule injects any (finite in every step: the steps that inject none multiply it by 0). B is 2 N with guidance (guidance_scale
-    neither 0 nor 1; rows without condition first), else N.
+    neither 0 nor 1; rows without condition first, the halves of sample and noise equal), else N: one batch size for the engine's profile.
     Outputs: `next_sample` f32 (B, C, H, W), both halves equal with guidance; `next_timestep` int64 (B,), the last step's own after
     the last step; `next_step` int64 (1,), step + 1.
 
@@ -50,10 +48,11 @@ def sampler_update(info: ModelInfo, schedule: NoiseSchedule, sigmas: F64, guidan
     t, guided = len(schedule), guidance_scale not in (0.0, 1.0)
     if sigmas.shape != (t,):
         raise GraphError(f"sigmas has shape {sigmas.shape}: expected ({t},), one per step")
-    rows, batch = (ir.Shape([name, *info.sample_shape]) for name in (ROWS if guided else BATCH, BATCH))
+    rows = ir.Shape([BATCH, *info.sample_shape])
+    single = ir.Shape([None, *info.sample_shape]) if guided else rows
     sample, epsilon, step, noise = (
         ir.Value(name=name, type=ir.TensorType(dtype), shape=shape)
-        for name, dtype, shape in ((SAMPLE, FLOAT, rows), (EPSILON, FLOAT, rows), (STEP, INT64, ir.Shape([1])), (NOISE, FLOAT, batch))
+        for name, dtype, shape in ((SAMPLE, FLOAT, rows), (EPSILON, FLOAT, rows), (STEP, INT64, ir.Shape([1])), (NOISE, FLOAT, rows))
     )
     injects = bool((schedule.sigmas > 0).any())
     inputs = [sample, epsilon, step, *([noise] if injects else [])]
@@ -80,8 +79,8 @@ def sampler_update(info: ModelInfo, schedule: NoiseSchedule, sigmas: F64, guidan
 
     x, e = sample, epsilon
     if guided:
-        x, _ = _halves(build, sample, batch)
-        null, condition = _halves(build, epsilon, batch)
+        x, _ = _halves(build, sample, single)
+        null, condition = _halves(build, epsilon, single)
         apart = node("Sub", [condition, null], "guidance.direction", null)
         push = node("Mul", [apart, build.const("guidance.scale", np.array(guidance_scale, np.float32))], "guidance.push", null)
         e = node("Add", [null, push], "guided", null)
@@ -98,11 +97,11 @@ def sampler_update(info: ModelInfo, schedule: NoiseSchedule, sigmas: F64, guidan
             terms = [scaled(clean, "clean.kept", np.sqrt(p) - d * np.sqrt(a / (1 - a))), scaled(x, "sample.kept", d / np.sqrt(1 - a))]
         else:
             terms = [scaled(clean, "clean.kept", np.sqrt(p)), scaled(e, "epsilon.kept", d)]
-    if injects:
-        terms.append(scaled(noise, "noise.injected", np.where(schedule.sigmas > 0, sigmas, 0.0)))
     state = total(terms, "state")
     if guided:
         state = node("Concat", [state, state], "state.twice", sample, {"axis": 0})
+    if injects:
+        state = node("Add", [state, scaled(noise, "noise.injected", np.where(schedule.sigmas > 0, sigmas, 0.0))], "state.stirred", sample)
     following = node("Add", [step, build.const("one", np.array([1], np.int64))], "following", step)
     last = node("Min", [following, build.const("last", np.array([t - 1], np.int64))], "following.at_most", step)
     timestep = node("Gather", [build.const("timesteps", schedule.timesteps), last], "timestep.row", step, {"axis": 0})
