@@ -300,11 +300,12 @@ def _check_graphs(
                     parity.check_structure(name, file, optimised, net)
                 fold = parity.check_fold(name, engine, m.correction, info, schedule, trajectories)
                 layers = parity.check_layers(name, file, net, emission, info, schedule, trajectories, network)
+                rounding = parity.HALF if emission is Emission.HALF else 0.0
                 noise = measure(engine, info, schedule, trajectories, scale, "held_out")
                 figures[name] = {
                     "fold": fold,
                     "layers": layers,
-                    "noise": parity.check_noise(name, noise, parity.correct_all(m.held_out, m.correction)),
+                    "noise": parity.check_noise(name, noise, parity.correct_all(m.held_out, m.correction), rounding),
                 }
             if numerics is emission:
                 probes |= _probe(precision, emission, engine, measured.get((precision, numerics)), schedule, info, scale)
@@ -390,7 +391,7 @@ def choose_plan(
     errors = {p: weights * native[p].error() if p in native else np.zeros(n) for p in candidates}
     cost: dict[Precision, float] = {p: (seconds[p] if spec.cost == "time" else bops[p]) for p in candidates}
     front = pareto_front(errors, cost)
-    budget = spec.budget * max(cost.values()) * n
+    budget = spec.budget * max([cost[p] for p in candidates if p.is_float] or cost.values()) * n
     if spec.rule == "snr":
         plan = by_snr(snr, bops, schedule)
     elif spec.rule == "fixed":
@@ -398,8 +399,9 @@ def choose_plan(
     else:
         plan = by_budget(front, budget).plan
     notes = []
+    whose = "full precision's" if any(p.is_float for p in candidates) else "the dearest precision's"
     if spec.rule == "budget" and plan.total(cost) > budget * (1 + 1e-9):
-        notes.append(f"no plan fits the budget of {spec.budget:g} of the dearest precision's {spec.cost}: the cheapest one is taken")
+        notes.append(f"no plan fits the budget of {spec.budget:g} of {whose} {spec.cost}: the cheapest one is taken")
     if unused := [str(p) for p in candidates if p not in plan.precisions]:
         notes.append(f"built but not used by this plan: {', '.join(unused)}")
     return plan, {

@@ -67,7 +67,9 @@ def cli() -> None:
 @click.option("--batch-size", type=int, help="Trajectories per batch in calibration.")
 @click.option("--seed", type=int)
 @click.option("--plan", "plan", help="snr, budget, or a plan by hand such as w4a8*12,w8a8*8.")
-@click.option("--budget", type=float, help="Mean cost per step as a fraction of the dearest precision's (for --plan budget).")
+@click.option(
+    "--budget", type=float, help="Mean cost per step as a fraction of full precision's, if that is built, or the dearest's (--plan budget)."
+)
 @click.option("--cost", type=click.Choice(["time", "bops"]), help="What the budget counts.")
 @click.option("--correction", type=click.Choice(["ptqd", "affine", "none"]))
 @click.option("--recalibrate-variance/--no-recalibrate-variance", default=None, help="Take the residual variance off the injected noise (eta > 0).")

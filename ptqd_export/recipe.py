@@ -110,7 +110,11 @@ class QuantizationSpec:
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """`budget`: mean cost per step as a fraction of the dearest precision's. `steps`: precision per step for rule "fixed", runs as "w4a8*12"."""
+    """Which precision each step gets.
+
+    `budget`: mean cost per step as a fraction of full precision's, or of the dearest precision's where none is built.
+    `steps`: precision per step for rule "fixed", runs as "w4a8*12".
+    """
 
     rule: Literal["snr", "budget", "fixed"] = "budget"
     objective: Literal["paired", "distribution"] = "paired"

@@ -331,18 +331,6 @@ def test_settings_reach_the_builder(build: Build, tmp_path: Path) -> None:
         build(graph, Settings((1, 2, 4), ("8.9",), None, 1))
 
 
-def test_inputs_with_rows_of_their_own(build: Build, tmp_path: Path) -> None:
-    """As in the update of a guided sampler: two rows of the network for each of the noise."""
-    nodes = [helper.make_node("Concat", ["noise", "noise"], ["both"], axis=0), helper.make_node("Add", ["sample", "both"], ["out"])]
-    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [name, 4]) for name in ("sample", "noise")]
-    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["sample", 4])])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "g.onnx")
-    build(tmp_path / "g.onnx", Settings((2, 8, 16), ("8.9",), rows_of={"noise": (1, 4, 8)}), {})
-    assert "MinShape: [1,4], OptShape: [4,4], MaxShape: [8,4]" in (tmp_path / "e.log").read_text()
-    with pytest.raises(GraphError, match="shape constraints"):
-        build(tmp_path / "g.onnx", Settings((2, 8, 16), ("8.9",)), {})
-
-
 def test_key(rtx: Any) -> None:
     settings = Settings((1, 2, 4))
     keys = {trt.key(RTX, "a", settings), trt.key(RTX, "b", settings), trt.key(RTX, "a", Settings((1, 2, 8))), trt.key(RTX, "a", SETTINGS)}
@@ -350,7 +338,6 @@ def test_key(rtx: Any) -> None:
     assert trt.key(RTX, "a", settings) == trt.key(RTX, "a", Settings((1, 2, 4)), Gpu("x", "8.9"))
     assert trt.runtime_version(RTX) == f"{RTX} {rtx.__version__}"
     assert json.loads(json.dumps(SETTINGS.to_dict())) == SETTINGS.to_dict()
-    assert trt.key(RTX, "a", Settings((1, 2, 4), rows_of={"noise": (1, 2, 4)})) not in keys
 
 
 def test_key_of_the_gpu_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:

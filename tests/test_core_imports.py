@@ -12,7 +12,10 @@ import pytest
 import ptqd_export
 
 PACKAGE = Path(ptqd_export.__file__).parent
-HEAVY = {"torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda", "polygraphy", "scipy", "matplotlib"}
+HEAVY = {
+    "torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt",
+    "tensorrt_rtx", "cuda", "polygraphy", "scipy", "matplotlib",
+}  # fmt: skip
 ALLOWED = {
     "calibrate": {"torch", "diffusers"},
     "export": {"onnx", "onnx_ir", "onnxscript"},

@@ -25,7 +25,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -119,19 +119,17 @@ class Settings:
             TensorRT ignores them: it builds for the GPU at hand.
         optimization_level: the builder's, 0 to 5; None is its own default.
         workspace_mib: most scratch memory of a layer; None is no limit.
-        rows_of: {input: rows} of inputs that have others, such as the noise of a guided sampler's update.
     """
 
     rows: tuple[int, int, int]
     compute_capabilities: tuple[str, ...] = ()
     optimization_level: int | None = None
     workspace_mib: int | None = None
-    rows_of: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         lists = {"rows": list(self.rows), "compute_capabilities": list(self.compute_capabilities)}
-        return {**dataclasses.asdict(self), **lists, "rows_of": {name: list(rows) for name, rows in self.rows_of.items()}}
+        return {**dataclasses.asdict(self), **lists}
 
 
 def key(name: str, graph_digest: str, settings: Settings, gpu: cuda.Gpu | None = None) -> str:
@@ -488,11 +486,13 @@ def _parse_error(parser: Any) -> str:
 
 
 def _peak_bytes() -> int:
+    """Most memory of this process; not getrusage's, which starts with what the parent had when it forked."""
     try:
-        import resource
-    except ImportError:  # Windows
+        status = Path("/proc/self/status").read_text()
+    except OSError:
         return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    match = re.search(r"VmHWM:\s*(\d+) kB", status)
+    return int(match[1]) * 1024 if match else 0
 
 
 def _file_logger(trt: Any) -> Any:
@@ -599,7 +599,7 @@ def _add_profile(builder: Any, network: Any, config: Any, settings: Settings) ->
             raise GraphError(f"input {tensor.name!r} is {tuple(tensor.shape)}: expected a dynamic size in the first dimension only")
         if first == -1:
             dynamic = True
-            profile.set_shape(tensor.name, *((n, *rest) for n in settings.rows_of.get(tensor.name, settings.rows)))
+            profile.set_shape(tensor.name, *((n, *rest) for n in settings.rows))
     if dynamic:
         config.add_optimization_profile(profile)
 

@@ -143,12 +143,15 @@ def _feeds(info: ModelInfo, schedule: NoiseSchedule, trajectories: Any, step: in
     }
 
 
-def check_noise(name: str, engine: Sequence[NoiseStats], simulated: Sequence[NoiseStats]) -> dict[str, Any]:
+def check_noise(name: str, engine: Sequence[NoiseStats], simulated: Sequence[NoiseStats], rounding: float = 0.0) -> dict[str, Any]:
     """k, bias, residual variance and error per step of engine and simulation, both corrected, over the same held-out trajectories.
 
     The two saw the same inputs, so their difference is judged by its own standard error: a jackknife that leaves a trajectory
     out of both at once.
 
+    Args:
+        rounding: relative error of the engine's floats that the simulation does not have (HALF for float16): an addition to the noise
+            that is the same in every trajectory. What it may change a statistic by counts as a standard error at least.
     Returns:
         {"largest_z": {statistic: value}, "limit_z", "mse_ratio": engine / simulation per step, "snr_q_corrected": engine's per step}.
     Raises:
@@ -161,7 +164,9 @@ def check_noise(name: str, engine: Sequence[NoiseStats], simulated: Sequence[Noi
         a, b = of(total), of(reference)
         difference, error = jackknife(lambda x, y, of=of: of(x) - of(y), engine, simulated)
         # Two executions of one network may differ by float rounding alone, which has no spread worth the name.
-        z = (np.abs(difference) / np.maximum(error, FLOAT_TOLERANCE * np.abs(b) + 1e-12)).reshape(len(a), -1).max(1)
+        power = np.sqrt((reference.ee / np.maximum(reference.count, 1.0)[:, None]).mean(1)) * rounding
+        floor = FLOAT_TOLERANCE * np.abs(b) + 1e-12 + _moved(statistic, b, rounding, power[:, None] if b.ndim == 2 else power)
+        z = (np.abs(difference) / np.maximum(error, floor)).reshape(len(a), -1).max(1)
         worst[statistic] = round(float(z.max()), 3)
         if not z.max() <= limit:
             step = int(z.argmax())
@@ -172,6 +177,13 @@ def check_noise(name: str, engine: Sequence[NoiseStats], simulated: Sequence[Noi
     ratio = STATISTICS["mse"](total) / np.maximum(STATISTICS["mse"](reference), 1e-30)
     finite = [float(v) if np.isfinite(v) else None for v in total.snr]
     return {"largest_z": worst, "limit_z": round(limit, 3), "mse_ratio": ratio.round(4).tolist(), "snr_q_corrected": finite}
+
+
+def _moved(statistic: str, value: F64, rounding: float, size: F64) -> F64 | float:
+    """By how much an error `rounding` times e, of RMS `size`, moves a statistic of this value, at most."""
+    if statistic == "k":
+        return rounding
+    return size if statistic == "bias" else 2 * size * np.sqrt(np.abs(value)) + size**2
 
 
 def max_standard_errors(n: int, n_steps: int) -> float:
