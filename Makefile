@@ -1,5 +1,6 @@
 # make demo   build the bundle of the reference model and sample a grid from it
 # make test   lint, type check and run the tests
+# make test-gpu  run the tests that need an NVIDIA GPU, on a machine that has one; they say why where they skip
 # make check  lint and type check alone
 # make bench  measure the tables of the README (about an hour)
 # make clean  remove what these commands wrote (.venv stays: remove it by hand)
@@ -10,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-gpu check bench clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -33,9 +34,13 @@ check: $(INSTALLED)
 test: check
 	$(BIN)/pytest
 
+test-gpu: $(INSTALLED)
+	$(BIN)/pytest -m gpu -rs
+
 bench: $(INSTALLED)
 	test -d engines/fashion_mnist || $(BIN)/ptqd-export build calib/fashion_mnist --out engines/fashion_mnist
 	$(BIN)/python benchmarks/step_time.py --write
+	$(BIN)/python benchmarks/engine_builds.py --write
 	$(BIN)/python benchmarks/quality.py --samples 128 --write
 
 clean:

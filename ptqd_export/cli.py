@@ -57,7 +57,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("recipe_or_model")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle; an older bundle there is replaced at the end.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the bundle, engines/NAME if left out; an older bundle there is replaced.")
 @click.option("--precision", "precisions", multiple=True, help="fp32, fp16, w8a8, w4a8, w4a4, w8a8-fp8, w4a16, ...; repeat for several.")
 @click.option("--solver", type=click.Choice(["ddim", "ddpm"]))
 @click.option("--n-steps", type=int, help="Denoising steps.")
@@ -67,9 +67,7 @@ def cli() -> None:
 @click.option("--batch-size", type=int, help="Trajectories per batch in calibration.")
 @click.option("--seed", type=int)
 @click.option("--plan", "plan", help="snr, budget, or a plan by hand such as w4a8*12,w8a8*8.")
-@click.option(
-    "--budget", type=float, help="Mean cost per step as a fraction of full precision's, if that is built, or the dearest's (--plan budget)."
-)
+@click.option("--budget", type=float, help="Mean cost per step (--plan budget): a fraction of full precision's, if that is built, or the dearest's.")
 @click.option("--cost", type=click.Choice(["time", "bops"]), help="What the budget counts.")
 @click.option("--correction", type=click.Choice(["ptqd", "affine", "none"]))
 @click.option("--recalibrate-variance/--no-recalibrate-variance", default=None, help="Take the residual variance off the injected noise (eta > 0).")
@@ -81,12 +79,13 @@ def cli() -> None:
 )
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Take up the intermediate results of a build that was stopped.")
 @common
-def build(recipe_or_model: str, out: Path, as_json: bool, resume: bool, **options: Any) -> None:
+def build(recipe_or_model: str, out: Path | None, as_json: bool, resume: bool, **options: Any) -> None:
     """Calibrate, correct, export and pack RECIPE_OR_MODEL (a recipe, a folder with recipe.toml, or a diffusers folder)."""
     from .build import build as build_bundle
     from .bundle import check_target
 
     recipe = _override(Recipe.load(Path(recipe_or_model)), **options)
+    out = Path("engines", recipe.model.name or Path(recipe_or_model).resolve().stem) if out is None else out
     started = time.monotonic()
     bundle = build_bundle(recipe, check_target(out), resume=resume, say=_say)
     m = bundle.manifest
@@ -340,16 +339,29 @@ def inspect(bundle_dir: Path, plot: Path | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("bundle_dir", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    type=click.Choice(["ort-cpu"]),
+    help="Also compare every backend that works here with this one, without optimisations, layer by layer.",
+)
 @common
-def verify(bundle_dir: Path, as_json: bool) -> None:
+def verify(bundle_dir: Path, against: str | None, as_json: bool) -> None:
     """Check every hash of BUNDLE, evaluate every engine once, and compare with what it computed where it was built."""
+    from . import verify as verifying
     from .bundle import Bundle
-    from .inspect import verify_engines
 
     bundle = Bundle.open(bundle_dir)
-    engines = verify_engines(bundle)
+    if against is not None:
+        verifying.check_tools()
+    engines = verifying.verify_engines(bundle)
     result = {"bundle": str(bundle_dir), "files": len(bundle.manifest.files), "engines": engines, "ok": True}
-    _print(result, as_json, f"{bundle_dir}: {result['files']} files match their SHA-256; engines evaluated: {', '.join(engines)}")
+    lines = f"{bundle_dir}: {result['files']} files match their SHA-256; engines evaluated: {', '.join(engines)}"
+    if against is not None:
+        states, parsed = verifying.backend_states(bundle), verifying.parsers(bundle)
+        compared = verifying.compare_backends(bundle, states)
+        result |= {"against": against, "backends": states, "parsers": parsed, "compared": [asdict(c) for c in compared]}
+        lines += "\n" + verifying.text(states, parsed, compared)
+    _print(result, as_json, lines)
 
 
 def _say(text: str) -> None:

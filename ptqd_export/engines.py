@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from .backends.base import Device, DeviceEngine
-from .bundle import MALFORMED, Bundle, check_target, working, write_manifest, writing
-from .errors import BundleError, PTQDError
+from .bundle import MALFORMED, Bundle, check_target, sha256_file, working, write_manifest, writing
+from .errors import BackendUnavailable, BundleError, PTQDError
 from .manifest import Artifact, EngineBuild, Graph, engine_build, name_of
 from .precision import Precision
 from .progress import progress
 from .quant import BACKENDS, BUILDERS, Emission
-from .recipe import TensorRTSpec, read_typed
+from .recipe import Recipe, TensorRTSpec
 from .sampler import branches
 
 Held = Mapping[str, tuple[Path, EngineBuild]]
@@ -90,8 +90,10 @@ def build_engines(
     One whose graph, settings and versions are those of an engine at hand (in `held`, or of a stopped build in `work`) is not built again.
 
     Raises:
-        BackendUnavailable: the backend's library is not installed, or cannot build for the targets.
+        BackendUnavailable: the backend's library is not installed or does not work here, or memory ran out.
+        RecipeError: a target that the library does not know.
         GraphError: the builder refuses a graph, or died; the line says where its log is.
+        PTQDError, OSError: a file cannot be written.
     """
     from .backends import trt
 
@@ -103,7 +105,7 @@ def build_engines(
         name = f"{name_of(graph.precision)}.{backend}"
         key = trt.key(backend, graph.digest, settings)
         engine, report = work / f"{key}.engine", work / f"{key}.json"
-        found = held.get(key) or _finished(engine, report)
+        found = held.get(key) or _finished(engine, report, key)
         if found is None:
             with progress(100, f"building {name}", "%") as bar:
 
@@ -111,18 +113,21 @@ def build_engines(
                     bar.set_postfix_str(phase, refresh=False)
                     bar.update(round(100 * share) - bar.n)
 
-                made = trt.build(
-                    backend,
-                    folder / graph.file,
-                    engine,
-                    settings,
-                    quantized=graph.quantized,
-                    log=work / f"{name}.log",
-                    timing_cache=_timing_cache(),
-                    advance=advance,
-                )
+                try:
+                    made = trt.build(
+                        backend,
+                        folder / graph.file,
+                        engine,
+                        settings,
+                        quantized=graph.quantized,
+                        log=work / f"{name}.log",
+                        timing_cache=_cache("tensorrt.timing"),
+                        advance=advance,
+                    )
+                except PTQDError as error:  # `folder` goes with the failure: the graph's name alone still means something
+                    raise type(error)(str(error).replace(f"{folder.resolve()}{os.sep}", "")) from error
             build = EngineBuild(key, made.targets, settings.to_dict(), round(made.seconds, 2), made.peak_bytes, made.plan.to_dict())
-            report.write_text(json.dumps(asdict(build)))
+            report.write_text(json.dumps({"sha256": sha256_file(engine), "build": asdict(build)}))
             found = engine, build
             plan = build.plan
             taken = f"{plan['taken']} of {plan['meant']} layers in 8 bits, " if plan["meant"] else ""
@@ -135,27 +140,25 @@ def build_engines(
     return artifacts
 
 
-def cache_folder() -> Path:
-    """Where this user's caches of kernel times and compiled kernels lie; they speed up, and decide nothing."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptqd-export"
-
-
-def _timing_cache() -> Path | None:
-    folder = cache_folder()
+def _cache(name: str) -> Path | None:
+    """A file of this user's caches of kernel times and compiled kernels, which speed up and decide nothing; None where there can be none."""
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptqd-export"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         return None
-    return folder / "tensorrt.timing"
+    return folder / name
 
 
-def _finished(engine: Path, report: Path) -> tuple[Path, EngineBuild] | None:
-    """What a stopped build left whole: the report is written after the engine."""
+def _finished(engine: Path, report: Path, key: str) -> tuple[Path, EngineBuild] | None:
+    """What a stopped build left whole: the report is written after the engine, and holds its SHA-256."""
     try:
-        build = engine_build(json.loads(report.read_bytes()))
+        data = json.loads(report.read_bytes())
+        build = engine_build(data["build"])
+        whole = build.key == key and sha256_file(engine) == data["sha256"]
     except (OSError, PTQDError, *MALFORMED):
         return None
-    return (engine, build) if engine.is_file() else None
+    return (engine, build) if whole else None
 
 
 def open_artifact(bundle: Bundle, artifact: Artifact, device: Device | None) -> DeviceEngine:
@@ -170,36 +173,54 @@ def open_artifact(bundle: Bundle, artifact: Artifact, device: Device | None) -> 
     if build is None:
         return open_engine(artifact.backend, bundle.file(artifact.file), device)
     built = f"{artifact.runtime} for {', '.join(build.targets)}"
-    return open_engine(artifact.backend, bundle.file(artifact.file), device, built=built, cache=cache_folder() / f"{build.key}.kernels")
+    # By the engine itself, which the cache belongs to: the key of a bundle from elsewhere may be any text, such as a path.
+    cache = _cache(f"{bundle.manifest.files[artifact.file]['sha256']}.kernels")
+    return open_engine(artifact.backend, bundle.file(artifact.file), device, built=built, cache=cache)
 
 
 def rebuild(bundle: Bundle, backend: str, say: Callable[[str], None] = lambda text: None) -> Bundle:
     """The bundle with engines of `backend` for this machine, built from its own graphs; replaces it on disk in one step.
 
+    Engines that it holds are built anew too: one of them may be why this is asked for. A stopped rebuild's are taken up.
+
     Raises:
         BundleError: nothing to build, or the bundle cannot be written.
-        BackendUnavailable, GraphError: as `build_engines`.
+        BackendUnavailable, GraphError, RecipeError: as `build_engines`.
     """
     m = bundle.manifest
     if backend not in BUILDERS:
         raise BundleError(f"backend {backend} loads the graphs as they are: leave out --rebuild, which is for {' and '.join(BUILDERS)}")
     path = check_target(bundle.path)
     try:
-        spec = read_typed(TensorRTSpec, m.provenance["recipe"]["tensorrt"], "tensorrt")
+        spec = Recipe.from_dict({"tensorrt": m.provenance["recipe"]["tensorrt"]}).tensorrt
     except (PTQDError, *MALFORMED):
         spec = TensorRTSpec()
-    graphs = [graph for graph in m.graphs if graph.emission is BACKENDS[backend] and graph.precision in (None, *m.plan.precisions)]
-    with working(path) as work, writing(path) as tmp:
-        mine = {a.file for a in m.artifacts if a.backend == backend}
-        for name in m.files.keys() - mine:
-            target = tmp / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _copy(bundle.file(name), target)
-        built = build_engines(backend, graphs, tmp, spec, m.guidance_scale, work / "engines", held_engines(path), say)
-        kept = tuple(a for a in m.artifacts if a.backend != backend)
-        write_manifest(tmp, replace(m, artifacts=(*kept, *built)))
-        shutil.rmtree(work)
+    mine = [a for a in m.artifacts if a.backend == backend]
+    precisions = {None, *m.plan.precisions, *(a.precision for a in mine)}
+    graphs = [graph for graph in m.graphs if graph.emission is BACKENDS[backend] and graph.precision in precisions]
+    with working(path) as work:
+        with writing(path) as tmp:
+            for name in m.files.keys() - {a.file for a in mine}:
+                target = tmp / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _copy(bundle.file(name), target)
+            built = build_engines(backend, graphs, tmp, _for_this_gpu(spec), m.guidance_scale, work / "engines", {}, say)
+            kept = tuple(a for a in m.artifacts if a.backend != backend)
+            write_manifest(tmp, replace(m, artifacts=(*kept, *built)))
+        shutil.rmtree(work / "engines")  # the rest is a stopped build's
     return Bundle.open(path)
+
+
+def _for_this_gpu(spec: TensorRTSpec) -> TensorRTSpec:
+    """`spec` with the GPU at hand, if there is one, among those that it names; where it names none, all are meant."""
+    from .backends.cuda import gpu
+
+    try:
+        capability = gpu().capability
+    except BackendUnavailable:
+        return spec
+    named = spec.compute_capabilities
+    return spec if not named or capability in named else replace(spec, compute_capabilities=(*named, capability))
 
 
 def _copy(source: Path, target: Path) -> None:

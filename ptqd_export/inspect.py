@@ -1,4 +1,4 @@
-"""What a bundle holds, for people: a row per step, plots, and a trial evaluation of every engine."""
+"""What a bundle holds, for people: a row per step, and plots."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from .bundle import Bundle
-from .engine import SAMPLE, STEP, TIMESTEP
-from .errors import ParityError
 from .evaluate.parity import summary
 from .manifest import name_of
-from .quant import BACKENDS, Emission
-from .runtime import check_probe
+from .quant import BACKENDS
 
 
 @dataclass(frozen=True)
@@ -134,29 +131,3 @@ def plot_bundle(bundle: Bundle, path: Path) -> None:
             error_label=f"weighted error ({info['objective']})",
             title=title,
         )
-
-
-def verify_engines(bundle: Bundle) -> list[str]:
-    """Evaluate every graph of the bundle once on ONNX Runtime's CPU provider, and finished engines where they can run; their names.
-
-    The provider's own graphs run as it optimises them, the others as they are written.
-
-    Raises:
-        ParityError: an engine returns NaN or a wrong shape, asks for an unknown input, or computes something else than where it was built.
-        GraphError: a graph does not load.
-        BackendUnavailable: ONNX Runtime is not installed.
-    """
-    from .backends import OrtEngine
-
-    m = bundle.manifest
-    names = []
-    for graph in m.graphs:
-        if graph.precision is None:
-            continue
-        with OrtEngine(bundle.file(graph.file), optimise=graph.emission is Emission.ORT_CPU) as engine:
-            unknown = set(engine.inputs) - {SAMPLE, TIMESTEP, STEP, *(spec.name for spec in m.model.inputs)}
-            if unknown:
-                raise ParityError(f"{graph.file} asks for an input {min(unknown)!r} that the manifest does not know: rebuild the bundle")
-            check_probe(bundle, graph.precision, graph.emission, engine)
-        names.append(f"{graph.precision}.{graph.emission}")
-    return names

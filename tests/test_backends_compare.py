@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +17,7 @@ import pytest
 from onnx import numpy_helper
 
 from ptqd_export.backends import OrtEngine
-from ptqd_export.backends.compare import Difference, compare
+from ptqd_export.backends.compare import Difference, compare, parser_verdict
 from ptqd_export.engine import EPSILON, SAMPLE, FakeEngine, Feeds
 from ptqd_export.errors import BackendUnavailable, GraphError, ParityError
 
@@ -39,7 +41,7 @@ IDENTITY = _fake(lambda feeds: feeds[SAMPLE])
 
 
 def test_equal_engines() -> None:
-    assert compare({"a": IDENTITY, "b": IDENTITY}, _feeds(1, 2)) == [Difference("b", "epsilon", math.inf, 0.0)]
+    assert compare({"a": IDENTITY, "b": IDENTITY}, _feeds(1, 2)) == [Difference("b", "epsilon", math.inf, 0.0, 192)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -64,6 +66,49 @@ def test_the_worst_feed_counts() -> None:
         got = compare({"a": IDENTITY, "b": _fake(off), "c": IDENTITY}, _feeds(*order))
         assert [d.engine for d in got] == ["b", "c"]
         assert got[0].snr == pytest.approx(20, abs=1e-3) and got[1].snr == math.inf
+
+
+def test_quantization_steps_apart() -> None:
+    """Channels of largest value 8, 80 and 800 with steps 1, 10 and 100. Rounding of 1e-3 is 0.008 of a step, and is of the step where that is
+    larger than the values; a value of each feed is off by 1 step, one by 2, and all by 0.005 or by 0.02.
+    """
+    scale = np.array([1, 10, 100]).reshape(1, 3, 1, 1)
+    x = np.random.default_rng(0).integers(-7, 8, (2, 3, 4, 4)) * scale
+    x[0, :, 0, 0] = 8 * scale.ravel()
+    feeds: list[Feeds] = [{SAMPLE: x.astype(np.float32), "timestep": np.array([i, i])} for i in (0, 1)]
+
+    def off(by: float, steps: int) -> Callable[[], FakeEngine]:
+        def function(feeds: Feeds) -> Any:
+            y = np.asarray(feeds[SAMPLE]) + by * scale
+            y[1, 2, 3, 3] += 100 * (steps if feeds["timestep"][0] else 1)
+            return y
+
+        return _fake(function)
+
+    def told(engine: Callable[[], FakeEngine], step: Any, reference: Callable[[], FakeEngine] = IDENTITY) -> tuple[int, int, float]:
+        (found,) = compare({"a": reference, "b": engine}, feeds, steps={EPSILON: step}, rounding=1e-3)
+        return found.size, found.apart, found.largest_steps
+
+    assert told(off(0.005, 1), scale.astype(float)) == (192, 2, pytest.approx(1, abs=0.006))
+    assert told(off(0.005, 2), scale.astype(float)) == (192, 2, pytest.approx(2, abs=0.006))
+    assert told(off(0.02, 0), scale.astype(float)) == (192, 192, pytest.approx(1.02, abs=1e-3))
+    assert told(IDENTITY, scale.astype(float)) == (192, 0, 0.0)
+    zero = _fake(lambda f: 0 * f[SAMPLE])
+    small = _fake(lambda f: 0 * f[SAMPLE] + np.float32(9e-4))
+    assert told(small, np.ones((1, 3, 1, 1)), zero) == (192, 0, 0.0)
+    assert told(small, np.full((1, 3, 1, 1), 0.5), zero) == (192, 192, pytest.approx(1.8e-3, rel=1e-5))
+
+
+def test_a_parser_tells_what_it_refuses(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    text = "g (float[2, 3] x) => (float[2, 3] y) { a = Relu(x) y = %s(a) }"
+    for op, verdict in (("Sigmoid", "^ok$"), ("Det2", "^In node 1 with name: and operator: Det2 .*Plugin not found")):
+        path = tmp_path / f"{op}.onnx"
+        onnx.save(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 21]> {text % op}'), path)
+        assert re.search(verdict, parser_verdict("tensorrt-rtx", path))
+    assert parser_verdict("tensorrt-rtx", tmp_path / "nowhere.onnx").startswith("the parser ended with 1: ")
+    assert "POLYGRAPHY_USE_TENSORRT_RTX" not in os.environ
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["Det2.onnx", "Sigmoid.onnx"]
 
 
 def test_engines_are_closed() -> None:

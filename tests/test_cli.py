@@ -32,7 +32,7 @@ def test_run_writes_pictures_and_a_grid(name: str, request: pytest.FixtureReques
     channels, height, width = m.model.sample_shape
     names = [f"{i:05d}.png" for i in range(5)]
     assert result.json["files"] == names and result.json["grid"] == "grid.png"
-    assert result.json["plan"] == str(m.plan) and result.json["state"] == "float64"
+    assert result.json["plan"] == str(m.plan) and result.json["state"] == "float64 on the host"
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [*names, "grid.png", "run.json"]
     about = json.loads((tmp_path / "a" / "run.json").read_text())
     in_turn = [m.model.labels[i % len(m.model.labels)] for i in range(5)] if m.model.labels else None
@@ -167,9 +167,9 @@ def test_inspect(rgb: Built, invoke: Invoke, tmp_path: Path) -> None:
 def test_verify(guided: Built, invoke: Invoke) -> None:
     result = invoke("verify", guided.path, "--json")
     assert (result.code, result.err) == (0, "")
-    assert result.json["ok"] and result.json["files"] == 11
-    assert sorted(result.json["engines"]) == sorted(f"{p}.{e}" for p in PRECISIONS for e in ("portable", "ort-cpu"))
-    assert "11 files match their SHA-256" in invoke("verify", guided.path).out
+    assert result.json["ok"] and result.json["files"] == 15
+    assert sorted(result.json["engines"]) == sorted(f"{p}.{e}" for p in PRECISIONS for e in ("portable", "half", "ort-cpu"))
+    assert "15 files match their SHA-256" in invoke("verify", guided.path).out
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,8 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
     found = []
     for pid in children:
         try:
-            if "onnxruntime" in Path(f"/proc/{pid}/maps").read_text():
+            # Between fork and exec a child has its parent's maps, but not yet its own arguments.
+            if "onnxruntime" in Path(f"/proc/{pid}/maps").read_text() and "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():
                 found.append(int(pid))
         except OSError:
             continue

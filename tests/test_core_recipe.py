@@ -32,7 +32,7 @@ def test_defaults_are_valid_and_json_ready() -> None:
 def test_toml_file_and_folder(tmp_path: Path) -> None:
     (tmp_path / RECIPE_FILE).write_text(
         """
-        backends = ["ort-cpu", "torch"]
+        backends = ["ort-cpu", "tensorrt-rtx"]
         [model]
         source = "net.py:build"
         sample_shape = [3, 8, 8]
@@ -49,7 +49,7 @@ def test_toml_file_and_folder(tmp_path: Path) -> None:
     assert recipe.sampler.eta == 1.0 and isinstance(recipe.sampler.eta, float)
     assert recipe.model.sample_shape == (3, 8, 8) and recipe.model.inputs[0].null_class == 10
     assert recipe.path("x/y") == (tmp_path / "x/y").resolve()
-    assert recipe.backends == ("ort-cpu", "torch")
+    assert recipe.backends == ("ort-cpu", "tensorrt-rtx")
 
 
 def test_bare_model_folder(tmp_path: Path) -> None:
@@ -145,8 +145,8 @@ def test_out_of_range(path: str, value: Any) -> None:
 
 
 def test_override() -> None:
-    recipe = Recipe().override(sampler={"eta": 1.0, "solver": "ddpm"}, backends=("torch",))
-    assert recipe.sampler.eta == 1.0 and recipe.backends == ("torch",) and Recipe().sampler.eta == 0.0
+    recipe = Recipe().override(sampler={"eta": 1.0, "solver": "ddpm"}, backends=("ort-cuda",))
+    assert recipe.sampler.eta == 1.0 and recipe.backends == ("ort-cuda",) and Recipe().sampler.eta == 0.0
     with pytest.raises(RecipeError, match="eta"):
         Recipe().override(sampler={"eta": 2.0})
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from conftest import Built
 
-from ptqd_export.backends import OrtDevice, OrtEngine
+from ptqd_export.backends import OrtDevice, OrtEngine, base
 from ptqd_export.bundle import Bundle
 from ptqd_export.device import DeviceSampler
 from ptqd_export.engine import Array
 from ptqd_export.export import sampler_update, save
 from ptqd_export.plan import Plan
 from ptqd_export.precision import FP32, Precision
-from ptqd_export.runtime import Runtime
+from ptqd_export.runtime import Runtime, run
 from ptqd_export.sampler import NoiseSource
 
 MODELS = ("rgb", "classes", "guided", "own")
@@ -104,3 +104,24 @@ def test_a_sample_depends_on_seed_and_index_alone(own: Built, tmp_path: Path, op
     whole = case.sample(range(6), seed=3)
     parts = np.concatenate([case.sample(range(0, 1), seed=3), case.sample(range(1, 6), seed=3)])
     assert np.abs(whole - parts).max() < 1e-5 * np.abs(whole).max()  # float kernels sum in another order per batch
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_whole_run_on_a_device(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `run --backend ort-cuda` does, half-precision graphs and the bundle's own update included, with the host as the device."""
+    built: Built = request.getfixturevalue(name)
+    bundle = built.bundle
+    monkeypatch.setattr(base, "BACKENDS", {**base.BACKENDS, "ort-cuda": base.BACKENDS["ort-cpu"]})
+    tensors = conditions_of(bundle, range(5))
+    with Runtime(bundle, "ort-cuda") as runtime, Runtime(bundle, "ort-cuda", Plan((FP32,) * len(bundle.manifest.schedule))) as full:
+        x = runtime.sample(range(5), seed=3, tensors=tensors)
+        np.testing.assert_array_equal(runtime.sample(range(5), seed=3, tensors=tensors), x)
+        other = runtime.sample(range(5), seed=4, tensors=tensors)
+        exact = full.sample(range(5), seed=3, tensors=tensors)
+    with Runtime(bundle, "ort-cpu") as host:
+        expected = host.sample(range(5), seed=3, tensors=tensors)
+    assert np.square(x - expected).mean() < 0.1 * np.square(x - other).mean()
+    assert np.square(x - exact).mean() < 0.1 * np.square(x - other).mean()
+    counted: list[int] = []
+    run(bundle, 5, batch_size=2, backend="ort-cuda", tensors=tensors, advance=counted.append)
+    assert sum(counted) == 5 * len(bundle.manifest.schedule)

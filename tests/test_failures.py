@@ -72,7 +72,7 @@ def model(tmp_path: Path, rgb: Built) -> Path:
         ("[sampler]\nn_step = 3\n", "unknown key 'n_step': did you mean 'n_steps'?"),
         ("[sampler]\nn_steps = 'many'\n", "recipe.sampler.n_steps: expected int, got 'many'"),
         ("[sampler]\nn_steps = 0\n", "sampler.n_steps is 0: give at least 1"),
-        ("[quantization]\nprecisions = ['w9a8']\n", "precision 'w9a8' is not known: give fp32, or wXaY"),
+        ("[quantization]\nprecisions = ['w9a8']\n", "precision 'w9a8' is not known: give fp32, fp16, wXaY"),
         ("[model]\nsource = 'net.py:make'\n", "net.py does not exist"),
     ],
 )
@@ -87,7 +87,7 @@ def test_recipes(tmp_path: Path, place: Path, refused: Callable[..., str], text:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--precision", "int8"], "precision 'int8' is not known: give fp32, or wXaY with 2 to 8 bits each"),
+        (["--precision", "int8"], "precision 'int8' is not known: give fp32, fp16, wXaY with 2 to 8 bits each"),
         (["--precision", "w8a8", "--precision", "w8a8"], "holds a precision twice"),
         (["--plan", "best"], "precision 'best' is not known"),
         (["--plan", "w8a8*x"], "plan step 'w8a8*x': expected a precision with a count"),
@@ -357,7 +357,7 @@ def bundle(tmp_path: Path, own: Built) -> Path:
 
 def test_a_flipped_byte_in_any_file(bundle: Path, place: Path, refused: Callable[..., str]) -> None:
     files = sorted(bundle.iterdir())
-    assert len(files) == 12
+    assert len(files) == 16
     for file in files:
         sound = file.read_bytes()
         for position in (0, len(sound) // 3, len(sound) // 2, len(sound) - 1):
@@ -401,7 +401,8 @@ def test_manifests(bundle: Path, refused: Callable[..., str]) -> None:
     files = json.loads((bundle / MANIFEST).read_text())["files"]
     (bundle.parent / "secret").write_text("secret")
     for changes, message in (
-        ({"format_version": 2}, "has format version 2, this ptqd-export reads up to 1: upgrade ptqd-export"),
+        ({"format_version": 3}, "has format version 3, this ptqd-export reads 2: upgrade ptqd-export"),
+        ({"format_version": 1}, "has format version 1, this ptqd-export reads 2: rebuild the bundle"),
         ({"format_version": None}, "has no format_version"),
         ({"files": {**files, "../secret": {"sha256": "0" * 64, "size": 6}}}, "names '../secret', which leaves the bundle: do not trust it"),
         ({"files": {**files, "/etc/hostname": {"sha256": "0" * 64, "size": 6}}}, "names '/etc/hostname', which leaves the bundle"),
@@ -522,7 +523,7 @@ def test_an_engine_that_computes_something_else_here(bundle: Path, refused: Call
     for line in (refused("verify", bundle), refused(*words, "1"), refused(*words, "2")):
         assert re.search(
             r"w4a8.ort-cpu computes something else here than where the bundle was built \(RMS difference .*, allowed .*\): "
-            r"this processor or ONNX Runtime version differs; rebuild the bundle on this machine",
+            r"this processor or the runtime's version differs; rebuild the bundle on this machine",
             line,
         )
     assert not (bundle.parent / "x").exists()

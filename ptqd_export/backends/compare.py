@@ -8,6 +8,11 @@ not of different networks; they are a judgement where the compared graph is one 
 from __future__ import annotations
 
 import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..engine import Array, Engine, Feeds
 from ..errors import BackendUnavailable, GraphError, ParityError, PTQDError
@@ -30,15 +36,27 @@ class Difference:
         engine, output: names.
         snr: dB, power of the reference's output over that of the difference; inf where they are equal.
         max_abs: largest absolute difference.
+        size: elements of all feeds.
+        apart: of those, how many differ by more than rounding; 0 where no steps were given.
+        largest_steps: largest difference of those, in quantization steps.
     """
 
     engine: str
     output: str
     snr: float
     max_abs: float
+    size: int
+    apart: int = 0
+    largest_steps: float = 0.0
 
 
-def compare(engines: Mapping[str, Callable[[], Engine] | Path], feeds: Sequence[Feeds], outputs: Sequence[str] | None = None) -> list[Difference]:
+def compare(
+    engines: Mapping[str, Callable[[], Engine] | Path],
+    feeds: Sequence[Feeds],
+    outputs: Sequence[str] | None = None,
+    steps: Mapping[str, npt.NDArray[np.float64]] | None = None,
+    rounding: float = 0.0,
+) -> list[Difference]:
     """Run all engines on every one of `feeds`, and compare each to the first, the reference.
 
     Args:
@@ -46,6 +64,8 @@ def compare(engines: Mapping[str, Callable[[], Engine] | Path], feeds: Sequence[
             without optimisations.
         feeds: hold all inputs of all engines.
         outputs: names; all of the reference's if None.
+        steps: one quantization step of an output, of its rank, with the channels along one axis.
+        rounding: what floats may differ by and still count as equal, relative to the channel's largest value, or its step if that is larger.
     Returns:
         engine by engine, in the order of the outputs.
     Raises:
@@ -53,12 +73,12 @@ def compare(engines: Mapping[str, Callable[[], Engine] | Path], feeds: Sequence[
         GraphError: fewer than two engines, no feeds, an input or output is missing, or a graph cannot run.
         ParityError: an output is not finite, or has another shape than the reference's.
     """
-    polygraphy = _polygraphy()
+    polygraphy = load()
     if len(engines) < 2 or not feeds:
         raise GraphError(f"got {len(engines)} engines and {len(feeds)} feeds: give at least two engines and one feed")
     names = list(engines)
     runners = [_runner(name, source, feeds[0]) for name, source in engines.items()]
-    worst: dict[tuple[str, str], Difference] = {}
+    found: dict[tuple[str, str], Difference] = {}
     pairs = [(0, i) for i in range(1, len(names))]
     run = polygraphy.Comparator.run(runners, data_loader=[dict(feed) for feed in feeds], streaming=True)
     with _quiet(), contextlib.closing(run):
@@ -75,10 +95,59 @@ def compare(engines: Mapping[str, Callable[[], Engine] | Path], feeds: Sequence[
             by_snr, by_size = polygraphy.Comparator.compare_accuracy(single, comparisons=pairs, compare_func=functions)
             for name in names[1:]:
                 for output in wanted:
-                    snr, max_abs = by_snr[names[0], name][0][output].snr, by_size[names[0], name][0][output].max_absdiff
-                    old = worst.get((name, output), Difference(name, output, snr, max_abs))
-                    worst[name, output] = Difference(name, output, min(old.snr, snr), max(old.max_abs, max_abs))
-    return list(worst.values())
+                    value, expected = results[name][output], results[names[0]][output]
+                    apart = np.zeros(1) if steps is None else _steps_apart(value, expected, steps[output], rounding)
+                    one = Difference(
+                        name,
+                        output,
+                        by_snr[names[0], name][0][output].snr,
+                        by_size[names[0], name][0][output].max_absdiff,
+                        value.size,
+                        int((apart > 0).sum()),
+                        float(apart.max()),
+                    )
+                    found[name, output] = _worst(found.get((name, output)), one)
+    return list(found.values())
+
+
+def _worst(old: Difference | None, new: Difference) -> Difference:
+    if old is None:
+        return new
+    return Difference(
+        new.engine,
+        new.output,
+        min(old.snr, new.snr),
+        max(old.max_abs, new.max_abs),
+        old.size + new.size,
+        old.apart + new.apart,
+        max(old.largest_steps, new.largest_steps),
+    )
+
+
+def _steps_apart(got: Array, expected: Array, step: npt.NDArray[np.float64], rounding: float) -> npt.NDArray[np.float64]:
+    """By how many quantization steps two outputs differ; 0 where rounding explains it."""
+    reference = np.asarray(expected, np.float64)
+    others = tuple(i for i, n in enumerate(step.shape) if n == 1)
+    tolerance = rounding * np.maximum(np.abs(reference).max(axis=others, keepdims=True), step)
+    difference = np.abs(np.asarray(got, np.float64) - reference)
+    return np.asarray(np.where(difference > tolerance, difference / step, 0.0))
+
+
+def parser_verdict(backend: str, graph: Path) -> str:
+    """What the parser of "tensorrt" or "tensorrt-rtx" says of a graph: "ok", or the first thing that it refuses.
+
+    In a process of its own: Polygraphy chooses between the two for a whole process, and the parser may end it. Needs no GPU.
+    """
+    tool = "import sys; from polygraphy.tools._main import main; sys.exit(main())"
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "-c", tool, "inspect", "capability", str(graph.resolve()), "-o", folder]
+        rtx = {"POLYGRAPHY_USE_TENSORRT_RTX": "1" if backend == "tensorrt-rtx" else "0"}
+        done = subprocess.run(words, env={**os.environ, **rtx}, cwd=folder, capture_output=True, text=True)
+        if done.returncode == 0 and "Graph is fully supported" in done.stdout:
+            return "ok"
+        results = Path(folder) / "results.txt"
+        refused = re.search(r"In node \d+ with name: .*", results.read_text() if results.is_file() else "")
+    return " ".join((refused[0] if refused else f"the parser ended with {done.returncode}: {done.stderr}").split())[:300]
 
 
 def _select(wanted: Sequence[str], output: str, index: int, result: Any) -> list[str]:
@@ -86,7 +155,12 @@ def _select(wanted: Sequence[str], output: str, index: int, result: Any) -> list
     return [output] if output in wanted else []
 
 
-def _polygraphy() -> Any:
+def load() -> Any:
+    """The module polygraphy.comparator.
+
+    Raises:
+        BackendUnavailable: Polygraphy is not installed.
+    """
     try:
         import polygraphy.comparator
     except ImportError as error:

@@ -3,6 +3,7 @@
 from .fold import fold
 from .from_torch import export_fp
 from .graph import exported_layers, layer_sites, quantized_nodes, with_outputs
+from .layers import LayerGraph, cut_layers
 from .lint import lint
 from .lower import lower
 from .quantize import quantize
@@ -11,6 +12,8 @@ from .structure import float_convs, op_counts, quantized_convs
 from .update import sampler_update
 
 __all__ = [
+    "LayerGraph",
+    "cut_layers",
     "export_fp",
     "exported_layers",
     "expose_layers",
