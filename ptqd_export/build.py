@@ -25,7 +25,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from .bundle import QUANTIZATION, TABLES, Bundle, check_target, working, write_manifest, writing
-from .engine import Engine
 from .engines import Held, build_engines, graph_artifact, held_engines
 from .errors import RecipeError
 from .evaluate import parity
@@ -276,17 +275,19 @@ def _check_graphs(
     figures: dict[str, Any] = {}
     counted: dict[Key, Graph] = {}
     probes: dict[str, npt.NDArray[Any]] = {}
-    done: dict[str, str] = {}
+    first: dict[str, tuple[Precision, Emission]] = {}
+    predicted: dict[str, npt.NDArray[np.float32]] = {}
     scale = recipe.sampler.guidance_scale
     for (precision, emission), graph in graphs.items():
         name, file, native = f"{precision}.{emission}", folder / graph.file, emission is Emission.ORT_CPU
         optimised = folder / ".optimised.onnx"
-        same = done.setdefault(graph.file, name)
-        if same != name:
-            figures[name] = figures[same]
-            counted[precision, emission] = replace(graph, ops=next(g.ops for g in counted.values() if g.file == graph.file))
-            continue
         numerics = emission.numerics(precision)
+        same = first.setdefault(graph.file, (precision, emission))
+        if same != (precision, emission):
+            figures[name], counted[precision, emission] = figures[f"{same[0]}.{same[1]}"], replace(graph, ops=counted[same].ops)
+            if numerics is emission:
+                probes |= _probe(precision, emission, predicted[graph.file], measured.get((precision, numerics)))
+            continue
         with OrtEngine(file, optimise=native, optimised_path=optimised if native else None) as engine:
             counted[precision, emission] = replace(graph, ops=dict(sorted(op_counts(optimised if native else file).items())))
             if precision.is_float:
@@ -308,22 +309,20 @@ def _check_graphs(
                     "noise": parity.check_noise(name, noise, parity.correct_all(m.held_out, m.correction), rounding),
                 }
             if numerics is emission:
-                probes |= _probe(precision, emission, engine, measured.get((precision, numerics)), schedule, info, scale)
+                predicted[graph.file] = probe(engine, schedule, info, scale)
+                probes |= _probe(precision, emission, predicted[graph.file], measured.get((precision, numerics)))
         for leftover in folder.glob(".optimised*"):
             leftover.unlink()
         say(f"parity {name}: {parity.summary(figures[name])}")
     return figures, counted, probes
 
 
-def _probe(
-    precision: Precision, emission: Emission, engine: Engine, measured: Measured | None, schedule: NoiseSchedule, info: Any, guidance_scale: float
-) -> dict[str, npt.NDArray[Any]]:
-    """What an engine predicts here, and the RMS by which right executions may differ; see `runtime.check_probe`.
+def _probe(precision: Precision, emission: Emission, epsilon: npt.NDArray[np.float32], measured: Measured | None) -> dict[str, npt.NDArray[Any]]:
+    """What an engine predicted here, and the RMS by which right executions may differ; see `runtime.check_probe`.
 
     Two right executions drift apart by flipped roundings, at worst like two independent draws of the quantization noise, whose
     difference has sqrt(2) times its RMS: allowed is twice, and at least what kernels in float32 (at fp16: in float16) may differ by.
     """
-    epsilon = probe(engine, schedule, info, guidance_scale)
     noise = 0.0 if measured is None else float(np.sqrt(measured.pooled.dd[0].mean() / measured.pooled.count[0]))
     rms = float(np.sqrt((epsilon.astype(np.float64) ** 2).mean()))
     floor = parity.MAX_HALF_ERROR if precision.is_float and precision != FP32 else 1e-3

@@ -20,8 +20,8 @@ from safetensors.numpy import load_file, save_file
 
 from ptqd_export.bundle import MANIFEST, TABLES, WEIGHTS, Bundle, write_manifest
 from ptqd_export.errors import BundleError
-from ptqd_export.inspect import verify_engines
 from ptqd_export.manifest import Manifest
+from ptqd_export.verify import verify_engines
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SMALL = ("--calib-size", "2", "--n-steps", "2")
