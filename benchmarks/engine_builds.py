@@ -1,10 +1,11 @@
 """Finished engines, built on a machine without a GPU: what they hold, what their builds take, what the folded correction costs.
 
-    python benchmarks/engine_builds.py [--bundle engines/fashion_mnist] [--models reference cifar sd] [--write]
+    python benchmarks/engine_builds.py [--bundle FOLDER] [--models reference cifar sd] [--write]
 
-The reference model's graphs are those of its bundle. The other two are architectures with seeded random weights, quantized after a minimal
-calibration, with correction tables of random values: a build does not depend on what the numbers are.
-Exports run in a process of their own, gone when the builder's starts. `sd` needs 20 GB of memory and of disk. --write puts the tables into
+The reference model's graphs are those of a bundle in six precisions, built if there is none. The other two are architectures with
+seeded random weights, quantized after a minimal calibration, with correction tables of random values: a build does not depend on what
+the numbers are.
+Exports run in a process of their own, gone when the builder's starts. `sd` needs 12 GB of memory and 10 GB of disk. --write puts the tables into
 the README.
 """
 
@@ -24,6 +25,8 @@ from typing import Any
 import numpy as np
 from report import ROOT, machine, table, write_section
 
+from ptqd_export import Recipe
+from ptqd_export import build as build_bundle
 from ptqd_export.backends import trt
 from ptqd_export.export.graph import load, prune, quantized_nodes
 from ptqd_export.precision import Precision
@@ -35,6 +38,7 @@ TABLE_STEPS = 20
 """Rows of the random tables."""
 COMPARED = ("w8a8", "w4a4")
 """Precisions built with and without their correction tables."""
+SIX = ("fp32", "fp16", "w8a8", "w4a8", "w4a4", "w8a8-fp8")
 GB = 1e9
 
 
@@ -231,7 +235,7 @@ def measure(graphs: Graphs, folder: Path) -> tuple[list[list[str]], list[list[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, default=ROOT / "engines/fashion_mnist")
+    parser.add_argument("--bundle", type=Path, default=ROOT / "benchmarks/out/six-precisions", help="of the reference model")
     parser.add_argument("--models", nargs="+", choices=(REFERENCE, *ARCHITECTURES), default=[REFERENCE, *ARCHITECTURES])
     parser.add_argument("--write", action="store_true", help="put the tables into README.md")
     args = parser.parse_args()
@@ -241,6 +245,8 @@ def main() -> None:
     for key in args.models:
         with tempfile.TemporaryDirectory() as tmp:
             if key == REFERENCE:
+                if not args.bundle.exists():
+                    build_bundle(Recipe.load(ROOT / "calib/fashion_mnist").override(quantization={"precisions": SIX}), args.bundle)
                 graphs = of_bundle(args.bundle)
             else:
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

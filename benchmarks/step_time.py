@@ -68,10 +68,9 @@ def measure(bundle_path: Path, model: Path, folder: Path, batches: list[int], th
         "onnxruntime quantize_static, defaults": OrtEngine(folder / "static.onnx"),
     }
     eager = {"PyTorch eager fp32": TorchEngine(open_model(Recipe.load(model)), m.schedule)}
-    for artifact in m.artifacts:
-        if "ort-cpu" in artifact.backends:
-            name = "ORT fp32, rewritten" if artifact.precision.is_float else f"{artifact.precision}"
-            engines[name] = OrtEngine(bundle.file(artifact.file))
+    for precision in m.bops:
+        name = "ORT fp32, rewritten" if precision.is_float else f"{precision}"
+        engines[name] = OrtEngine(bundle.file(m.artifact(precision, "ort-cpu").file))
     found, feeds_of = {}, {}
     for n in batches:
         feeds = {

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from .bundle import QUANTIZATION, TABLES, Bundle, check_target, working, write_manifest, writing
-from .engines import Held, build_engines, graph_artifact, held_engines
+from .engines import Held, build_engines, check_builder, graph_artifact, held_engines
 from .errors import RecipeError
 from .evaluate import parity
 from .manifest import UPDATE, Artifact, Graph, Manifest
@@ -78,6 +78,8 @@ def build(recipe: Recipe, out: Path, *, resume: bool = True, say: Callable[[str]
 
     started = time.monotonic()
     check_target(out)
+    for backend in recipe.backends:
+        check_builder(backend, recipe.tensorrt)
     network = open_model(recipe)
     info = network.info
     info.check_guidance(recipe.sampler.guidance_scale)

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from . import __version__
-from .errors import PTQDError, RecipeError
+from .errors import BackendUnavailable, PTQDError, RecipeError
 from .quant import BACKENDS, BUILDERS
 from .recipe import BUILT, Recipe
 
@@ -198,6 +198,7 @@ def run(
     if rebuild:
         bundle = _rebuild(bundle, backend)
         m = bundle.manifest
+        _check_rebuilt(backend)
     backend, passed_over = choose_backend(bundle) if backend == "auto" else (backend, {})
     for name, why in passed_over.items():
         if name in m.backends:  # one that the bundle was built for
@@ -250,6 +251,20 @@ def run(
     }
     look = f" (look at {out / 'grid.png'})" if pictures else ""
     _print(result, as_json, f"{num_samples} samples in {out}{look}, {seconds:.1f} s, {seconds / num_samples:.3f} s each, on {backend}")
+
+
+def _check_rebuilt(backend: str) -> None:
+    """Engines can be built where they cannot run.
+
+    Raises:
+        BackendUnavailable: they cannot run here; says that the bundle has them all the same.
+    """
+    from .backends import check
+
+    try:
+        check(backend)
+    except BackendUnavailable as error:
+        raise BackendUnavailable(f"the bundle has its engines for {backend} now, but they do not run here: {error}") from error
 
 
 def _rebuild(bundle: Any, backend: str) -> Any:

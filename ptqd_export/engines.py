@@ -66,6 +66,18 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def check_builder(backend: str, spec: TensorRTSpec) -> None:
+    """Before any work: that engines of `backend` can be built here. Backends that load graphs need nothing to build for.
+
+    Raises:
+        BackendUnavailable, RecipeError: they cannot.
+    """
+    if backend in BUILDERS:
+        from .backends import trt
+
+        trt.check_build(backend, spec.compute_capabilities)
+
+
 def held_engines(path: Path) -> Held:
     """The engines of a bundle at `path`; none if there is no sound bundle."""
     try:
@@ -132,6 +144,8 @@ def build_engines(
             plan = build.plan
             taken = f"{plan['taken']} of {plan['meant']} layers in 8 bits, " if plan["meant"] else ""
             say(f"engine {name}: {taken}{build.seconds:.1f} s, {engine.stat().st_size / 1e6:.1f} MB")
+            for layer, kind in plan["fell_back"].items():
+                say(f"engine {name}: {layer} runs in {kind}, not in 8 bits")
         else:
             say(f"engine {name}: unchanged, not built again")
         file = f"{name}.engine"

@@ -11,7 +11,7 @@ import numpy as np
 from .bundle import Bundle
 from .evaluate.parity import summary
 from .manifest import name_of
-from .quant import BACKENDS
+from .quant import BACKENDS, Emission
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ def text(bundle: Bundle, rows: Sequence[StepRow]) -> str:
     lines += _built(bundle)
     lines += ["", "parity with the simulation:"]
     lines += [f"  {name:<19}{summary(figures)}" for name, figures in m.parity.items()]
+    lines += _noise(bundle)
     lines += ["", f"{'step':>4}{'t':>6}  {'precision':<10}{'corr':<5}{'k':>9}{'bias':>10}{'sigma':>9}{'sigma_':>9}{'SNR_Q':>10}{'SNR_F':>10}"]
     lines += [
         f"{r.step:>4}{r.timestep:>6}  {r.precision:<10}{'yes' if r.corrected else 'no':<5}{r.k:>9.4f}{r.bias:>10.5f}{r.sigma:>9.4f}"
@@ -80,6 +81,17 @@ def text(bundle: Bundle, rows: Sequence[StepRow]) -> str:
         for r in rows
     ]
     return "\n".join(lines).replace("sigma_", "sigma'")
+
+
+def _noise(bundle: Bundle) -> list[str]:
+    """SNR_Q before correction per precision and numerics, the mean over steps in dB; nothing at full precision."""
+    lines = []
+    for precision in bundle.manifest.bops:
+        if not precision.is_float:
+            numerics = dict.fromkeys(emission.numerics(precision) for emission in Emission)
+            found = {str(e): float(np.mean(10 * np.log10(np.minimum(bundle.stats(precision, e).snr, 1e20)))) for e in numerics}
+            lines.append(f"  {precision!s:<19}{', '.join(f'{name} {value:.1f}' for name, value in found.items())}")
+    return ["", "SNR_Q before correction, dB (ort-cpu quantizes the outputs of convs as well, where it differs):", *lines] if lines else []
 
 
 def _built(bundle: Bundle) -> list[str]:

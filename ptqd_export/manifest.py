@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -135,8 +136,9 @@ class Manifest:
                 return artifact
         if backend in BACKENDS and backend not in BUILDERS:
             return Artifact(precision, backend, self.graph(precision, BACKENDS[backend]).file, "not measured here", "")
+        which = f"{name_of(precision)} engine" if backend in self.backends else "engines"
         raise BundleError(
-            f"the bundle has no {name_of(precision)} engine for backend {backend!r}: it was built for {', '.join(self.backends)}; "
+            f"the bundle has no {which} for backend {backend!r}: it was built for {', '.join(self.backends)}; "
             f"build it here from the bundle's own graphs with `ptqd-export run ... --backend {backend} --rebuild`"
         )
 
@@ -259,6 +261,7 @@ def engine_build(data: Mapping[str, Any]) -> EngineBuild:
         read_typed(str, value, "plan.fell_back")
     _need(len(read_typed(tuple[int, ...], settings["rows"], "settings.rows")) == 3, f"settings.rows is {settings['rows']}")
     key, targets = read_typed(str, data["key"], "key"), read_typed(tuple[str, ...], data["targets"], "targets")
+    _need(re.fullmatch(r"[0-9a-f]{64}", key) is not None, f"key {key[:100]!a}")
     return EngineBuild(key, targets, settings, read_typed(float, data["seconds"], "seconds"), read_typed(int, data["peak_bytes"], "peak_bytes"), plan)
 
 

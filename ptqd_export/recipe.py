@@ -21,7 +21,7 @@ from typing import Any, Literal
 from .errors import RecipeError
 from .noise import MODES
 from .precision import Precision
-from .quant import BACKENDS
+from .quant import BACKENDS, BUILDERS
 
 RECIPE_FILE = "recipe.toml"
 SOLVERS = ("ddim", "ddpm")
@@ -289,7 +289,9 @@ def check(recipe: Recipe) -> None:
         need(name in BUILT, f"backend {name!r} is not known: expected one of {', '.join(BUILT)}")
     t, batches = recipe.tensorrt, list(recipe.tensorrt.batch_sizes)
     in_order = len(batches) == 3 and batches == sorted(batches) and batches[0] >= 1
+    fits = p.batch_size in range(batches[0], batches[-1] + 1) if in_order and set(recipe.backends) & set(BUILDERS) else True
     need(in_order, f"tensorrt.batch_sizes is {batches}: give three in order, such as [1, 8, 32]")
+    need(fits, f"plan.batch_size is {p.batch_size}, which the engines are not built for: give a value within tensorrt.batch_sizes, {batches}")
     for text in t.compute_capabilities:
         need(re.fullmatch(r"[0-9]{1,2}\.[0-9]", text) is not None, f"tensorrt.compute_capabilities holds {text!r}: give major.minor, such as 8.9")
     level, space = t.optimization_level, t.workspace_mib

@@ -340,6 +340,17 @@ def test_key(rtx: Any) -> None:
     assert json.loads(json.dumps(SETTINGS.to_dict())) == SETTINGS.to_dict()
 
 
+def test_a_gpu_that_the_library_does_not_serve(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rebuild would help."""
+    monkeypatch.setattr(trt.cuda, "gpu", lambda: Gpu("NVIDIA H100", "9.0"))
+    with pytest.raises(
+        BackendUnavailable, match=r"does not serve NVIDIA H100 \(9\.0\): it knows compute capabilities .*8\.9.*; choose another backend"
+    ):
+        trt.check(RTX)
+    monkeypatch.setattr(trt.cuda, "gpu", lambda: Gpu("NVIDIA L4", "8.9"))
+    trt.check(RTX)
+
+
 def test_key_of_the_gpu_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.9"))
     keys = {trt.key("tensorrt", "a", SETTINGS, Gpu("x", capability)) for capability in ("8.9", "9.0")}

@@ -196,6 +196,7 @@ FIGURES = {"layers": {"layers": 3, "share_apart": 0.0}, "noise": {"limit_z": 5.0
         (lambda m: m["artifacts"][0].update(time_ms="fast"), "time_ms: expected float"),
         (lambda m: m["artifacts"][1].update(build=None), "of tensorrt-rtx has no build"),
         (lambda m: m["artifacts"][0].update(build=m["artifacts"][1]["build"]), "of ort-cpu has a build"),
+        (lambda m: m["artifacts"][1]["build"].update(key="../../x"), r"key '\.\./\.\./x'"),
         (lambda m: m["artifacts"][1]["build"].update(targets="SM89"), "targets: expected an array"),
         (lambda m: m["artifacts"][1]["build"].update(settings={}), "KeyError: 'rows'"),
         (lambda m: m["artifacts"][1]["build"].update(settings={"rows": [1, 2]}), "settings.rows"),
@@ -343,5 +344,5 @@ def test_asking_for_an_engine_that_is_not_there(bundle: Path) -> None:
     manifest = Bundle.open(bundle).manifest
     with pytest.raises(BundleError, match=r"no graph w4a8.ort-cpu: it holds w8a8.ort-cpu; rebuild it with --precision w4a8"):
         manifest.artifact(Precision(4, 8), "ort-cpu")
-    with pytest.raises(BundleError, match=r"no w8a8 engine for backend 'tensorrt'.*--backend tensorrt --rebuild"):
+    with pytest.raises(BundleError, match=r"no engines for backend 'tensorrt'.*--backend tensorrt --rebuild"):
         manifest.artifact(W8A8, "tensorrt")

@@ -87,10 +87,29 @@ def check(name: str) -> None:
     """That engines run here.
 
     Raises:
-        BackendUnavailable: the library, the driver or the GPU is missing.
+        BackendUnavailable: the library, the driver or the GPU is missing, or the library does not serve this GPU.
     """
-    load(name)
-    cuda.gpu()
+    trt = load(name)
+    device = cuda.gpu()
+    known = _capabilities(trt) if hasattr(trt, "ComputeCapability") else {}  # TensorRT-RTX alone chooses its targets
+    if known and device.capability not in known:
+        raise BackendUnavailable(
+            f"{name} {trt.__version__} does not serve {device}: it knows compute capabilities {', '.join(known)}; choose another backend"
+        )
+
+
+def check_build(name: str, capabilities: tuple[str, ...]) -> None:
+    """That engines can be built here, for these GPUs.
+
+    Raises:
+        BackendUnavailable: the library is missing; for TensorRT, which builds for the GPU at hand, the GPU.
+        RecipeError: a compute capability that the library does not know.
+    """
+    trt = load(name)
+    if name == "tensorrt":
+        cuda.gpu()
+    else:
+        _choose(trt, capabilities, fp8=False)
 
 
 def runtime_version(name: str) -> str:
@@ -568,20 +587,30 @@ class Progress:
         self._phases.pop(phase, None)
 
 
-def _set_targets(trt: Any, config: Any, wanted: tuple[str, ...], fp8: bool) -> tuple[str, ...]:
-    """Choose the GPUs; returns their compute capabilities."""
-    if not hasattr(config, "set_compute_capability"):
-        return (cuda.gpu().capability,)
+def _capabilities(trt: Any) -> dict[str, Any]:
+    """{compute capability, such as "8.9": the module's name for it}, of all that TensorRT-RTX knows."""
     members = {n: m for n, m in trt.ComputeCapability.__members__.items() if re.fullmatch(r"SM\d+", n)}
-    known = {f"{int(n[2:]) // 10}.{int(n[2:]) % 10}": m for n, m in members.items()}
+    return {f"{int(n[2:]) // 10}.{int(n[2:]) % 10}": m for n, m in members.items()}
+
+
+def _choose(trt: Any, wanted: tuple[str, ...], fp8: bool) -> tuple[str, ...]:
+    """Compute capabilities to build for: those wanted, or all that the numbers allow."""
+    known = _capabilities(trt)
     able = [c for c in known if not fp8 or tuple(map(int, c.split("."))) >= FP8_CAPABILITY]
     for capability in wanted:
         if capability not in able:
             why = "computes in FP8 for" if capability in known else "knows"
             raise RecipeError(f"tensorrt.compute_capabilities holds {capability}: {trt.__name__} {trt.__version__} {why} {', '.join(able)}")
+    return wanted or tuple(able)
+
+
+def _set_targets(trt: Any, config: Any, wanted: tuple[str, ...], fp8: bool) -> tuple[str, ...]:
+    """Choose the GPUs; returns their compute capabilities."""
+    if not hasattr(config, "set_compute_capability"):
+        return (cuda.gpu().capability,)
+    chosen, known = _choose(trt, wanted, fp8), _capabilities(trt)
     if not wanted and not fp8:
-        return tuple(known)
-    chosen = wanted or tuple(able)
+        return chosen  # the library's own default
     config.num_compute_capabilities = len(chosen)
     for index, capability in enumerate(chosen):
         config.set_compute_capability(known[capability], index)
