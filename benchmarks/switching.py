@@ -9,6 +9,7 @@ engine's than right after its own; the overhead of a run is all that is not an e
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import time
 from collections.abc import Callable
@@ -17,17 +18,19 @@ from pathlib import Path
 import numpy as np
 from report import machine, table, write_section
 
-from ptqd_export.backends import available
+from ptqd_export.backends import available, open_device
 from ptqd_export.bundle import Bundle
 from ptqd_export.engine import SAMPLE, STEP, TIMESTEP
+from ptqd_export.engines import open_artifact
 from ptqd_export.plan import Plan
 from ptqd_export.precision import Precision
 from ptqd_export.quant import BUILDERS
 from ptqd_export.recipe import BUILT
 from ptqd_export.runtime import Runtime
 from ptqd_export.sampler import branches
+from ptqd_export.timing import launcher
 
-ROUNDS = 30
+WARMUP, ROUNDS, RUNS = 3, 30, 5
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -37,9 +40,9 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def measure(bundle: Bundle, backend: str, n: int) -> list[list[str]]:
-    """Rows of the table: per pair of precisions, and per plan."""
+    """Rows of the table: an engine each, and a run."""
     m = bundle.manifest
-    precisions = [p for p in m.bops if not p.is_float or str(p) == "fp32"]
+    precisions = list(m.bops)
     steps = tuple(itertools.islice(itertools.cycle(precisions), len(m.schedule)))
     rows_per_call = n * branches(m.guidance_scale)
     feeds = {
@@ -49,28 +52,32 @@ def measure(bundle: Bundle, backend: str, n: int) -> list[list[str]]:
         **m.model.conditions(None, rows_per_call),
     }
     figures = []
-    with Runtime(bundle, backend, Plan(steps)) as runtime:
-        call = {p: (lambda e=engine: e(feeds)) for p, engine in runtime.engines.items()}  # type: ignore[misc]
+    with contextlib.ExitStack() as opened:
+        device = opened.enter_context(contextlib.closing(open_device(backend)))
+        engines = {p: opened.enter_context(open_artifact(bundle, m.artifact(p, backend), device)) for p in precisions}
+        calls = {p: launcher(engine, device, feeds) for p, engine in engines.items()}
         alone: dict[Precision, list[float]] = {p: [] for p in precisions}
         after: dict[Precision, list[float]] = {p: [] for p in precisions}
-        for turn in range(ROUNDS + 3):
+        for turn in range(WARMUP + ROUNDS):
             for p, other in zip(precisions, [*precisions[1:], precisions[0]], strict=True):
-                call[p]()
-                own = seconds(call[p])
-                call[other]()
-                switched = seconds(call[p])
-                if turn >= 3:
+                calls[p]()
+                own = seconds(calls[p])
+                calls[other]()
+                switched = seconds(calls[p])
+                if turn >= WARMUP:
                     alone[p].append(own)
                     after[p].append(switched)
-        step = {p: float(np.median(alone[p])) for p in precisions}
-        for p in precisions:
-            switch = float(np.median(np.array(after[p]) - np.array(alone[p])))
-            figures.append([backend, str(p), f"{step[p] * 1e3:.2f}", f"{switch * 1e3:+.2f}", ""])
+    step = {p: float(np.median(alone[p])) for p in precisions}
+    for p in precisions:
+        switch = float(np.median(np.array(after[p]) - np.array(alone[p])))
+        figures.append([backend, str(p), f"{step[p] * 1e3:.2f}", f"{switch * 1e3:+.2f}", ""])
+    with Runtime(bundle, backend, Plan(steps)) as runtime:
         indices = range(n)
         runtime.sample(indices)
-        whole = float(np.median([seconds(lambda: runtime.sample(indices)) for _ in range(5)]))
-        engines = sum(step[p] for p in steps)
-        figures.append([backend, f"run of {len(steps)} steps, all precisions in turn", f"{whole * 1e3:.1f}", "", f"{whole / engines - 1:+.1%}"])
+        whole = float(np.median([seconds(lambda: runtime.sample(indices)) for _ in range(RUNS)]))
+    figures.append(
+        [backend, f"run of {len(steps)} steps, all precisions in turn", f"{whole * 1e3:.1f}", "", f"{whole / sum(step[p] for p in steps) - 1:+.1%}"]
+    )
     return figures
 
 
@@ -91,7 +98,7 @@ def main() -> None:
         else:
             missing.append(f"{backend}: not measured, for {reason if reason != 'ok' else 'the bundle has no engines for it'}")
     text = table(("backend", "engine", "ms per call", "ms more after a switch", "run over the sum of its calls"), rows)
-    text += "\n\n" + "\n".join([*missing, f"{options.samples} samples per call; medians of {ROUNDS} calls and of 5 runs. {machine()}."])
+    text += "\n\n" + "\n".join([*missing, f"{options.samples} samples per call; medians of {ROUNDS} calls and of {RUNS} runs. {machine()}."])
     print(text)
     if options.write:
         write_section("switching", text)

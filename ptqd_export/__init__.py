@@ -8,6 +8,7 @@ from __future__ import annotations
 from .build import build
 from .bundle import Bundle
 from .engine import Engine, FakeEngine
+from .engines import rebuild
 from .errors import BackendUnavailable, BundleError, GraphError, ModelError, ParityError, PTQDError, RecipeError
 from .manifest import Manifest
 from .noise import Correction, NoiseStats
@@ -40,6 +41,7 @@ __all__ = [
     "RecipeError",
     "Runtime",
     "build",
+    "rebuild",
     "run",
     "sample",
 ]

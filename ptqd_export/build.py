@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -25,8 +25,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from .bundle import QUANTIZATION, TABLES, Bundle, check_target, working, write_manifest, writing
+from .device import check_update
+from .engine import SAMPLE, STEP, TIMESTEP
 from .engines import Held, build_engines, check_builder, graph_artifact, held_engines
-from .errors import RecipeError
+from .errors import BackendUnavailable, BundleError, GraphError, RecipeError
 from .evaluate import parity
 from .manifest import UPDATE, Artifact, Graph, Manifest
 from .noise import Correction, NoiseStats
@@ -115,9 +117,10 @@ def _build(recipe: Recipe, out: Path, network: Any, schedule: NoiseSchedule, wor
         graphs = _export(base, info.channels, schedule, quantized, measured, tmp)
         figures, graphs, probes = _check_graphs(recipe, info, schedule, trajectories, quantized, measured, graphs, network, tmp, say)
         artifacts = _artifacts(recipe, list(graphs.values()), tmp, work, held, say)
-        artifacts, timed, seconds = _time(recipe, info, schedule, artifacts, graphs, tmp)
+        artifacts, timed, seconds, notes = _time(recipe, info, schedule, artifacts, graphs, tmp)
         plan, plan_info = choose_plan(recipe, schedule, quantized, seconds, measured, BACKENDS[timed])
         plan_info["timed_on"] = timed
+        plan_info["notes"] += notes
         for note in plan_info["notes"]:
             say(note)
         update = _export_update(recipe, info, schedule, plan, measured, tmp)
@@ -240,6 +243,7 @@ def _export(
 
 def _export_update(recipe: Recipe, info: Any, schedule: NoiseSchedule, plan: Plan, measured: Mapping[Key, Measured], folder: Path) -> Graph:
     """The sampler's step as a graph, with the variances of the plan on the backends that keep the state on a device."""
+    from .backends.ort import OrtEngine
     from .export import lint, sampler_update
     from .export import save as save_graphs
 
@@ -249,7 +253,10 @@ def _export_update(recipe: Recipe, info: Any, schedule: NoiseSchedule, plan: Pla
             var[step] = measured[precision, Emission.HALF.numerics(precision)].correction.var[step]
     sigmas = schedule.recalibrated_sigmas(var) if recipe.quantization.recalibrate_variance else schedule.sigmas
     digests = save_graphs({UPDATE: sampler_update(info, schedule, sigmas, recipe.sampler.guidance_scale)}, folder, None)
-    lint(folder / f"{UPDATE}.onnx", Emission.HALF)
+    file = folder / f"{UPDATE}.onnx"
+    lint(file, Emission.HALF)
+    with OrtEngine(file, optimise=False) as engine:
+        check_update(engine, schedule, info, recipe.sampler.guidance_scale, sigmas)
     return Graph(None, Emission.HALF, f"{UPDATE}.onnx", digests[UPDATE], {}, {})
 
 
@@ -346,32 +353,42 @@ def _artifacts(recipe: Recipe, graphs: Sequence[Graph], folder: Path, work: Path
 
 def _time(
     recipe: Recipe, info: Any, schedule: NoiseSchedule, artifacts: Sequence[Artifact], graphs: Mapping[Key, Graph], folder: Path
-) -> tuple[list[Artifact], str, dict[Precision, float]]:
+) -> tuple[list[Artifact], str, dict[Precision, float], list[str]]:
     """Measured times of one evaluation per precision: of the best of the recipe's backends that works here, or of ORT CPU if none does.
 
     Returns:
-        artifacts, with the times; the backend; seconds per precision.
+        artifacts, with the times; the backend; seconds per precision; notes on better backends that could not be timed.
     """
-    from .backends import available, open_engine
-    from .timing import time_engines
-
-    working = available()
-    timed = next((b for b in BACKENDS if b in recipe.backends and working.get(b) == "ok"), CPU)
     n = recipe.plan.batch_size * branches(recipe.sampler.guidance_scale)
-    feeds = {
-        "sample": np.random.default_rng(0).standard_normal((n, *info.sample_shape)).astype(np.float32),
-        "timestep": np.full(n, schedule.timesteps[0]),
-        "step": np.zeros(1, np.int64),
-        **info.conditions(None, n),
-    }
-    files = {a.precision: a.file for a in artifacts if a.backend == timed and a.precision is not None}
-    files = files or {p: g.file for (p, e), g in graphs.items() if e is BACKENDS[timed]}
-    with contextlib.ExitStack() as stack:
-        engines = {str(p): stack.enter_context(open_engine(timed, folder / file)) for p, file in files.items()}
-        seconds = time_engines(engines, feeds)
-    times = {p: seconds[str(p)] for p in files if p is not None}
-    with_times = [replace(a, time_ms=round(times[a.precision] * 1e3, 3)) if a.backend == timed and a.precision is not None else a for a in artifacts]
-    return with_times, timed, times
+    sample = np.random.default_rng(0).standard_normal((n, *info.sample_shape)).astype(np.float32)
+    feeds = {SAMPLE: sample, TIMESTEP: np.full(n, schedule.timesteps[0]), STEP: np.zeros(1, np.int64), **info.conditions(None, n)}
+    notes = []
+    for backend in dict.fromkeys([*(b for b in BACKENDS if b in recipe.backends), CPU]):
+        files = {a.precision: folder / a.file for a in artifacts if a.backend == backend and a.precision is not None}
+        files = files or {p: folder / g.file for (p, e), g in graphs.items() if e is BACKENDS[backend]}
+        try:
+            seconds = _seconds(backend, set(files.values()), feeds)
+        except (BackendUnavailable, BundleError, GraphError) as error:
+            if backend == CPU:
+                raise
+            notes.append(f"the plan goes by another backend's times and noise than {backend}'s, which does not run here: {error}")
+            continue
+        times = {p: seconds[file] for p, file in files.items() if p is not None}
+        timed = [replace(a, time_ms=round(times[a.precision] * 1e3, 3)) if a.backend == backend and a.precision in times else a for a in artifacts]
+        return timed, backend, times, notes
+    raise AssertionError("the last backend raises")
+
+
+def _seconds(backend: str, files: Collection[Path], feeds: Mapping[str, Any]) -> dict[Path, float]:
+    """Median seconds of one launch per file, on buffers that lie on the backend's device."""
+    from .backends import check, open_device, open_engine
+    from .timing import launcher, time_calls
+
+    check(backend)
+    with contextlib.ExitStack() as opened:
+        device = opened.enter_context(contextlib.closing(open_device(backend)))
+        engines = {file: opened.enter_context(open_engine(backend, file, device)) for file in sorted(files)}
+        return time_calls({file: launcher(engine, device, feeds) for file, engine in engines.items()})
 
 
 def choose_plan(

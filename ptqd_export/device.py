@@ -15,8 +15,9 @@ import numpy as np
 
 from .backends.base import Device, DeviceEngine
 from .conditioning import ModelInfo
-from .engine import EPSILON, NEXT_SAMPLE, NEXT_STEP, NEXT_TIMESTEP, NOISE, SAMPLE, STEP, TIMESTEP, Array
-from .sampler import F64, NoiseSource, branches, condition_rows
+from .engine import EPSILON, NEXT_SAMPLE, NEXT_STEP, NEXT_TIMESTEP, NOISE, SAMPLE, STEP, TIMESTEP, Array, Engine
+from .errors import ParityError
+from .sampler import F64, NoiseSource, branches, condition_rows, ddim_step
 from .schedule import NoiseSchedule
 
 
@@ -90,3 +91,32 @@ class DeviceSampler:
 
 def _launch(engine: DeviceEngine, buffers: Mapping[str, Any]) -> None:
     engine.launch({name: buffers[name] for name in (*engine.inputs, *engine.outputs)})
+
+
+UPDATE_TOLERANCE = 1e-5
+"""Relative to the largest term of an update: some ten roundings of float32."""
+
+
+def check_update(update: Engine, schedule: NoiseSchedule, info: ModelInfo, guidance_scale: float, sigmas: F64) -> None:
+    """Every step of an update engine does what guidance and `sampler.ddim_step` do, on random numbers.
+
+    Args:
+        sigmas: sigma' per step, (T,).
+    Raises:
+        ParityError: naming the step.
+    """
+    rng, rows, n = np.random.default_rng(0), branches(guidance_scale), len(schedule)
+    for step in range(n):
+        x, z, *e = rng.standard_normal((2 + rows, 1, *info.sample_shape)).astype(np.float32)
+        feeds: dict[str, Array] = {SAMPLE: np.concatenate([x] * rows), EPSILON: np.concatenate(e), STEP: np.array([step], np.int64)}
+        got = update(feeds | {NOISE: np.concatenate([z] * rows)})
+        epsilon = np.asarray(e[0] if rows == 1 else e[0] + guidance_scale * (e[1].astype(np.float64) - e[0]), np.float64)
+        noise = z.astype(np.float64) if schedule.sigmas[step] > 0 else None
+        expected = ddim_step(x.astype(np.float64), epsilon, step, schedule, float(sigmas[step]), noise)
+        terms = (1 + 1 / np.sqrt(schedule.alphas_cumprod[step])) * max(np.abs(x).max(), np.abs(epsilon).max(), np.abs(z).max())
+        off = np.abs(got[NEXT_SAMPLE].astype(np.float64) - expected).max() / terms
+        following = min(step + 1, n - 1)
+        if not off <= UPDATE_TOLERANCE or got[NEXT_STEP].tolist() != [step + 1] or (got[NEXT_TIMESTEP] != schedule.timesteps[following]).any():
+            raise ParityError(
+                f"the sampler's update does not do what the schedule says at step {step} (off by {off:.2g} of its terms): rebuild the bundle"
+            )

@@ -187,8 +187,7 @@ def open_artifact(bundle: Bundle, artifact: Artifact, device: Device | None) -> 
     if build is None:
         return open_engine(artifact.backend, bundle.file(artifact.file), device)
     built = f"{artifact.runtime} for {', '.join(build.targets)}"
-    # By the engine itself, which the cache belongs to: the key of a bundle from elsewhere may be any text, such as a path.
-    cache = _cache(f"{bundle.manifest.files[artifact.file]['sha256']}.kernels")
+    cache = _cache(f"{build.key}.kernels")
     return open_engine(artifact.backend, bundle.file(artifact.file), device, built=built, cache=cache)
 
 
@@ -201,23 +200,23 @@ def rebuild(bundle: Bundle, backend: str, say: Callable[[str], None] = lambda te
         BundleError: nothing to build, or the bundle cannot be written.
         BackendUnavailable, GraphError, RecipeError: as `build_engines`.
     """
-    m = bundle.manifest
     if backend not in BUILDERS:
         raise BundleError(f"backend {backend} loads the graphs as they are: leave out --rebuild, which is for {' and '.join(BUILDERS)}")
     path = check_target(bundle.path)
-    try:
-        spec = Recipe.from_dict({"tensorrt": m.provenance["recipe"]["tensorrt"]}).tensorrt
-    except (PTQDError, *MALFORMED):
-        spec = TensorRTSpec()
-    mine = [a for a in m.artifacts if a.backend == backend]
-    precisions = {None, *m.plan.precisions, *(a.precision for a in mine)}
-    graphs = [graph for graph in m.graphs if graph.emission is BACKENDS[backend] and graph.precision in precisions]
     with working(path) as work:
+        m = Bundle.open(path).manifest  # now that no one else can replace it
+        try:
+            spec = Recipe.from_dict({"tensorrt": m.provenance["recipe"]["tensorrt"]}).tensorrt
+        except (PTQDError, *MALFORMED):
+            spec = TensorRTSpec()
+        mine = [a for a in m.artifacts if a.backend == backend]
+        precisions = {None, *m.plan.precisions, *(a.precision for a in mine)}
+        graphs = [graph for graph in m.graphs if graph.emission is BACKENDS[backend] and graph.precision in precisions]
         with writing(path) as tmp:
             for name in m.files.keys() - {a.file for a in mine}:
                 target = tmp / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _copy(bundle.file(name), target)
+                _copy(path / name, target)
             built = build_engines(backend, graphs, tmp, _for_this_gpu(spec), m.guidance_scale, work / "engines", {}, say)
             kept = tuple(a for a in m.artifacts if a.backend != backend)
             write_manifest(tmp, replace(m, artifacts=(*kept, *built)))

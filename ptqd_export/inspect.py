@@ -57,13 +57,14 @@ def text(bundle: Bundle, rows: Sequence[StepRow]) -> str:
     """The bundle as a page of text."""
     m = bundle.manifest
     info = m.plan_info
+    cost = f"time on {info['timed_on']}" if info["cost"] == "time" else info["cost"]
     lines = [
         f"{m.model.name}: {'x'.join(map(str, m.model.sample_shape))}, "
         f"{f'{len(m.model.labels)} classes' if m.model.labels else 'no classes'}, {m.schedule.prediction_type} prediction",
         f"measured for: {m.solver}, {len(m.schedule)} steps, eta {m.schedule.eta:g}, guidance {m.guidance_scale:g}; "
         f"recalibrated variance {'on' if m.recalibrate_variance else 'off'}"
         + (" (eta 0 injects no noise: there is no variance to absorb)" if m.schedule.eta == 0 else ""),
-        f"plan ({info['rule']}, {info['objective']} error, cost in {info['cost']}): {m.plan}",
+        f"plan ({info['rule']}, {info['objective']} error, cost in {cost}): {m.plan}",
         *(f"note: {note}" for note in info.get("notes", ())),
         f"bit operations: {info['bops'] / info['bops_fp32']:.3f} of fp32",
         "",

@@ -47,7 +47,7 @@ class EngineBuild:
 
     Attributes:
         key: SHA-256 over graph, settings and versions: the same key is not built again.
-        targets: GPUs it is for, such as "SM89" or a device's name.
+        targets: compute capabilities it is for, such as "8.9".
         settings: of the builder.
         seconds, peak_bytes: time and memory of the build.
         plan: {"meant", "taken": layers meant to run in 8 bits, and those that do; "fell_back": {node: type that it runs in},
@@ -286,6 +286,7 @@ def _check_plan_info(info: Mapping[str, Any]) -> None:
     """What `inspect` prints and plots."""
     for name in ("rule", "objective", "cost"):
         read_typed(str, info[name], f"plan.{name}")
+    _need(info["timed_on"] in BACKENDS, f"timed_on {info['timed_on']!r}")
     bops, full = (read_typed(float, info[name], f"plan.{name}") for name in ("bops", "bops_fp32"))
     _need(bops >= 0 and full > 0, f"bit operations {bops} of {full}")
     for note in read_typed(list, info.get("notes", []), "plan.notes"):

@@ -128,7 +128,7 @@ class PlanSpec:
 class TensorRTSpec:
     """How TensorRT and TensorRT-RTX engines are built.
 
-    `batch_sizes`: fewest, usual and most samples that one engine call gets (guidance doubles the rows that this makes).
+    `batch_sizes`: fewest (always 1), usual and most samples that one engine call gets; guidance doubles the rows that this makes.
     `compute_capabilities`: GPUs that a TensorRT-RTX engine is for, such as "8.9"; all that it knows where empty. TensorRT builds for the GPU at hand.
     `optimization_level`: the builder's, 0 to 5; its own default where not given.
     `workspace_mib`: most scratch memory of one engine; no limit where not given.
@@ -288,10 +288,16 @@ def check(recipe: Recipe) -> None:
     for name in recipe.backends:
         need(name in BUILT, f"backend {name!r} is not known: expected one of {', '.join(BUILT)}")
     t, batches = recipe.tensorrt, list(recipe.tensorrt.batch_sizes)
-    in_order = len(batches) == 3 and batches == sorted(batches) and batches[0] >= 1
-    fits = p.batch_size in range(batches[0], batches[-1] + 1) if in_order and set(recipe.backends) & set(BUILDERS) else True
-    need(in_order, f"tensorrt.batch_sizes is {batches}: give three in order, such as [1, 8, 32]")
-    need(fits, f"plan.batch_size is {p.batch_size}, which the engines are not built for: give a value within tensorrt.batch_sizes, {batches}")
+    in_order = len(batches) == 3 and batches == sorted(batches) and batches[0] == 1
+    need(
+        in_order,
+        f"tensorrt.batch_sizes is {batches}: give 1, the usual and the most, such as [1, 8, 32]; the last batch of a run may hold one sample",
+    )
+    fits = p.batch_size <= batches[-1] or not set(recipe.backends) & set(BUILDERS)
+    need(
+        fits,
+        f"plan.batch_size is {p.batch_size}, but engines are built for at most {batches[-1]} (tensorrt.batch_sizes): lower it, or build for more",
+    )
     for text in t.compute_capabilities:
         need(re.fullmatch(r"[0-9]{1,2}\.[0-9]", text) is not None, f"tensorrt.compute_capabilities holds {text!r}: give major.minor, such as 8.9")
     level, space = t.optimization_level, t.workspace_mib

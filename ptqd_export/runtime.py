@@ -20,7 +20,7 @@ import numpy.typing as npt
 from .backends.base import DeviceEngine
 from .bundle import Bundle
 from .conditioning import ModelInfo
-from .device import DeviceSampler
+from .device import DeviceSampler, check_update
 from .engine import Array, Engine
 from .errors import BackendUnavailable, BundleError, GraphError, ModelError, ParityError
 from .manifest import Manifest
@@ -66,7 +66,24 @@ def probe(engine: Engine, schedule: NoiseSchedule, info: ModelInfo, guidance_sca
     """The guided epsilon that an engine predicts at step 0 for one fixed noise and the first two conditions, float32 (2, C, H, W)."""
     x = np.random.default_rng(0).standard_normal((2, *info.sample_shape))
     with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is compared
-        return np.asarray(predict_epsilon(engine, x, 0, schedule, info, info.conditions(None, 2), guidance_scale), np.float32)
+        return predict_singly(engine, x, 0, schedule, info, info.conditions(None, 2), guidance_scale).astype(np.float32)
+
+
+def predict_singly(
+    engine: Engine,
+    x: npt.NDArray[np.floating],
+    step: int,
+    schedule: NoiseSchedule,
+    info: ModelInfo,
+    conditions: Mapping[str, Array],
+    guidance_scale: float,
+) -> F64:
+    """`predict_epsilon`, a sample at a time: every engine takes that, whatever batches it was built for."""
+    parts = []
+    for i in range(len(x)):
+        own = {spec.name: conditions[spec.name][i : i + 1] for spec in info.inputs}
+        parts.append(predict_epsilon(engine, x[i : i + 1], step, schedule, info, own, guidance_scale))
+    return np.concatenate(parts)
 
 
 def check_probe(bundle: Bundle, precision: Precision, emission: Emission, engine: Engine) -> None:
@@ -88,18 +105,19 @@ def check_probe(bundle: Bundle, precision: Precision, emission: Emission, engine
     if not difference <= allowed:
         raise ParityError(
             f"{name} computes something else here than where the bundle was built (RMS difference {difference:.3g}, allowed {allowed:.3g}): "
-            "this processor or the runtime's version differs; rebuild the bundle on this machine"
+            "this processor, or the runtime's version, differs: rebuild the bundle on this machine (finished engines: run with --rebuild)"
         )
 
 
 def choose_backend(bundle: Bundle) -> tuple[str, dict[str, str]]:
     """The best backend that works here and that the bundle has engines for, and why each better one was passed over.
 
+    Works: all its engines load, and compute what they did where the bundle was built. The last resort, ort-cpu, is not tried.
+
     Raises:
         BackendUnavailable: none works; the line gives every reason.
     """
-    from .backends import check, open_device
-    from .engines import open_artifact
+    from .backends import check
 
     passed: dict[str, str] = {}
     for name in BUILT:
@@ -107,11 +125,10 @@ def choose_backend(bundle: Bundle) -> tuple[str, dict[str, str]]:
             continue
         try:
             check(name)
-            if name in BUILDERS:  # the smallest engine tells whether this GPU and version take it
-                with contextlib.closing(open_device(name)) as device, open_artifact(bundle, bundle.manifest.artifact(None, name), device):
-                    pass
+            if name != BUILT[-1]:
+                Runtime(bundle, name).close()
             return name, passed
-        except (BackendUnavailable, BundleError, GraphError) as error:
+        except (BackendUnavailable, BundleError, GraphError, ParityError) as error:
             passed[name] = str(error)
     raise BackendUnavailable(f"no backend works here: {'; '.join(f'{name}: {why}' for name, why in passed.items())}")
 
@@ -167,7 +184,9 @@ class Runtime:
             check_probe(self.bundle, precision, BACKENDS[name], self.engines[precision])
         # The update graph holds the variances of the bundle's own plan.
         if device is not None and (self.plan == m.plan or not m.schedule.sigmas.any()):
-            self._on_device = DeviceSampler(device, opened(None), m.schedule, m.model, m.guidance_scale)
+            update = opened(None)
+            check_update(update, m.schedule, m.model, m.guidance_scale, self.bundle.sigmas(name))
+            self._on_device = DeviceSampler(device, update, m.schedule, m.model, m.guidance_scale)
 
     def sample(
         self,

@@ -15,14 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from .bundle import Bundle
+from .device import check_update
 from .engine import EPSILON, SAMPLE, STEP, TIMESTEP, Array, Engine, Feeds
 from .errors import BackendUnavailable, ParityError
 from .evaluate import parity
-from .manifest import Graph, Manifest
+from .manifest import UPDATE, Graph, Manifest, name_of
 from .precision import FP32
 from .quant import BACKENDS, BUILDERS, Emission
-from .runtime import Runtime, check_probe
-from .sampler import predict_epsilon, sample
+from .runtime import Runtime, check_probe, predict_singly
+from .sampler import sample
 
 if TYPE_CHECKING:
     from .backends.compare import Difference
@@ -63,28 +64,42 @@ class Comparison:
 
 
 def verify_engines(bundle: Bundle) -> list[str]:
-    """Evaluate every graph of the bundle once on ONNX Runtime's CPU provider, and compare it with its probe; their names.
+    """Evaluate every graph of the bundle once on ONNX Runtime's CPU provider, and every finished engine that runs here; their names.
 
-    The provider's own graphs run as it optimises them, the others as they are written.
+    Networks are compared with their probes, the sampler's update with the schedule. The provider's own graphs run as it optimises them,
+    the others as they are written.
 
     Raises:
         ParityError: an engine returns NaN or a wrong shape, asks for an unknown input, or computes something else than where it was built.
         GraphError: a graph does not load.
         BackendUnavailable: ONNX Runtime is not installed.
     """
-    from .backends import OrtEngine
+    from .backends import OrtEngine, available, open_device
+    from .engines import open_artifact
 
     m = bundle.manifest
     names = []
     for graph in m.graphs:
-        if graph.precision is None:
-            continue
         with OrtEngine(bundle.file(graph.file), optimise=graph.emission is Emission.ORT_CPU) as engine:
+            if graph.precision is None:
+                check_update(engine, m.schedule, m.model, m.guidance_scale, bundle.sigmas(BUILDERS[0]))
+                names.append(UPDATE)
+                continue
             unknown = set(engine.inputs) - {SAMPLE, TIMESTEP, STEP, *(spec.name for spec in m.model.inputs)}
             if unknown:
                 raise ParityError(f"{graph.file} asks for an input {min(unknown)!r} that the manifest does not know: rebuild the bundle")
             check_probe(bundle, graph.precision, graph.emission, engine)
         names.append(f"{graph.precision}.{graph.emission}")
+    working = available()
+    for backend in (name for name in BUILDERS if name in m.backends and working[name] == OK):
+        with contextlib.closing(open_device(backend)) as device:
+            for artifact in (a for a in m.artifacts if a.backend == backend):
+                with open_artifact(bundle, artifact, device) as engine:
+                    if artifact.precision is None:
+                        check_update(engine, m.schedule, m.model, m.guidance_scale, bundle.sigmas(backend))
+                    else:
+                        check_probe(bundle, artifact.precision, BACKENDS[backend], engine)
+                names.append(f"{name_of(artifact.precision)}.{backend}")
     return names
 
 
@@ -312,7 +327,7 @@ class _Guided:
 
     def __call__(self, feeds: Feeds) -> dict[str, Array]:
         m, x, step = self.manifest, np.asarray(feeds[SAMPLE], np.float32), int(np.asarray(feeds[STEP])[0])
-        return {EPSILON: predict_epsilon(self.engine, x, step, m.schedule, m.model, feeds, m.guidance_scale)}
+        return {EPSILON: predict_singly(self.engine, x, step, m.schedule, m.model, feeds, m.guidance_scale)}
 
     def close(self) -> None:
         self.engine.close()

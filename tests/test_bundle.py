@@ -25,7 +25,7 @@ from ptqd_export.quant import Emission
 from ptqd_export.schedule import NoiseSchedule
 
 W8A8 = Precision(8, 8)
-PLAN_INFO = {"rule": "fixed", "objective": "paired", "cost": "bops", "bops": 10, "bops_fp32": 40, "front": []}
+PLAN_INFO = {"rule": "fixed", "objective": "paired", "cost": "bops", "bops": 10, "bops_fp32": 40, "front": [], "timed_on": "ort-cpu"}
 PARITY = {"fp32.ort-cpu": {"largest_relative_error": 1e-7}}
 
 
@@ -44,7 +44,7 @@ def write(path: Path, schedule: NoiseSchedule, info: ModelInfo, marker: str = "g
         )
         (tmp / "w8a8.tensorrt-rtx.engine").write_bytes(b"not opened")
         graph = Graph(W8A8, Emission.ORT_CPU, "w8a8.ort-cpu.onnx", "0" * 64, {"Conv": 3}, {"conv": "int8"})
-        made = EngineBuild("1" * 64, ("SM89",), {"rows": [1, 8, 32]}, 1.5, 10**9, {"meant": 1, "taken": 1, "kernels": 9, "fell_back": {}})
+        made = EngineBuild("1" * 64, ("8.9",), {"rows": [1, 8, 32]}, 1.5, 10**9, {"meant": 1, "taken": 1, "kernels": 9, "fell_back": {}})
         artifacts = (
             Artifact(W8A8, "ort-cpu", graph.file, "test", "none", 1.5),
             Artifact(W8A8, "tensorrt-rtx", "w8a8.tensorrt-rtx.engine", "test", "none", None, made),
@@ -197,7 +197,7 @@ FIGURES = {"layers": {"layers": 3, "share_apart": 0.0}, "noise": {"limit_z": 5.0
         (lambda m: m["artifacts"][1].update(build=None), "of tensorrt-rtx has no build"),
         (lambda m: m["artifacts"][0].update(build=m["artifacts"][1]["build"]), "of ort-cpu has a build"),
         (lambda m: m["artifacts"][1]["build"].update(key="../../x"), r"key '\.\./\.\./x'"),
-        (lambda m: m["artifacts"][1]["build"].update(targets="SM89"), "targets: expected an array"),
+        (lambda m: m["artifacts"][1]["build"].update(targets="8.9"), "targets: expected an array"),
         (lambda m: m["artifacts"][1]["build"].update(settings={}), "KeyError: 'rows'"),
         (lambda m: m["artifacts"][1]["build"].update(settings={"rows": [1, 2]}), "settings.rows"),
         (lambda m: m["artifacts"][1]["build"]["plan"].pop("kernels"), "KeyError: 'kernels'"),

@@ -523,7 +523,7 @@ def test_an_engine_that_computes_something_else_here(bundle: Path, refused: Call
     for line in (refused("verify", bundle), refused(*words, "1"), refused(*words, "2")):
         assert re.search(
             r"w4a8.ort-cpu computes something else here than where the bundle was built \(RMS difference .*, allowed .*\): "
-            r"this processor or the runtime's version differs; rebuild the bundle on this machine",
+            r"this processor, or the runtime's version, differs: rebuild the bundle on this machine",
             line,
         )
     assert not (bundle.parent / "x").exists()
