@@ -1,15 +1,19 @@
 # make demo   build the bundle of the reference model and sample a grid from it
 # make test   lint, type check and run the tests
-# make test-gpu  run the tests that need an NVIDIA GPU, on a machine that has one; they say why where they skip
+# make test-gpu  run the tests that need an NVIDIA GPU, on a machine that has one (in .venv-gpu); they say why where they skip
 # make check  lint and type check alone
 # make bench  measure the tables of the README (about an hour)
-# make clean  remove what these commands wrote (.venv stays: remove it by hand)
+# make clean  remove what these commands wrote (.venv and .venv-gpu stay: remove them by hand)
 #
 # Each of them creates .venv first if it is missing or older than pyproject.toml and constraints.txt.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# onnxruntime-gpu overwrites onnxruntime: an environment of its own. `make GPU=gpu,tensorrt test-gpu` adds TensorRT.
+BIN_GPU := .venv-gpu/bin
+INSTALLED_GPU := .venv-gpu/.installed
+GPU ?= gpu
 
 .PHONY: demo test test-gpu check bench clean
 .DEFAULT_GOAL := test
@@ -20,6 +24,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing the pinned packages into .venv (once)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,build,dev]'
+	@touch $@
+
+$(INSTALLED_GPU): pyproject.toml constraints.txt
+	@echo "Installing into .venv-gpu (once)"
+	@$(PYTHON) -m venv .venv-gpu
+	@$(BIN_GPU)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(GPU),build,dev]'
 	@touch $@
 
 demo: $(INSTALLED)
@@ -34,15 +44,17 @@ check: $(INSTALLED)
 test: check
 	$(BIN)/pytest
 
-test-gpu: $(INSTALLED)
-	$(BIN)/pytest -m gpu -rs
+test-gpu: $(INSTALLED_GPU)
+	$(BIN_GPU)/pytest -m gpu -rs
 
 bench: $(INSTALLED)
 	test -d engines/fashion_mnist || $(BIN)/ptqd-export build calib/fashion_mnist --out engines/fashion_mnist
 	$(BIN)/python benchmarks/step_time.py --write
+	$(BIN)/python benchmarks/switching.py --write
+	$(BIN)/python benchmarks/parity.py --write
 	$(BIN)/python benchmarks/engine_builds.py --write
 	$(BIN)/python benchmarks/quality.py --samples 128 --write
 
 clean:
 	rm -rf engines/fashion_mnist engines/fashion_mnist_samples build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
-	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

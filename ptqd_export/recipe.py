@@ -93,7 +93,7 @@ class QuantizationSpec:
     """How layers are quantized and corrected.
 
     `edge_layers`: first and last conv in "float", or at 8 bits ("w8a8") as in the paper. `rounding`: of weights below 8 bits.
-    `weight_scales`: one scale per output "channel", or one for the whole "tensor", with which TensorRT's convs absorb bias and residual.
+    `weight_scales`: one scale per output "channel", or one for the whole "tensor".
     `skip`: globs of module paths left in float.
     """
 

@@ -205,15 +205,16 @@ class CudaDevice:
         """Make `scratch` hold at least `size` bytes; it may move, so engines look at its address before each run.
 
         Raises:
-            BackendUnavailable: memory ran out.
+            BackendUnavailable: memory ran out; the scratch is what it was.
         """
         if size <= self.scratch[1]:
             return
-        self.synchronize()
-        old, self.scratch = self.scratch, (0, 0)
+        # Before the old one is freed, which engines that are open go on with if there is no memory for this one.
+        ptr = int(self._call("cudaMalloc", size))  # aligned to 256 bytes at least
+        old, self.scratch = self.scratch, (ptr, size)
         if old[0]:
+            self.synchronize()
             self._call("cudaFree", old[0])
-        self.scratch = (int(self._call("cudaMalloc", size)), size)  # cudaMalloc aligns to 256 bytes at least
 
     def capture(self, work: Callable[[], bool]) -> Any:
         """A CUDA graph of what `work` queues, not run; None where `work` says False or it cannot be captured."""

@@ -40,6 +40,8 @@ from .cuda import Buffer, CudaDevice
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 FP8_CAPABILITY = (8, 9)
 """The first compute capability that computes in FP8."""
+BUILDER_REVISION = 1
+"""Raise it whenever `_set_flags`, or another choice of the builder made in this file, changes: engines of before are then built again."""
 
 DTYPES = {
     "FLOAT": "float32",
@@ -57,9 +59,15 @@ NO_KERNEL = frozenset({"signal", "wait", "shape_call", "NoOp", "Constant"})
 """Layer types of a plan that launch no work."""
 POINTWISE = NO_KERNEL | {"kgen", "Reformat", "PointWise", "PointWiseV2"}
 """Layer types that name a convolution or product in their metadata without computing it."""
+MERGING = frozenset({"gemm", "correlation"})
+"""Layer types of one product, which name several nodes only where these multiply the same input: its type is that of each."""
+OPAQUE = frozenset({"Myelin", "ForeignNode"})
+"""Layer types of full TensorRT that hold whole subgraphs."""
+NOT_FOUND, NOT_KNOWN = "not found", "not known"
+"""In the place of a node's type: no computing layer of the plan names it; its layer, or the plan, does not tell."""
 
 GRAPHS = 16
-"""Most (shapes, addresses) of which an engine keeps a CUDA graph."""
+"""Most (shapes, addresses) of which an engine keeps a CUDA graph and its execution context."""
 
 
 def load(name: str) -> Any:
@@ -152,13 +160,13 @@ class Settings:
 
 
 def key(name: str, graph_digest: str, settings: Settings, gpu: cuda.Gpu | None = None) -> str:
-    """SHA-256 of what decides an engine: the graph's digest, the settings, the library's version and, for TensorRT, the GPU at hand.
+    """SHA-256 of what decides an engine: graph digest, settings, library version, BUILDER_REVISION and, for TensorRT, the GPU at hand.
 
     Raises:
         BackendUnavailable: the library is not installed; for TensorRT, `gpu` is not given and there is none.
     """
     at_hand = str(gpu or cuda.gpu()) if name == "tensorrt" else ""
-    parts = [graph_digest, settings.to_dict(), runtime_version(name), at_hand]
+    parts = [graph_digest, settings.to_dict(), runtime_version(name), BUILDER_REVISION, at_hand]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -169,7 +177,7 @@ class PlanTable:
     Attributes:
         meant: nodes that were to run in 8 bits.
         taken: those of them that do.
-        fell_back: the others: {node: type that its input has instead, or "not found"}.
+        fell_back: the others: {node: type that its input has instead, or NOT_FOUND or NOT_KNOWN}.
         kernels: layers of the plan that launch work.
         types: {layer type: how many}, of all layers.
     """
@@ -184,8 +192,7 @@ class PlanTable:
     def read(cls, lines: Iterable[str], quantized: Mapping[str, str]) -> PlanTable:
         """From the builder's verbose log; `quantized` says {node name: "int8" or "fp8"}.
 
-        Raises:
-            GraphError: the log holds no plan.
+        A log whose wording this file does not know holds no layers, and every node is NOT_KNOWN: no reason to refuse the engine.
         """
         layers: list[_Layer] = []
         for line in lines:
@@ -193,16 +200,15 @@ class PlanTable:
                 layers = []
             elif layer := _Layer.read(line):
                 layers.append(layer)
-        if not layers:
-            raise GraphError(
-                "the builder's log holds no plan, expected lines such as 'Name: ..., LayerType: ...': this version of TensorRT is not known"
-            )
         found: dict[str, list[str]] = {}
         for layer in layers:
             if layer.kind not in POINTWISE:
-                for node in layer.nodes:
-                    found.setdefault(node, []).append(layer.input_dtype)
-        fell_back = {node: found.get(node, ["not found"])[0] for node, dtype in quantized.items() if dtype not in found.get(node, ())}
+                meant = quantized.keys() & set(layer.nodes)
+                unclear = layer.kind in OPAQUE or (len(meant) > 1 and layer.kind not in MERGING)
+                for node in meant:
+                    found.setdefault(node, []).append(NOT_KNOWN if unclear else layer.input_dtype)
+        absent = NOT_FOUND if layers else NOT_KNOWN
+        fell_back = {node: found.get(node, [absent])[0] for node, dtype in quantized.items() if dtype not in found.get(node, ())}
         types = Counter(layer.kind for layer in layers)
         kernels = sum(n for kind, n in types.items() if kind not in NO_KERNEL)
         return cls(len(quantized), len(quantized) - len(fell_back), fell_back, kernels, dict(sorted(types.items())))
@@ -455,9 +461,7 @@ def _build(request: Mapping[str, Any], part: Path, tell: Callable[[Mapping[str, 
     if not parser.parse_from_file(request["graph"]):
         raise _Failure("GraphError", f"{name} cannot read {{graph}}: {_literal(_parse_error(parser))}; the log is {{log}}")
     config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
-        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # without it, memory taken while running forbids CUDA graphs
+    _set_flags(trt, config)
     if settings.optimization_level is not None:
         config.builder_optimization_level = settings.optimization_level
     if settings.workspace_mib is not None:
@@ -493,6 +497,15 @@ def _build(request: Mapping[str, Any], part: Path, tell: Callable[[Mapping[str, 
         text = f"cannot write the engine of {plan.nbytes} bytes into {part.parent}: {error.strerror}: choose another place or free some space"
         raise _Failure("PTQDError", _literal(text)) from error
     return {"seconds": seconds, "bytes": plan.nbytes, "peak_bytes": _peak_bytes(), "targets": targets}
+
+
+def _set_flags(trt: Any, config: Any) -> None:
+    """What no setting decides; BUILDER_REVISION stands for it in `key`."""
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if hasattr(trt.BuilderFlag, "TF32"):
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default: products of float32 with 10 bits of mantissa
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # without it, memory taken while running forbids CUDA graphs
 
 
 def _parse_error(parser: Any) -> str:
@@ -661,10 +674,20 @@ SIGNS = {
 """What TensorRT logs for them."""
 
 
+@dataclass(frozen=True)
+class _Captured:
+    """A CUDA graph, and the execution context whose state is a part of it: neither is changed, and they end together."""
+
+    graph: Any
+    context: Any
+
+
 class TrtEngine:
     """An engine file on a GPU, as an `Engine`; `launch` runs it on arrays that are on the GPU already.
 
     Outputs of a call are fresh arrays that the caller owns. Scratch memory is the device's, shared with its other engines.
+    A captured CUDA graph has an execution context of its own: a context's internal state is part of what is captured
+    (NVIDIA/TensorRT#3798). One more context serves questions of shape and all runs that are not captured.
     """
 
     def __init__(self, module: Any, path: Path, device: CudaDevice, *, built: str = "", cache: Path | None = None) -> None:
@@ -680,7 +703,7 @@ class TrtEngine:
         """
         self.path, self._trt, self._device, self._cache_file = path, module, device, cache
         self._logger = _memory_logger(module)
-        self._graphs: OrderedDict[Any, Any] = OrderedDict()  # None: seen once
+        self._captured: OrderedDict[tuple[Buffer, ...], _Captured | None] = OrderedDict()  # by shapes and addresses; None: not captured
         self._held: dict[str, Buffer] = {}
         self._capturable = True
         self._scratch = (0, 0)
@@ -691,7 +714,10 @@ class TrtEngine:
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror}: run with --rebuild") from error
         self._runtime, self._engine = self._deserialize(blob, built)
-        self._context = self._make_context()
+        self._config = self._configure()
+        self._context = self._new_context()
+        if self._context is None:
+            raise BackendUnavailable(f"{path} cannot be made ready on {device.gpu} ({self._logger.told()}): free some of the GPU's memory")
         trt, engine = module, self._engine
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         specs = {
@@ -702,7 +728,8 @@ class TrtEngine:
         shapes = {s.name: engine.get_tensor_profile_shape(s.name, 0) for s in self.specs if None in s.shape}
         self.rows = {name: (int(low[0]), int(high[0])) for name, (low, _, high) in shapes.items()}
         """{input: (fewest, most rows)} of the inputs whose first dimension is dynamic."""
-        device.reserve(engine.device_memory_size_v2)
+        self._need = int(engine.device_memory_size_v2)
+        device.reserve(self._need)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -738,26 +765,27 @@ class TrtEngine:
         why = ", ".join(names) or "no diagnosis"
         raise BackendUnavailable(f"{self.path} does not load ({why}: {told}), {here}: update the NVIDIA driver, or free some of the GPU's memory")
 
-    def _make_context(self) -> Any:
-        trt, engine = self._trt, self._engine
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if not hasattr(engine, "create_runtime_config"):
-            context = engine.create_execution_context(strategy)
-        else:
-            config = engine.create_runtime_config()
-            config.set_execution_context_allocation_strategy(strategy)
-            if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
-                # Not lazily: kernels that change during a run change its last bits, and a CUDA graph would keep the slow ones.
-                config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-            if self._cache_file is not None and hasattr(config, "create_runtime_cache"):
-                self._cache = config.create_runtime_cache()
-                with contextlib.suppress(OSError):
+    def _configure(self) -> Any:
+        """What all execution contexts are made from: a runtime configuration, or without one an allocation strategy."""
+        trt, strategy = self._trt, self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not hasattr(self._engine, "create_runtime_config"):
+            return strategy
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+            # Not lazily: kernels that change during a run change its last bits, and a CUDA graph would keep the slow ones.
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        if hasattr(config, "create_runtime_cache"):
+            self._cache = config.create_runtime_cache()  # without a file too: what one context compiled, the next need not
+            with contextlib.suppress(OSError):
+                if self._cache_file is not None:
                     self._cache.deserialize(self._cache_file.read_bytes())  # says False where it does not fit, and stays empty
-                config.set_runtime_cache(self._cache)
-            context = engine.create_execution_context(config)
-        if context is None:
-            raise BackendUnavailable(f"{self.path} cannot be made ready on {self._device.gpu} ({self._logger.told()}): free some of the GPU's memory")
-        return context
+            config.set_runtime_cache(self._cache)
+        return config
+
+    def _new_context(self) -> Any:
+        """None where it cannot be made."""
+        return self._engine.create_execution_context(self._config)
 
     def __call__(self, feeds: Feeds) -> dict[str, Array]:
         """Run on `feeds`, which hold at least `inputs`.
@@ -774,7 +802,7 @@ class TrtEngine:
             value = feeds[spec.name]
             buffers[spec.name] = self._hold(spec, value.shape)
             self._device.write(buffers[spec.name], value)
-        self._set_shapes(buffers)
+        self._set_shapes(self._context, buffers)
         for spec in self._outputs:
             buffers[spec.name] = self._hold(spec, tuple(self._context.get_tensor_shape(spec.name)))
         self.launch(buffers)
@@ -819,63 +847,97 @@ class TrtEngine:
 
         Raises:
             GraphError: a buffer is missing, or has the wrong dtype or shape; or the run cannot be queued.
-            BackendUnavailable: the engine is closed, or the GPU failed.
+            BackendUnavailable: the engine or its device is closed, or the GPU failed.
         """
         self._check_open()
-        if self._scratch != self._device.scratch:  # it moved: graphs hold the old address
-            self._drop_graphs()
-            self._scratch = self._device.scratch
-            if self._scratch[0]:
-                self._context.set_device_memory(*self._scratch)
+        self._follow_scratch()
         try:
             key = tuple(buffers[spec.name] for spec in (*self.specs, *self._outputs))
         except KeyError as error:
             raise GraphError(f"{self.path} needs a buffer {error.args[0]!r}: got {', '.join(buffers) or 'none'}") from error
-        graph = self._graphs.get(key)
-        if graph is not None:
-            self._graphs.move_to_end(key)
-            self._device.replay(graph)
+        captured = self._captured.get(key)
+        if captured is not None:
+            self._captured.move_to_end(key)
+            self._device.replay(captured.graph)
             return
         for spec, buffer in zip((*self.specs, *self._outputs), key, strict=True):
             self._check_shape(spec, buffer.dtype, buffer.shape)
-        self._set_shapes(buffers)
+        fresh = self._capturing_context() if key in self._captured and self._capturable else None
+        context = fresh or self._context
+        self._bind(context, buffers)
+        if not self._enqueue(context):
+            raise GraphError(f"{self.path} failed to run: {self._logger.told()}")
+        # After a run of the same context: what the library does once for new shapes must not be captured.
+        self._captured[key] = None if fresh is None else self._capture(fresh)
+        self._captured.move_to_end(key)
+        while len(self._captured) > GRAPHS:
+            self._drop(self._captured.popitem(last=False)[1])
+
+    def _follow_scratch(self) -> None:
+        """Take the device's scratch as it is now; where it moved, the graphs hold the old address.
+
+        Raises:
+            BackendUnavailable: it is smaller than this engine needs.
+        """
+        ptr, size = self._device.scratch
+        if size < self._need:
+            raise BackendUnavailable(
+                f"{self.path} needs {self._need} bytes of scratch memory, the device holds {size}: open the device and engines again"
+            )
+        if (ptr, size) != self._scratch:
+            self._drop_captured()
+            self._scratch = (ptr, size)
+            self._share_scratch(self._context)
+
+    def _share_scratch(self, context: Any) -> None:
+        if self._scratch[0]:
+            context.set_device_memory(*self._scratch)
+
+    def _capturing_context(self) -> Any:
+        """A new context for one graph, or None, after which none is tried again: there is work without graphs too."""
+        context = self._new_context()
+        if context is None:
+            self._logger.told()
+            self._capturable = False
+        else:
+            self._share_scratch(context)
+        return context
+
+    def _bind(self, context: Any, buffers: Mapping[str, Buffer]) -> None:
+        self._set_shapes(context, buffers)
         for spec in self._outputs:
-            made = tuple(self._context.get_tensor_shape(spec.name))
+            made = tuple(context.get_tensor_shape(spec.name))
             if made != buffers[spec.name].shape:
                 raise GraphError(f"{self.path} makes {spec.name!r} of shape {made} from these inputs: got a buffer of {buffers[spec.name].shape}")
-        for spec, buffer in zip((*self.specs, *self._outputs), key, strict=True):
-            self._context.set_tensor_address(spec.name, buffer.ptr)
-        if not self._enqueue():
-            raise GraphError(f"{self.path} failed to run: {self._logger.told()}")
-        if key in self._graphs and self._capturable:
-            # After a run with the same shapes: what the library does once for new shapes must not be captured.
-            self._graphs[key] = self._capture()
-        self._graphs.setdefault(key, None)
-        while len(self._graphs) > GRAPHS:
-            self._drop(self._graphs.popitem(last=False)[1])
+        for name in (*self.inputs, *self.outputs):
+            context.set_tensor_address(name, buffers[name].ptr)
 
-    def _enqueue(self) -> bool:
-        return bool(self._context.execute_async_v3(self._device.stream))
-
-    def _capture(self) -> Any:
-        """A graph of one run, or None, after which none is tried again."""
-        able = not hasattr(self._context, "is_stream_capturable") or self._context.is_stream_capturable(self._device.stream)
-        graph = self._device.capture(self._enqueue) if able else None
-        self._capturable = graph is not None
-        return graph
-
-    def _drop(self, graph: Any) -> None:
-        if graph is not None:
-            self._device.drop(graph)
-
-    def _drop_graphs(self) -> None:
-        while self._graphs:
-            self._drop(self._graphs.popitem()[1])
-
-    def _set_shapes(self, buffers: Mapping[str, Buffer]) -> None:
+    def _set_shapes(self, context: Any, buffers: Mapping[str, Buffer]) -> None:
         for spec in self.specs:
-            if None in spec.shape and not self._context.set_input_shape(spec.name, buffers[spec.name].shape):
+            if None in spec.shape and not context.set_input_shape(spec.name, buffers[spec.name].shape):
                 raise GraphError(f"{self.path} does not take {spec.name!r} of shape {buffers[spec.name].shape}: {self._logger.told()}")
+
+    def _enqueue(self, context: Any) -> bool:
+        return bool(context.execute_async_v3(self._device.stream))
+
+    def _capture(self, context: Any) -> _Captured | None:
+        """A graph of one run, or None, after which none is tried again."""
+        able = not hasattr(context, "is_stream_capturable") or context.is_stream_capturable(self._device.stream)
+        graph = self._device.capture(lambda: self._enqueue(context)) if able else None
+        if graph is not None:
+            return _Captured(graph, context)
+        self._capturable = False
+        self._device.synchronize()  # the context, which goes now, has work under way
+        return None
+
+    def _drop(self, captured: _Captured | None) -> None:
+        """The graph, once it has run; the context goes with the last reference to it."""
+        if captured is not None:
+            self._device.drop(captured.graph)
+
+    def _drop_captured(self) -> None:
+        while self._captured:
+            self._drop(self._captured.popitem()[1])
 
     def close(self) -> None:
         """Free the engine and save its cache; a second call does nothing."""
@@ -883,13 +945,15 @@ class TrtEngine:
             return
         with contextlib.suppress(BackendUnavailable):  # after a failure of the GPU nothing can be freed
             self._device.synchronize()
-            self._drop_graphs()
+            self._drop_captured()
             for buffer in self._held.values():
                 self._device.free(buffer)
         self._held = {}
         self._save_cache()
         # In this order: each belongs to the next.
+        self._captured.clear()
         self._context = None
+        self._config = None
         self._cache = None
         self._engine = None
         self._runtime = None

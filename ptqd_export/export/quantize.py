@@ -177,7 +177,11 @@ class _Rewriter:
             return build.node(
                 before, "Mul", [numbers, self._const(f"{layer.name}.weight.scale", scale)], f"{layer.name}.weight.dequantized", FLOAT, shape
             )
-        inputs = [values, self._const(f"{layer.name}.weight.scale", layer.weight_scale)]
+        scale = layer.weight_scale
+        if not self.fused and (scale == scale[0]).all():  # one scale for the tensor
+            inputs = [values, self._const(f"{layer.name}.weight.scale", scale[0])]
+            return build.node(before, "DequantizeLinear", inputs, f"{layer.name}.weight.dequantized", FLOAT, shape)
+        inputs = [values, self._const(f"{layer.name}.weight.scale", scale)]
         return build.node(before, "DequantizeLinear", inputs, f"{layer.name}.weight.dequantized", FLOAT, shape, {"axis": axis})
 
     def _bias(self, before: ir.Node, layer: LayerQuant) -> ir.Value:
