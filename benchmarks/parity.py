@@ -26,6 +26,7 @@ def rows(bundle: Bundle) -> list[list[str]]:
         figures = m.parity[f"{graph.precision}.{graph.emission}"]
         layers, noise = figures["layers"], figures["noise"]
         snr = np.mean(10 * np.log10(bundle.stats(graph.precision, graph.emission).snr))
+        own = graph.emission.numerics(graph.precision) is graph.emission
         ratio = np.array(noise["mse_ratio"])
         found.append(
             [
@@ -35,7 +36,7 @@ def rows(bundle: Bundle) -> list[list[str]]:
                 f"{layers['share_apart']:.1e}",
                 f"{max(noise['largest_z'].values()):.2f} of {noise['limit_z']:.2f}",
                 f"{ratio.min():.3f} to {ratio.max():.3f}",
-                f"{snr:.1f}",
+                f"{snr:.1f}" if own else "portable's",
             ]
         )
     return found

@@ -1,18 +1,24 @@
 """A fake of the CUDA runtime and of TensorRT's runtime side, for tests of the logic around them on machines with no GPU.
 
 Its "GPU memory" is the host's, so that addresses can be read with ctypes. Its one stream only queues: work runs when the host waits,
-as late as a real GPU may be.
+as late as a real GPU may be. What an engine computes is a numpy function or an ONNX graph on ONNX Runtime's CPU: a stand-in for the
+order of things, for addresses and for lifetimes. Of TensorRT's numbers, kernels and speed it says nothing.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import Enum, IntEnum
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+
+from ptqd_export.backends import OrtEngine
 
 
 class _Error(IntEnum):
@@ -191,8 +197,8 @@ class FakeCuda:
 
 
 class _DataType(Enum):
-    FLOAT = 0
-    INT64 = 1
+    FLOAT = "float32"
+    INT64 = "int64"
 
 
 class _IOMode(Enum):
@@ -207,11 +213,45 @@ class _Diagnostics(IntEnum):
     MALFORMED_ENGINE = 32
 
 
-class FakeContext:
-    """epsilon = 2 sample + timestep, over (B, 4), B from 1 to 8."""
+@dataclass(frozen=True)
+class FakeGraph:
+    """What an engine computes.
 
-    def __init__(self, trt: FakeTensorRT, capturable: bool) -> None:
-        self.trt, self.shapes, self.addresses, self.scratch, self._flushed = trt, {}, {}, (0, 0), None
+    Attributes:
+        tensors: {name: (numpy dtype name, shape, -1 for the rows, of which all have the same number)}, outputs included.
+        compute: {input: array} -> {output: array}.
+    """
+
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    outputs: tuple[str, ...]
+    compute: Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(name for name in self.tensors if name not in self.outputs)
+
+
+TOY = FakeGraph(
+    {"timestep": ("int64", (-1,)), "epsilon": ("float32", (-1, 4)), "sample": ("float32", (-1, 4))},
+    ("epsilon",),
+    lambda feeds: {"epsilon": 2 * feeds["sample"] + feeds["timestep"][:, None]},
+)
+"""epsilon = 2 sample + timestep, over (B, 4)."""
+
+
+def onnx_graph(path: Path) -> FakeGraph:
+    """An ONNX file, by ONNX Runtime on the CPU when its turn comes."""
+    engine = OrtEngine(path)
+    specs = (*engine.specs, *engine.output_specs)
+    return FakeGraph({s.name: (s.dtype, tuple(-1 if d is None else d for d in s.shape)) for s in specs}, engine.outputs, engine)
+
+
+class FakeContext:
+    """An execution context, which takes 1 to 8 rows. Like a real one it must be alive when its work runs, and as it was when a graph of it runs."""
+
+    def __init__(self, trt: FakeTensorRT, graph: FakeGraph, capturable: bool) -> None:
+        self.trt, self.graph, self.shapes, self.addresses, self.scratch, self._flushed = trt, graph, {}, {}, (0, 0), None
+        trt.contexts.add(self)
         if trt.rtx:
             self.is_stream_capturable = lambda stream: capturable
 
@@ -220,7 +260,8 @@ class FakeContext:
         return True
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self.shapes["sample"] if name == "epsilon" else self.shapes[name]
+        rows = max((shape[0] for shape in self.shapes.values()), default=-1)
+        return self.shapes.get(name) or tuple(rows if d < 0 else d for d in self.graph.tensors[name][1])
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
@@ -230,21 +271,30 @@ class FakeContext:
         assert ptr % 256 == 0 and size >= self.trt.scratch
         self.scratch = (ptr, size)
 
+    def _state(self) -> tuple[object, ...]:
+        return dict(self.shapes), dict(self.addresses), self.scratch
+
     def execute_async_v3(self, stream: int) -> bool:
-        cuda, addresses, shapes, scratch = self.trt.cuda, dict(self.addresses), dict(self.shapes), self.scratch
-        self.trt.enqueued += 1
-        if self.trt.broken or shapes["sample"][0] != shapes["timestep"][0]:
-            self.trt.logger.log(SimpleNamespace(name="ERROR"), "the fake\nbroke")
+        trt, graph, me, state = self.trt, self.graph, weakref.ref(self), self._state()
+        cuda, captured = trt.cuda, trt.cuda._captured is not None
+        shapes = {name: self.get_tensor_shape(name) for name in graph.tensors}
+        addresses, scratch = dict(self.addresses), self.scratch
+        trt.enqueued += 1
+        if trt.broken or len({shapes[n][0] for n in self.shapes}) > 1:
+            trt.logger.log(SimpleNamespace(name="ERROR"), "the fake\nbroke")
             return False
-        if cuda._captured is not None:
+        if captured:
             assert self._flushed == shapes, "captured with no run of these shapes before"
         self._flushed = shapes
 
         def run() -> None:
-            cuda.array(scratch[0], (self.trt.scratch,), "uint8")[:] = 1
-            x = cuda.array(addresses["sample"], shapes["sample"], "float32")
-            t = cuda.array(addresses["timestep"], shapes["timestep"], "int64")
-            cuda.array(addresses["epsilon"], shapes["sample"], "float32")[:] = 2 * x + t[:, None]
+            context = me()
+            assert context is not None, "the context is gone, and its work is not done"
+            assert not captured or context._state() == state, "the context was changed since its graph was captured"
+            cuda.array(scratch[0], (trt.scratch,), "uint8")[:] = 1
+            arrays = {name: cuda.array(addresses[name], shapes[name], dtype) for name, (dtype, _) in graph.tensors.items()}
+            for name, value in graph.compute({n: arrays[n].copy() for n in graph.inputs}).items():
+                arrays[name][:] = value
 
         return cuda.enqueue(run)
 
@@ -265,7 +315,10 @@ class FakeCache:
 
 
 class FakeTensorRT:
-    """Stands for the module tensorrt_rtx (`rtx`) or tensorrt. Engine files hold b"good", b"old" or b"foreign"; all else is damaged."""
+    """Stands for the module tensorrt_rtx (`rtx`) or tensorrt.
+
+    Engine files hold b"good" for `TOY`, b"graph " and the path of an ONNX graph, b"old", b"foreign" or b"driver"; all else is damaged.
+    """
 
     __name__ = "fake_tensorrt"
     __version__ = "1.0"
@@ -279,7 +332,9 @@ class FakeTensorRT:
 
     def __init__(self, cuda: FakeCuda, *, rtx: bool = True, scratch: int = 1000, capturable: bool = True) -> None:
         self.cuda, self.rtx, self.scratch, self.capturable = cuda, rtx, scratch, capturable
-        self.enqueued, self.broken, self.logger, self.config = 0, False, None, None
+        self.enqueued, self.broken, self.logger, self.config, self.configs = 0, False, None, None, 0
+        self.contexts: weakref.WeakSet[FakeContext] = weakref.WeakSet()
+        self.most_contexts = 1 << 10
 
     def Runtime(self, logger: Any) -> Any:
         self.logger = logger
@@ -292,7 +347,9 @@ class FakeTensorRT:
 
         def load(blob: bytes) -> Any:
             if blob == b"good":
-                return self._engine()
+                return self._engine(TOY)
+            if blob.startswith(b"graph "):
+                return self._engine(onnx_graph(Path(blob[6:].decode())))
             logger.log(SimpleNamespace(name="ERROR"), told.get(blob, "Magic tag does not match"))
             return None
 
@@ -300,29 +357,32 @@ class FakeTensorRT:
             return SimpleNamespace(deserialize_cuda_engine=load, get_engine_validity=lambda blob: ("validity", answers.get(blob, 32)))
         return SimpleNamespace(deserialize_cuda_engine=load)
 
-    def _engine(self) -> Any:
-        names = ["timestep", "epsilon", "sample"]
-        shapes = {"timestep": (-1,), "epsilon": (-1, 4), "sample": (-1, 4)}
+    def _engine(self, graph: FakeGraph) -> Any:
+        shapes = {name: shape for name, (_, shape) in graph.tensors.items()}
         engine = SimpleNamespace(
-            num_io_tensors=3,
+            num_io_tensors=len(graph.tensors),
             device_memory_size_v2=self.scratch,
-            get_tensor_name=names.__getitem__,
-            get_tensor_dtype=lambda name: _DataType.INT64 if name == "timestep" else _DataType.FLOAT,
+            get_tensor_name=list(graph.tensors).__getitem__,
+            get_tensor_dtype=lambda name: _DataType(graph.tensors[name][0]),
             get_tensor_shape=shapes.__getitem__,
-            get_tensor_mode=lambda name: _IOMode.OUTPUT if name == "epsilon" else _IOMode.INPUT,
+            get_tensor_mode=lambda name: _IOMode.OUTPUT if name in graph.outputs else _IOMode.INPUT,
             get_tensor_profile_shape=lambda name, profile: [(n, *shapes[name][1:]) for n in (1, 4, 8)],
-            create_execution_context=self._context,
+            create_execution_context=lambda how: self._context(graph, how),
         )
         if self.rtx:
             engine.create_runtime_config = self._make_config
         return engine
 
     def _make_config(self) -> Any:
+        self.configs += 1
         self.config = SimpleNamespace(create_runtime_cache=FakeCache)
         self.config.set_execution_context_allocation_strategy = lambda strategy: setattr(self.config, "strategy", strategy)
         self.config.set_runtime_cache = lambda cache: setattr(self.config, "cache", cache)
         return self.config
 
-    def _context(self, how: Any) -> FakeContext:
+    def _context(self, graph: FakeGraph, how: Any) -> FakeContext | None:
         assert (how.strategy if self.rtx else how) == "user"
-        return FakeContext(self, self.capturable)
+        if len(self.contexts) >= self.most_contexts:
+            self.logger.log(SimpleNamespace(name="ERROR"), "no memory for a context")
+            return None
+        return FakeContext(self, graph, self.capturable)

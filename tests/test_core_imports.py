@@ -37,7 +37,8 @@ def test_public_names() -> None:
     """The surface; a change here is a change for users."""
     assert ptqd_export.__all__ == [
         "BackendUnavailable", "Bundle", "BundleError", "Correction", "Engine", "FakeEngine", "GraphError", "Manifest", "ModelError",
-        "NoiseSchedule", "NoiseStats", "PTQDError", "ParityError", "Plan", "Precision", "Recipe", "RecipeError", "Runtime", "build", "rebuild", "run", "sample",
+        "NoiseSchedule", "NoiseStats", "PTQDError", "ParityError", "Plan", "Precision", "Recipe", "RecipeError", "Runtime", "build", "rebuild",
+        "run", "sample",
     ]  # fmt: skip
     assert all(hasattr(ptqd_export, name) for name in ptqd_export.__all__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -176,3 +177,16 @@ def test_a_digest_sees_every_change(base: ir.Model, tmp_path: Path, change: str)
         weight.const_value = ir.tensor(array, name=weight.name)
     digests = save({"a": base, "b": other}, tmp_path)
     assert digests["a"] != digests["b"]
+
+
+@pytest.mark.parametrize("precision", [Precision(8, 8), FP8, W4A16], ids=str)
+def test_one_weight_scale_is_a_scalar(toy: nn.Module, base: ir.Model, precision: Precision) -> None:
+    """A vector of equal values would still be per channel to TensorRT."""
+    network = calibrated(toy, precision)
+    single = {n: dataclasses.replace(layer, weight_scale=np.full_like(layer.weight_scale, 0.01)) for n, layer in network.layers.items()}
+    for emission, dims in ((Emission.PORTABLE, 0), (Emission.HALF, 0), *([(Emission.ORT_CPU, 1)] if precision == Precision(8, 8) else [])):
+        for layers, expected in ((single, dims), (network.layers, 1)):
+            graph = lower(quantize(base, dataclasses.replace(network, layers=layers), emission), emission, precision)
+            lint(graph, emission)
+            scales = {v.name: v.const_value for v in graph.graph.initializers.values() if str(v.name).endswith(".weight.scale")}
+            assert {np.asarray(scale.numpy()).ndim for scale in scales.values()} == {expected}  # type: ignore[union-attr]
