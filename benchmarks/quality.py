@@ -13,6 +13,7 @@ reference classifier. Finished runs are kept in benchmarks/out/quality.jsonl, un
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -26,6 +27,7 @@ from report import ROOT, machine, table, write_section
 
 from ptqd_export.bundle import Bundle
 from ptqd_export.engine import Engine
+from ptqd_export.errors import BundleError
 from ptqd_export.noise import MODES, Correction
 from ptqd_export.plan import Plan, by_budget, by_snr, fixed, pareto_front, step_weights
 from ptqd_export.precision import FP32, Precision
@@ -67,7 +69,7 @@ def build_bundle(model: Path, eta: float, edges: str) -> None:
     recipe = Recipe.load(model).override(
         sampler={"eta": eta}, quantization={"precisions": ("fp32", *PRECISIONS), "edge_layers": edges}, plan={"rule": "fixed", "steps": ("w8a8",)}
     )
-    if path.exists():
+    with contextlib.suppress(BundleError):  # there is none, or an old one
         m = Bundle.open(path).manifest
         if m.provenance["recipe"] == recipe.to_dict() and m.model.sha256 == open_model(recipe).info.sha256:
             return

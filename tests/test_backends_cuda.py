@@ -131,9 +131,10 @@ def test_memory_runs_out(device: CudaDevice, fake: FakeCuda) -> None:
     with pytest.raises(BackendUnavailable, match=r"memory ran out on Fake GPU.*lower the batch size"):
         device.empty((1 << 21,), "int8")
     device.reserve(1 << 19)
+    before = device.scratch
     with pytest.raises(BackendUnavailable, match="memory ran out"):
         device.reserve(1 << 21)
-    assert device.scratch == (0, 0)
+    assert device.scratch == before and fake.live()[before[0]] == before[1]
 
 
 def test_free(device: CudaDevice, fake: FakeCuda) -> None:
@@ -153,7 +154,7 @@ def test_scratch_grows_and_never_shrinks(device: CudaDevice, fake: FakeCuda) -> 
     assert device.scratch == first
     fake.enqueue(lambda: fake.array(first[0], (1000,), "uint8").fill(1))  # still to run in the old one
     device.reserve(5000)
-    assert device.scratch[1] == 5000
+    assert device.scratch[1] == 5000 and first[0] not in fake.live()
 
 
 def test_graphs(device: CudaDevice, fake: FakeCuda) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -131,6 +132,14 @@ def test_fp8_chooses_its_targets(build: Build, tmp_path: Path) -> None:
 def test_default_targets(build: Build, tmp_path: Path, rtx: Any) -> None:
     targets = build(_graph(tmp_path / "g.onnx"), Settings((1, 2, 4))).targets
     assert {"7.5", "8.0", "8.6", "8.9", "12.0"} <= set(targets)
+
+
+def test_a_log_of_unknown_wording(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine is as good as any; only what runs in 8 bits is not told."""
+    monkeypatch.setattr(trt, "_LAYER", re.compile("another version's wording"))
+    report = build(_graph(tmp_path / "g.onnx"))
+    assert report.bytes == (tmp_path / "e.engine").stat().st_size > 1000
+    assert report.plan == PlanTable(1, 0, {"conv_a": "not known"}, 0, {})
 
 
 def test_products_merged_into_one(build: Build, tmp_path: Path) -> None:
@@ -331,6 +340,55 @@ def test_settings_reach_the_builder(build: Build, tmp_path: Path) -> None:
         build(graph, Settings((1, 2, 4), ("8.9",), None, 1))
 
 
+class Recorded:
+    """The builder's module, with the configurations that its builders made kept in `configs`."""
+
+    def __init__(self, module: Any) -> None:
+        self._module, self.configs = module, list[Any]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def Builder(self, logger: Any) -> Any:
+        builder = self._module.Builder(logger)
+        add = builder.create_builder_config
+
+        def create_builder_config() -> Any:
+            self.configs.append(add())
+            return self.configs[-1]
+
+        methods = ("create_network", "create_optimization_profile", "build_serialized_network")
+        return SimpleNamespace(create_builder_config=create_builder_config, **{name: getattr(builder, name) for name in methods})
+
+
+def test_flags(rtx: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `key` knows by BUILDER_REVISION alone: whoever changes the expected values here raises it."""
+    recorded = Recorded(rtx)
+    monkeypatch.setattr(trt, "load", lambda name: recorded)
+    request = {"name": RTX, "graph": str(_graph(tmp_path / "g.onnx")), "settings": SETTINGS.to_dict(), "fp8": False, "timing_cache": None}
+    trt._build(request, tmp_path / "part", lambda message: None)
+    (config,) = recorded.configs
+    assert rtx.Builder(rtx.Logger()).create_builder_config().get_flag(rtx.BuilderFlag.TF32), "no longer on by default: this shows nothing"
+    flags = {name for name, flag in rtx.BuilderFlag.__members__.items() if config.get_flag(flag)}
+    assert (trt.BUILDER_REVISION, flags, config.profiling_verbosity) == (1, {"REQUIRE_USER_ALLOCATION"}, rtx.ProfilingVerbosity.DETAILED)
+
+
+def test_flags_that_are_not_there() -> None:
+    class Module:
+        BuilderFlag = SimpleNamespace()
+        ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
+
+    config = SimpleNamespace()
+    trt._set_flags(Module, config)
+    assert vars(config) == {"profiling_verbosity": "detailed"}
+
+
+def test_key_of_the_builder_s_revision(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = trt.key(RTX, "a", SETTINGS)
+    monkeypatch.setattr(trt, "BUILDER_REVISION", trt.BUILDER_REVISION + 1)
+    assert trt.key(RTX, "a", SETTINGS) != before
+
+
 def test_key(rtx: Any) -> None:
     settings = Settings((1, 2, 4))
     keys = {trt.key(RTX, "a", settings), trt.key(RTX, "b", settings), trt.key(RTX, "a", Settings((1, 2, 8))), trt.key(RTX, "a", SETTINGS)}
@@ -441,8 +499,9 @@ Name: w, LayerType: wait, Inputs: [], Outputs: [], Metadata:
 
 def test_plan_of_full_tensorrt() -> None:
     """The wording of TensorRT 8 to 10 as quoted in NVIDIA/TensorRT#4020 and #3583."""
-    plan = PlanTable.read(FULL.split("\n"), {"a": "int8", "b[0]": "int8", "c": "int8", "relu": "int8"})
-    assert (plan.meant, plan.taken, plan.fell_back) == (4, 3, {"c": "float16"})
+    for name in ("a", "b[0]", "relu"):
+        plan = PlanTable.read(FULL.split("\n"), {name: "int8", "c": "int8"})
+        assert (plan.meant, plan.taken, plan.fell_back) == (2, 1, {"c": "float16"})
     assert plan.kernels == 3 and plan.types == {"CaskConvolution": 2, "Reformat": 1, "wait": 1}
 
 
@@ -463,10 +522,36 @@ def test_a_kernel_around_a_layer_is_not_the_layer() -> None:
     assert PlanTable.read([around], {"a": "int8"}).fell_back == {"a": "not found"}
 
 
+def _layer(kind: str, dtype: str, *nodes: str) -> str:
+    metadata = "\x1e".join(f"[ONNX Layer: {node}]" for node in nodes)
+    return f"Name: {{ForeignNode[a...c]}}, LayerType: {kind}, Inputs: [ {{ Name: x, Datatype: {dtype} }}], Outputs: [], Metadata: {metadata}"
+
+
+@pytest.mark.parametrize("kind", ["Myelin", "ForeignNode"])
+@pytest.mark.parametrize("nodes", [("a",), ("a", "b", "softmax")])
+def test_a_layer_of_a_whole_subgraph(kind: str, nodes: tuple[str, ...]) -> None:
+    """Its first input is that of its first node, and of this alone (NVIDIA/TensorRT#4397 shows such layers)."""
+    plan = PlanTable.read([_layer(kind, "Int8", *nodes)], dict.fromkeys(("a", "b"), "int8"))
+    assert plan.taken == 0
+    assert plan.fell_back == {"a": "not known", "b": "not known" if "b" in nodes else "not found"}
+    assert plan.kernels == 1 and plan.types == {kind: 1}
+
+
+def test_a_layer_of_several_nodes() -> None:
+    """One product for all of them has one type; of another layer only one node can be told, whatever else is fused into it."""
+    meant = dict.fromkeys("ab", "int8")
+    for kind in ("gemm", "correlation"):
+        assert PlanTable.read([_layer(kind, "Int8", "a", "b", "relu")], meant).taken == 2
+    for kind in ("fusion", "CaskConvolution"):
+        plan = PlanTable.read([_layer(kind, "Int8", "a", "b", "relu")], meant)
+        assert (plan.taken, plan.fell_back) == (0, dict.fromkeys("ab", "not known"))
+        assert PlanTable.read([_layer(kind, "Int8", "a", "relu"), _layer(kind, "Half", "b")], meant).fell_back == {"b": "float16"}
+    assert PlanTable.read([_layer("fusion", "Half", "a", "b"), _layer("gemm", "Int8", "a")], meant).fell_back == {"b": "not known"}
+
+
 @pytest.mark.parametrize("text", ["", "VERBOSE Layers:\nEngine Metadata:\n", "VERBOSE Name: but no layer\n"])
 def test_no_plan(text: str) -> None:
-    with pytest.raises(GraphError, match="holds no plan"):
-        PlanTable.read(text.splitlines(), {})
+    assert PlanTable.read(text.splitlines(), {"a": "int8"}) == PlanTable(1, 0, {"a": "not known"}, 0, {})
 
 
 def test_odd_lines_do_not_break_the_reading() -> None:
@@ -569,6 +654,59 @@ def test_launch_is_captured_the_second_time(cuda: FakeCuda, device: CudaDevice, 
             enqueued.append(fake.enqueued)
         assert enqueued == [2, 6, 6, 6], "first a run, then a run and a capture, then replays only"
         assert cuda.launches == 4 and cuda.graphs == 2
+        assert len(fake.contexts) == 3 and fake.configs == 1, "one for each graph and one for all else, configured once"
+    assert len(fake.contexts) == 0
+
+
+@pytest.mark.parametrize("rtx", [True, False])
+def test_a_replay_after_other_runs(cuda: FakeCuda, device: CudaDevice, file: Path, rtx: bool) -> None:
+    """Runs of other shapes, captured or not, and calls on host arrays leave a graph's context alone, which is part of the graph."""
+    fake = FakeTensorRT(cuda, rtx=rtx)
+    with TrtEngine(fake, file, device) as engine:
+        buffers = _buffers(device, _feeds(2))
+        for _ in range(2):
+            engine.launch(buffers)
+        for n in (1, 3, 3, 3, 8):
+            np.testing.assert_array_equal(engine(_feeds(n, n))["epsilon"], _expected(_feeds(n, n)))
+            engine.launch(buffers)
+            device.synchronize()
+        np.testing.assert_array_equal(device.read(buffers["epsilon"]), _expected(_feeds(2)))
+        assert cuda.launches == 6 and len(fake.contexts) == 3
+
+
+def test_no_memory_for_another_context(cuda: FakeCuda, device: CudaDevice, file: Path) -> None:
+    """Runs go on without graphs, and what failed later is not told of as this."""
+    fake = FakeTensorRT(cuda)
+    fake.most_contexts = 1
+    with TrtEngine(fake, file, device) as engine:
+        for _ in range(4):
+            np.testing.assert_array_equal(engine(_feeds(2))["epsilon"], _expected(_feeds(2)))
+        assert cuda.launches == 0 and fake.enqueued == 4
+        fake.broken = True
+        with pytest.raises(GraphError, match="failed to run: the fake broke"):
+            engine(_feeds(2))
+    fake.most_contexts = 0
+    with pytest.raises(BackendUnavailable, match=r"e\.engine cannot be made ready on Fake GPU \(8\.9\) \(no memory for a context\)"):
+        TrtEngine(fake, file, device)
+
+
+def test_the_fake_tells_a_changed_context(cuda: FakeCuda, device: CudaDevice, file: Path) -> None:
+    """And one that is gone: what the tests above rest on."""
+    fake = FakeTensorRT(cuda)
+    with TrtEngine(fake, file, device) as engine:
+        buffers = _buffers(device, _feeds(2))
+        for _ in range(2):
+            engine.launch(buffers)
+        (captured,) = engine._captured.values()
+        captured.context.set_input_shape("sample", (3, 4))
+        engine.launch(buffers)
+        with pytest.raises(AssertionError, match="the context was changed since its graph was captured"):
+            device.synchronize()
+        engine.launch(buffers)
+        del captured
+        engine._captured[next(iter(engine._captured))] = None
+        with pytest.raises(AssertionError, match="the context is gone"):
+            device.synchronize()
 
 
 def test_launch_does_not_wait(cuda: FakeCuda, device: CudaDevice, file: Path) -> None:
@@ -587,16 +725,18 @@ def test_without_capture(cuda: FakeCuda, device: CudaDevice, file: Path, fault: 
     with TrtEngine(fake, file, device) as engine:
         for _ in range(5):
             np.testing.assert_array_equal(engine(_feeds(2))["epsilon"], _expected(_feeds(2)))
+        assert len(fake.contexts) == 1
     assert cuda.launches == 0 and fake.enqueued <= 6  # five runs, and one capture that came to nothing
 
 
 def test_graphs_are_bounded(cuda: FakeCuda, device: CudaDevice, file: Path) -> None:
-    with TrtEngine(FakeTensorRT(cuda), file, device) as engine:
+    fake = FakeTensorRT(cuda)
+    with TrtEngine(fake, file, device) as engine:
         every = [_buffers(device, _feeds(1, i)) for i in range(trt.GRAPHS + 5)]
         for buffers in every:
             for _ in range(3):
                 engine.launch(buffers)
-        assert cuda.graphs == trt.GRAPHS
+        assert cuda.graphs == trt.GRAPHS and len(fake.contexts) == trt.GRAPHS + 1
         for i, buffers in enumerate(every):
             np.testing.assert_array_equal(device.read(buffers["epsilon"]), _expected(_feeds(1, i)))
     assert cuda.graphs == 0
@@ -615,6 +755,28 @@ def test_engines_share_the_scratch(cuda: FakeCuda, device: CudaDevice, file: Pat
                 for engine in (first, second):
                     np.testing.assert_array_equal(engine(_feeds(2))["epsilon"], _expected(_feeds(2)))
             assert small.enqueued == 6 and cuda.graphs == 2
+
+
+def test_no_memory_for_a_larger_scratch(cuda: FakeCuda, device: CudaDevice, file: Path) -> None:
+    """The engine that wants it does not open; those that are open go on."""
+    with TrtEngine(FakeTensorRT(cuda, scratch=500), file, device) as engine:
+        for i in range(4):
+            if i == 2:
+                cuda.limit = 1 << 16
+                with pytest.raises(BackendUnavailable, match="memory ran out on Fake GPU"):
+                    TrtEngine(FakeTensorRT(cuda, scratch=1 << 20), file, device)
+            np.testing.assert_array_equal(engine(_feeds(2, i))["epsilon"], _expected(_feeds(2, i)))
+        assert cuda.launches == 2 and device.scratch[1] == 500
+
+
+def test_a_scratch_that_is_too_small(cuda: FakeCuda, file: Path) -> None:
+    device = CudaDevice(cuda)
+    engine = TrtEngine(FakeTensorRT(cuda, scratch=500), file, device)
+    buffers = _buffers(device, _feeds(2))
+    device.close()
+    with pytest.raises(BackendUnavailable, match=r"e\.engine needs 500 bytes of scratch memory, the device holds 0: open the device") as caught:
+        engine.launch(buffers)
+    _one_line(caught)
 
 
 def test_wrong_buffers(cuda: FakeCuda, device: CudaDevice, file: Path) -> None:
