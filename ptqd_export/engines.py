@@ -144,8 +144,8 @@ def build_engines(
             plan = build.plan
             taken = f"{plan['taken']} of {plan['meant']} layers in 8 bits, " if plan["meant"] else ""
             say(f"engine {name}: {taken}{build.seconds:.1f} s, {engine.stat().st_size / 1e6:.1f} MB")
-            for layer, kind in plan["fell_back"].items():
-                say(f"engine {name}: {layer} runs in {kind}, not in 8 bits")
+            for line in build.fell_back:
+                say(f"engine {name}: {line}")
         else:
             say(f"engine {name}: unchanged, not built again")
         file = f"{name}.engine"

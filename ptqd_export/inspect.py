@@ -109,7 +109,7 @@ def _built(bundle: Bundle) -> list[str]:
             + f"{build.plan['kernels']:>9}"
             f"{build.seconds:>9.1f}{size / 1e6:>8.1f}{build.peak_bytes / 1e6:>9.0f}  {', '.join(build.targets)}"
         )
-        lines += [f"    fell back: {layer} runs in {kind}" for layer, kind in build.plan["fell_back"].items()]
+        lines += [f"    {line}" for line in build.fell_back]
     return lines
 
 

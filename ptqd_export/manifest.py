@@ -50,7 +50,8 @@ class EngineBuild:
         targets: compute capabilities it is for, such as "8.9".
         settings: of the builder.
         seconds, peak_bytes: time and memory of the build.
-        plan: {"meant", "taken": layers meant to run in 8 bits, and those that do; "fell_back": {node: type that it runs in},
+        plan: {"meant", "taken": layers meant to run in 8 bits, and those that do;
+            "fell_back": {node: type that it runs in, "not found" or "not known"},
             "kernels": layers of the plan that launch work, "types": {layer type: how many}}.
     """
 
@@ -60,6 +61,12 @@ class EngineBuild:
     seconds: float
     peak_bytes: int
     plan: Mapping[str, Any]
+
+    @property
+    def fell_back(self) -> list[str]:
+        """A line per layer that was meant to run in 8 bits and does not, or of which the plan does not say."""
+        unclear = {"not found": "is not in the plan by its name", "not known": "may or may not run in 8 bits: the plan does not say"}
+        return [f"{layer} {unclear.get(kind, f'fell back: it runs in {kind}')}" for layer, kind in self.plan["fell_back"].items()]
 
 
 @dataclass(frozen=True)

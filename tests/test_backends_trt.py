@@ -363,12 +363,12 @@ class Recorded:
 
 def test_flags(rtx: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `key` knows by BUILDER_REVISION alone: whoever changes the expected values here raises it."""
+    assert rtx.Builder(rtx.Logger()).create_builder_config().get_flag(rtx.BuilderFlag.TF32), "no longer on by default: this shows nothing"
     recorded = Recorded(rtx)
     monkeypatch.setattr(trt, "load", lambda name: recorded)
     request = {"name": RTX, "graph": str(_graph(tmp_path / "g.onnx")), "settings": SETTINGS.to_dict(), "fp8": False, "timing_cache": None}
     trt._build(request, tmp_path / "part", lambda message: None)
     (config,) = recorded.configs
-    assert rtx.Builder(rtx.Logger()).create_builder_config().get_flag(rtx.BuilderFlag.TF32), "no longer on by default: this shows nothing"
     flags = {name for name, flag in rtx.BuilderFlag.__members__.items() if config.get_flag(flag)}
     assert (trt.BUILDER_REVISION, flags, config.profiling_verbosity) == (1, {"REQUIRE_USER_ALLOCATION"}, rtx.ProfilingVerbosity.DETAILED)
 
@@ -740,6 +740,28 @@ def test_graphs_are_bounded(cuda: FakeCuda, device: CudaDevice, file: Path) -> N
         for i, buffers in enumerate(every):
             np.testing.assert_array_equal(device.read(buffers["epsilon"]), _expected(_feeds(1, i)))
     assert cuda.graphs == 0
+
+
+def test_the_latest_graphs_are_kept(cuda: FakeCuda, device: CudaDevice, file: Path) -> None:
+    with TrtEngine(FakeTensorRT(cuda), file, device) as engine:
+        first, *others, last = [_buffers(device, _feeds(1, i)) for i in range(trt.GRAPHS + 1)]
+        for buffers in (first, *others, first, last, first):
+            engine.launch(buffers)
+        assert cuda.launches == 1, "captured, and dropped as the one first seen"
+
+
+def test_close_after_a_failure_of_the_gpu(cuda: FakeCuda, file: Path) -> None:
+    """Nothing can be freed but the library's own objects, contexts before their engine."""
+    device, fake = CudaDevice(cuda), FakeTensorRT(cuda)
+    engine = TrtEngine(fake, file, device)
+    for _ in range(3):
+        engine(_feeds(1))
+    assert len(fake.contexts) == 2
+    cuda.fail = "cudaStreamSynchronize"
+    engine.close()
+    engine.close()
+    assert len(fake.contexts) == 0
+    device.close()
 
 
 def test_engines_share_the_scratch(cuda: FakeCuda, device: CudaDevice, file: Path) -> None:

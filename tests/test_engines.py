@@ -142,7 +142,7 @@ def test_inspect_shows_what_fell_back(several: Built, tmp_path: Path, invoke: In
 
     _change(bundle, "w8a8", fall_back)
     text = invoke("inspect", bundle).out
-    assert re.search(rf"^w8a8\.{RTX} +1 of 2 .*\n    fell back: mid\.conv runs in float16$", text, re.MULTILINE)
+    assert re.search(rf"^w8a8\.{RTX} +1 of 2 .*\n    mid\.conv fell back: it runs in float16$", text, re.MULTILINE)
 
 
 @dataclass(frozen=True)
