@@ -76,8 +76,11 @@ def build(recipe: Recipe, out: Path, *, resume: bool = True, say: Callable[[str]
     Raises:
         PTQDError: one clear line; `out` is as it was before, and `<out>.work` holds whole intermediate results or is not there.
     """
-    from .calibrate import open_model
-
+    try:
+        from . import export  # noqa: F401
+        from .calibrate import open_model
+    except ImportError as error:
+        raise BackendUnavailable(f"build needs torch, diffusers and onnx ({error}): pip install 'ptqd-export[build]'") from error
     started = time.monotonic()
     check_target(out)
     for backend in recipe.backends:
@@ -120,7 +123,7 @@ def _build(recipe: Recipe, out: Path, network: Any, schedule: NoiseSchedule, wor
         artifacts, timed, seconds, notes = _time(recipe, info, schedule, artifacts, graphs, tmp)
         plan, plan_info = choose_plan(recipe, schedule, quantized, seconds, measured, BACKENDS[timed])
         plan_info["timed_on"] = timed
-        plan_info["notes"] += notes
+        plan_info["notes"] += _notes(recipe, notes)
         for note in plan_info["notes"]:
             say(note)
         update = _export_update(recipe, info, schedule, plan, measured, tmp)
@@ -156,6 +159,22 @@ def _build(recipe: Recipe, out: Path, network: Any, schedule: NoiseSchedule, wor
             files={},
         )
         write_manifest(tmp, manifest)
+
+
+FEW = 8
+"""Held-out trajectories below which the spread between them says little."""
+
+
+def _notes(recipe: Recipe, untimed: Sequence[str]) -> list[str]:
+    """What a user should know of a build that ended well. `untimed`: backends that could not be timed, and why."""
+    judged = {"fixed": "", "snr": "noise"}.get(recipe.plan.rule, "noise and times" if recipe.plan.cost == "time" else "noise")
+    notes = [f"{why}; the plan goes by the {judged} of another backend" if judged else why for why in untimed]
+    if recipe.calibration.held_out < FEW:
+        notes.append(
+            f"{recipe.calibration.held_out} held-out trajectories: the gate and the check of the noise see little; "
+            f"give --calib-size {2 * FEW} or more for anything that matters"
+        )
+    return notes
 
 
 def _check_fixed(recipe: Recipe, schedule: NoiseSchedule) -> Plan:
@@ -371,7 +390,7 @@ def _time(
         except (BackendUnavailable, BundleError, GraphError) as error:
             if backend == CPU:
                 raise
-            notes.append(f"the plan goes by another backend's times and noise than {backend}'s, which does not run here: {error}")
+            notes.append(f"{backend} does not run here: {error}")
             continue
         times = {p: seconds[file] for p, file in files.items() if p is not None}
         timed = [replace(a, time_ms=round(times[a.precision] * 1e3, 3)) if a.backend == backend and a.precision in times else a for a in artifacts]

@@ -104,9 +104,12 @@ class Bundle:
         return schedule.recalibrated_sigmas(var)
 
     @classmethod
-    def open(cls, path: Path | str, verify: bool = True) -> Bundle:
+    def open(cls, path: Path | str, verify: bool = True, without: str | None = None) -> Bundle:
         """Read a bundle and check it: format, paths, sizes and (unless `verify` is off) the SHA-256 of every file, the manifest
         among them, and that graphs take their weights from files of the bundle alone.
+
+        Args:
+            without: a backend whose finished engines are not looked at, because they are to be built anew.
 
         Raises:
             BundleError: one line saying what is wrong.
@@ -134,8 +137,10 @@ class Bundle:
         except (*MALFORMED, PTQDError) as error:
             raise BundleError(f"{manifest_path} is damaged ({_brief(error)}): rebuild the bundle") from error
         _check_consistent(path, manifest)
+        skipped = {a.file for a in manifest.artifacts if a.build is not None and a.backend == without}
         for name, entry in manifest.files.items():
-            _check_file(path, name, entry, verify)
+            if name not in skipped:
+                _check_file(path, name, entry, verify)
         if verify:
             # After the other checks, which can say more about a manifest that was edited by hand.
             if data.get(SEAL) != _seal(content, str(data.get(SEAL))):
@@ -228,6 +233,8 @@ def check_target(path: Path) -> Path:
             # The suffixes: many a folder that is no bundle has a manifest.json.
             if inside and not ((path / MANIFEST).is_file() and all(file.suffix in SUFFIXES for file in inside)):
                 raise BundleError(f"{path} is a folder with other things in it: give an empty or new folder, or an older bundle to replace")
+            if inside and not os.access(path, os.W_OK):
+                raise BundleError(f"{path} is read-only: make it writable, or give another folder")
         parent = next(folder for folder in path.parents if folder.exists())
     except (OSError, RuntimeError, ValueError) as error:
         raise BundleError(f"cannot write to {str(path)[:200]!a} ({_brief(error)}); give another folder") from error

@@ -97,11 +97,13 @@ def build(recipe_or_model: str, out: Path | None, as_json: bool, resume: bool, *
         "parity": m.parity,
         "bytes": sum(int(f["size"]) for f in m.files.values()),
         "seconds": round(time.monotonic() - started, 1),
+        "notes": m.plan_info["notes"],
     }
+    notes = "".join(f"\nnote: {note}" for note in m.plan_info["notes"])
     _print(
         result,
         as_json,
-        f"{out}: plan {m.plan}, {result['bytes'] / 1e6:.1f} MB, {result['seconds']:.0f} s; sample with `ptqd-export run {out} --out DIR`",
+        f"{out}: plan {m.plan}, {result['bytes'] / 1e6:.1f} MB, {result['seconds']:.0f} s; sample with `ptqd-export run {out} --out DIR`{notes}",
     )
 
 
@@ -186,7 +188,8 @@ def run(
             raise RecipeError(f"--{name} is {value}: give at least 1")
     if not 0 <= seed < 2**64:
         raise RecipeError(f"--seed is {seed}: give a value from 0 to 2^64 - 1")
-    bundle = Bundle.open(bundle_dir)
+    # Engines that are to be built anew may be damaged: that may be why.
+    bundle = Bundle.open(bundle_dir, without=backend if rebuild else None)
     Asked(**asked).check(bundle)
     labels = None if class_labels is None else _labels(class_labels, num_samples)
     tensors = _tensors(conditions)
@@ -200,9 +203,6 @@ def run(
         m = bundle.manifest
         _check_rebuilt(backend)
     backend, passed_over = choose_backend(bundle) if backend == "auto" else (backend, {})
-    for name, why in passed_over.items():
-        if name in m.backends:  # one that the bundle was built for
-            _say(f"not on {name}: {why}")
     started = time.monotonic()
     with images.output_folder(out):
         with progress(num_samples * len(m.schedule), f"sampling {m.plan}", "step") as bar:
@@ -249,8 +249,10 @@ def run(
         "seconds_per_sample": round(seconds / num_samples, 4),
         "largest_value": float(abs(x).max()),
     }
+    # Of those that the bundle was built for.
+    instead = "".join(f"\nnote: not on {name}: {why}" for name, why in passed_over.items() if name in m.backends)
     look = f" (look at {out / 'grid.png'})" if pictures else ""
-    _print(result, as_json, f"{num_samples} samples in {out}{look}, {seconds:.1f} s, {seconds / num_samples:.3f} s each, on {backend}")
+    _print(result, as_json, f"{num_samples} samples in {out}{look}, {seconds:.1f} s, {seconds / num_samples:.3f} s each, on {backend}{instead}")
 
 
 def _check_rebuilt(backend: str) -> None:
@@ -361,16 +363,17 @@ def inspect(bundle_dir: Path, plot: Path | None, as_json: bool) -> None:
 )
 @common
 def verify(bundle_dir: Path, against: str | None, as_json: bool) -> None:
-    """Check every hash of BUNDLE, evaluate every engine once, and compare with what it computed where it was built."""
+    """Check every hash of BUNDLE; evaluate every graph and engine that can run here, and compare with what it computed where it was built."""
     from . import verify as verifying
     from .bundle import Bundle
 
     bundle = Bundle.open(bundle_dir)
     if against is not None:
         verifying.check_tools()
-    engines = verifying.verify_engines(bundle)
-    result = {"bundle": str(bundle_dir), "files": len(bundle.manifest.files), "engines": engines, "ok": True}
-    lines = f"{bundle_dir}: {result['files']} files match their SHA-256; engines evaluated: {', '.join(engines)}"
+    engines, left_out = verifying.verify_engines(bundle)
+    result = {"bundle": str(bundle_dir), "files": len(bundle.manifest.files), "engines": engines, "not_evaluated": left_out, "ok": True}
+    lines = f"{bundle_dir}: {result['files']} files match their SHA-256; evaluated: {', '.join(engines) or 'nothing'}"
+    lines += "".join(f"\nnot evaluated here: {what}: {why}" for what, why in left_out.items())
     if against is not None:
         states, parsed = verifying.backend_states(bundle), verifying.parsers(bundle)
         compared = verifying.compare_backends(bundle, states)

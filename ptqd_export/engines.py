@@ -204,7 +204,7 @@ def rebuild(bundle: Bundle, backend: str, say: Callable[[str], None] = lambda te
         raise BundleError(f"backend {backend} loads the graphs as they are: leave out --rebuild, which is for {' and '.join(BUILDERS)}")
     path = check_target(bundle.path)
     with working(path) as work:
-        m = Bundle.open(path).manifest  # now that no one else can replace it
+        m = Bundle.open(path, without=backend).manifest  # now that no one else can replace it
         try:
             spec = Recipe.from_dict({"tensorrt": m.provenance["recipe"]["tensorrt"]}).tensorrt
         except (PTQDError, *MALFORMED):

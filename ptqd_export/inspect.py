@@ -57,7 +57,7 @@ def text(bundle: Bundle, rows: Sequence[StepRow]) -> str:
     """The bundle as a page of text."""
     m = bundle.manifest
     info = m.plan_info
-    cost = f"time on {info['timed_on']}" if info["cost"] == "time" else info["cost"]
+    cost = f"time on {info['timed_on']}" if info["cost"] == "time" and info["rule"] != "fixed" else info["cost"]
     lines = [
         f"{m.model.name}: {'x'.join(map(str, m.model.sample_shape))}, "
         f"{f'{len(m.model.labels)} classes' if m.model.labels else 'no classes'}, {m.schedule.prediction_type} prediction",
@@ -105,7 +105,7 @@ def _built(bundle: Bundle) -> list[str]:
         size = int(bundle.manifest.files[a.file]["size"])
         lines.append(
             f"{name_of(a.precision)}.{a.backend}".ljust(26)
-            + f"{build.plan['taken']} of {build.plan['meant']}".rjust(13)
+            + (f"{build.plan['taken']} of {build.plan['meant']}" if build.plan["meant"] else "-").rjust(13)
             + f"{build.plan['kernels']:>9}"
             f"{build.seconds:>9.1f}{size / 1e6:>8.1f}{build.peak_bytes / 1e6:>9.0f}  {', '.join(build.targets)}"
         )

@@ -63,44 +63,59 @@ class Comparison:
     network_limit: Mapping[int, float]
 
 
-def verify_engines(bundle: Bundle) -> list[str]:
-    """Evaluate every graph of the bundle once on ONNX Runtime's CPU provider, and every finished engine that runs here; their names.
+def verify_engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
+    """Evaluate every graph of the bundle once on ONNX Runtime's CPU provider, and every finished engine that runs here.
 
     Networks are compared with their probes, the sampler's update with the schedule. The provider's own graphs run as it optimises them,
     the others as they are written.
 
+    Returns:
+        names of what was evaluated; {what could not be: why}.
     Raises:
         ParityError: an engine returns NaN or a wrong shape, asks for an unknown input, or computes something else than where it was built.
         GraphError: a graph does not load.
-        BackendUnavailable: ONNX Runtime is not installed.
+        BundleError: a finished engine does not fit this GPU or version.
     """
-    from .backends import OrtEngine, available, open_device
+    from .backends import available, open_device
     from .engines import open_artifact
 
-    m = bundle.manifest
-    names = []
-    for graph in m.graphs:
-        with OrtEngine(bundle.file(graph.file), optimise=graph.emission is Emission.ORT_CPU) as engine:
-            if graph.precision is None:
-                check_update(engine, m.schedule, m.model, m.guidance_scale, bundle.sigmas(BUILDERS[0]))
-                names.append(UPDATE)
-                continue
-            unknown = set(engine.inputs) - {SAMPLE, TIMESTEP, STEP, *(spec.name for spec in m.model.inputs)}
-            if unknown:
-                raise ParityError(f"{graph.file} asks for an input {min(unknown)!r} that the manifest does not know: rebuild the bundle")
-            check_probe(bundle, graph.precision, graph.emission, engine)
-        names.append(f"{graph.precision}.{graph.emission}")
-    working = available()
-    for backend in (name for name in BUILDERS if name in m.backends and working[name] == OK):
+    m, working = bundle.manifest, available()
+    names: list[str] = []
+    left_out: dict[str, str] = {}
+    if working[REFERENCE] == OK:
+        names += [_verify_graph(bundle, graph) for graph in m.graphs]
+    else:
+        left_out[f"{len(m.graphs)} graphs"] = working[REFERENCE]
+    for backend in (name for name in BUILDERS if name in m.backends):
+        mine = [artifact for artifact in m.artifacts if artifact.backend == backend]
+        if working[backend] != OK:
+            left_out[f"{len(mine)} {backend} engines"] = working[backend]
+            continue
         with contextlib.closing(open_device(backend)) as device:
-            for artifact in (a for a in m.artifacts if a.backend == backend):
+            for artifact in mine:
                 with open_artifact(bundle, artifact, device) as engine:
                     if artifact.precision is None:
                         check_update(engine, m.schedule, m.model, m.guidance_scale, bundle.sigmas(backend))
                     else:
                         check_probe(bundle, artifact.precision, BACKENDS[backend], engine)
                 names.append(f"{name_of(artifact.precision)}.{backend}")
-    return names
+    return names, left_out
+
+
+def _verify_graph(bundle: Bundle, graph: Graph) -> str:
+    """Evaluate a graph on ONNX Runtime's CPU provider; its name."""
+    from .backends import OrtEngine
+
+    m = bundle.manifest
+    with OrtEngine(bundle.file(graph.file), optimise=graph.emission is Emission.ORT_CPU) as engine:
+        if graph.precision is None:
+            check_update(engine, m.schedule, m.model, m.guidance_scale, bundle.sigmas(BUILDERS[0]))
+            return UPDATE
+        unknown = set(engine.inputs) - {SAMPLE, TIMESTEP, STEP, *(spec.name for spec in m.model.inputs)}
+        if unknown:
+            raise ParityError(f"{graph.file} asks for an input {min(unknown)!r} that the manifest does not know: rebuild the bundle")
+        check_probe(bundle, graph.precision, graph.emission, engine)
+    return f"{graph.precision}.{graph.emission}"
 
 
 def check_tools() -> None:
@@ -361,7 +376,10 @@ def text(states: Mapping[str, str], parsed: Mapping[str, Mapping[str, str]], com
         lines.append(f"the parser of {name} takes {len(verdicts) - len(refused)} of {len(verdicts)} graphs" + "".join(f"; not {r}" for r in refused))
     steps = list(compared[0].network_snr) if compared else []
     head = "".join(f"{f'step {step}':>10}" for step in steps)
-    lines += ["", f"against {REFERENCE} as the graphs are written, in dB (at least):"]
+    lines += [
+        "",
+        f"against {REFERENCE} running the graphs as they are written: worst layer and whole network in dB (and the least allowed):",
+    ]
     lines += [f"{'precision':<11}{'emission':<10}{'backend':<14}{'layers':>6}{'worst':>8}{'apart':>9}{head}  worst layer"]
     for c in compared:
         network = "".join(f"{f'{_db(c.network_snr[step])} ({c.network_limit[step]:.0f})':>10}" for step in steps)

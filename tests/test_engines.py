@@ -815,3 +815,18 @@ def test_a_library_that_is_not_there(place: Path, invoke: Invoke, monkeypatch: p
     line = invoke("run", place / "bundle", "--backend", RTX, "--rebuild", "--out", place / "x", "--format", "npy").error
     assert "backend tensorrt-rtx needs tensorrt_that_nobody_has, which is not installed: pip install 'ptqd-export[tensorrt-rtx]'" in line
     assert _content(place) == before and {path.name for path in place.iterdir()} == {"bundle"}
+
+
+@needs_no_gpu
+def test_a_damaged_engine_is_built_anew(several: Built, tmp_path: Path, invoke: Invoke) -> None:
+    """It blocks every command but the one that cures it, and verify says what it did not look at."""
+    path = _copy(several, tmp_path)
+    said = invoke("verify", path, "--json").json
+    assert said["ok"] and list(said["not_evaluated"]) == [f"{len(SEVERAL) + 1} {RTX} engines"]
+    engine = path / f"w8a8.{RTX}.engine"
+    engine.write_bytes(b"damaged")
+    assert "the manifest says" in invoke("verify", path).error
+    assert NO_GPU.fullmatch(invoke("run", path, "--backend", RTX, "--rebuild", "--out", tmp_path / "x", "--format", "npy").error)
+    assert len(engine.read_bytes()) > 1000 and invoke("verify", path).code == 0
+    (path / "w8a8.half.onnx").write_bytes(b"damaged")
+    assert "w8a8.half.onnx has 7 bytes" in invoke("run", path, "--backend", RTX, "--rebuild", "--out", tmp_path / "x", "--format", "npy").error

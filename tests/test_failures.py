@@ -528,7 +528,7 @@ def test_an_engine_that_computes_something_else_here(bundle: Path, refused: Call
         )
     assert not (bundle.parent / "x").exists()
     spoil_tables(bundle, lambda t: t.update({key: sound + np.float32(0.98 * noise)}))
-    assert verify_engines(Bundle.open(bundle))
+    assert verify_engines(Bundle.open(bundle))[0]
 
 
 def test_a_bundle_without_probes(bundle: Path, refused: Callable[..., str]) -> None:

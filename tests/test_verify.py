@@ -317,7 +317,7 @@ def test_verify_against(guided: Built, invoke: Invoke) -> None:
 def test_verify_against_for_people(classes: Built, invoke: Invoke) -> None:
     out = invoke("verify", classes.path, "--against", "ort-cpu").out
     assert "files match their SHA-256" in out and "\nort-cpu: ok\n" in out
-    assert "against ort-cpu as the graphs are written, in dB (at least):" in out
+    assert "against ort-cpu running the graphs as they are written: worst layer and whole network in dB (and the least allowed):" in out
     rows = [line.split() for line in out.splitlines() if line.startswith(PRECISIONS)]
     assert [row[:3] for row in rows] == [[p, "ort-cpu", "ort-cpu"] for p in PRECISIONS]
     assert len({len(line) for line in out.splitlines() if line.startswith(("fp32 ", "precision "))}) <= 2
