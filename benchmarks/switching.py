@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -98,7 +99,8 @@ def main() -> None:
         else:
             missing.append(f"{backend}: not measured, for {reason if reason != 'ok' else 'the bundle has no engines for it'}")
     text = table(("backend", "engine", "ms per call", "ms more after a switch", "run over the sum of its calls"), rows)
-    text += "\n\n" + "\n".join([*missing, f"{options.samples} samples per call; medians of {ROUNDS} calls and of {RUNS} runs. {machine()}."])
+    how = f"CPU threads: {len(os.sched_getaffinity(0))}; {options.samples} samples per call; medians of {ROUNDS} calls and of {RUNS} runs"
+    text += "\n\n" + "\n".join([*(f"- {line}" for line in missing), "", f"{how}. {machine()}."])
     print(text)
     if options.write:
         write_section("switching", text)
