@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import contextlib
 import io
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -271,3 +272,49 @@ def own(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
         """
     )
     return _build(invoke, folder, "--calib-size", "4", "--plan", MIXED)
+
+
+@pytest.fixture(scope="module")
+def toy() -> Iterator[Any]:
+    """The network of test_export.py, on one thread."""
+    import torch
+    from test_export import Toy
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield Toy().eval()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(toy: Any) -> Any:
+    """Its export in full precision, an onnx_ir.Model."""
+    from test_export import INFO
+
+    from ptqd_export.export import export_fp
+
+    return export_fp(toy, INFO)
+
+
+def has_gpu() -> bool:
+    """Whether TensorRT-RTX engines run here."""
+    from ptqd_export.backends import trt
+    from ptqd_export.errors import BackendUnavailable
+
+    try:
+        trt.check("tensorrt-rtx")
+    except BackendUnavailable:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """No file may grow beyond `limit` bytes: a write fails half-way, as on a full disk (EFBIG in place of ENOSPC; Python ignores SIGXFSZ)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

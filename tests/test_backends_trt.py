@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import Built
+from conftest import Built, has_gpu
 from fake_cuda import FakeCuda, FakeTensorRT
 from onnx import TensorProto, helper, numpy_helper
 
@@ -240,7 +240,7 @@ def test_killed_by_the_system(build: Build, tmp_path: Path) -> None:
 
 def test_memory_runs_out(rtx: Any, tmp_path: Path) -> None:
     """Under a real limit on the address space, until it is enough."""
-    if _has_gpu():
+    if has_gpu():
         pytest.skip("a GPU's driver takes address space of its own")
     code = f"""
 import resource, sys
@@ -860,16 +860,8 @@ def test_a_cache_that_cannot_be_written_is_no_failure(cuda: FakeCuda, device: Cu
 def test_a_real_engine_with_no_gpu(build: Build, tmp_path: Path, rtx: Any, cuda: FakeCuda) -> None:
     """The real runtime library, where there is no GPU: one line."""
     build(_graph(tmp_path / "g.onnx"))
-    if _has_gpu():
+    if has_gpu():
         pytest.skip("there is a GPU")
     with CudaDevice(cuda) as device, pytest.raises(BackendUnavailable, match=r"e\.engine does not load|does not work here") as caught:
         TrtEngine(rtx, tmp_path / "e.engine", device)
     _one_line(caught)
-
-
-def _has_gpu() -> bool:
-    try:
-        trt.check(RTX)
-    except BackendUnavailable:
-        return False
-    return True

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -19,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import Built, Invoke, Launch
+from conftest import Built, Invoke, Launch, full_disk, has_gpu
 from fake_cuda import FakeCuda, FakeTensorRT
 from safetensors.numpy import load_file
 
@@ -29,7 +27,7 @@ from ptqd_export.build import build
 from ptqd_export.bundle import MANIFEST, QUANTIZATION, Bundle, sha256_file, working, write_manifest
 from ptqd_export.calibrate import collect, observe, open_model, quantize
 from ptqd_export.engines import rebuild
-from ptqd_export.errors import BackendUnavailable, BundleError, RecipeError
+from ptqd_export.errors import BundleError, RecipeError
 from ptqd_export.export import export_fp, exported_layers, fold, lower, quantized_nodes, save
 from ptqd_export.export import quantize as insert_qdq
 from ptqd_export.manifest import Artifact, Manifest, name_of
@@ -45,15 +43,7 @@ SEVERAL = ("fp32", "fp16", "w8a8", "w4a8", "w4a4", "w8a8-fp8", "w4a16")
 REFERENCE = Path(__file__).parents[1] / "calib" / "fashion_mnist"
 
 
-def _has_gpu() -> bool:
-    try:
-        trt.check(RTX)
-    except BackendUnavailable:
-        return False
-    return True
-
-
-needs_no_gpu = pytest.mark.skipif(_has_gpu(), reason="says what happens where there is no GPU")
+needs_no_gpu = pytest.mark.skipif(has_gpu(), reason="says what happens where there is no GPU")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 NO_GPU = re.compile(
     r"Error: (the bundle has its engines for [a-z-]+ now, but they do not run here: )?"
@@ -100,7 +90,7 @@ def test_every_precision_has_an_engine(several: Built) -> None:
         made = artifact.build
         assert made is not None and artifact.file == f"{name}.{RTX}.engine" and bundle.file(artifact.file).stat().st_size > 100_000
         assert artifact.runtime == trt.runtime_version(RTX)
-        assert _has_gpu() or artifact.time_ms is None
+        assert has_gpu() or artifact.time_ms is None
         graph, plan = m.graph(artifact.precision, Emission.HALF), made.plan
         in_8_bits = [b for key, b in bits.items() if key.startswith(f"{name}/") and b[1] <= 8]
         assert plan["meant"] == plan["taken"] == len(graph.quantized) == len(in_8_bits), plan["fell_back"]
@@ -365,7 +355,7 @@ def test_a_batch_that_no_engine_takes(several: Built, tmp_path: Path, invoke: In
     words = ("run", several.path, "--backend", RTX, "--out", tmp_path / "x", "--num-samples", "50")
     line = invoke(*words, "--batch-size", "33").error
     assert f"33 samples per batch were asked for, but the {RTX} engines take at most 32: lower --batch-size" in line
-    if not _has_gpu():
+    if not has_gpu():
         assert NO_GPU.fullmatch(invoke(*words, "--batch-size", "32").error)
     assert not (tmp_path / "x" / "00000.png").exists()
 
@@ -617,17 +607,6 @@ def test_a_build_that_is_killed_and_resumed(classes: Built, tmp_path: Path, laun
     assert left == {sha256_file(bundle / f"w8a8.{RTX}.engine")}
     assert {path.name for path in bundle.parent.iterdir()} == {"bundle"}
     assert Bundle.open(bundle).manifest.backends == (RTX,)
-
-
-@contextlib.contextmanager
-def full_disk(limit: int) -> Iterator[None]:
-    """No file may grow beyond `limit` bytes, here and in builders: EFBIG in place of ENOSPC."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(

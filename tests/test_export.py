@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -91,20 +91,6 @@ def forward(module: nn.Module, feeds: Arrays) -> np.ndarray:
     with torch.no_grad():
         tensors = [torch.from_numpy(feeds[name]) for name in ("sample", "timestep", "class_labels")]
         return np.asarray(module(tensors[0], tensors[1], class_labels=tensors[2]).numpy())
-
-
-@pytest.fixture(scope="module")
-def toy() -> Iterator[nn.Module]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield Toy().eval()
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def base(toy: nn.Module) -> ir.Model:
-    return export_fp(toy, INFO)
 
 
 def layers_of(module: nn.Module) -> dict[str, nn.Module]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-import torch
-from test_export import INFO, Toy, calibrated, feeds_of, layers_of, rms, run, simulate
+from test_export import calibrated, feeds_of, layers_of, rms, run, simulate
 from torch import nn
 
 from ptqd_export.errors import GraphError
-from ptqd_export.export import export_fp, fold, layer_sites, lint, lower, quantize, quantized_nodes, save, with_outputs
+from ptqd_export.export import fold, layer_sites, lint, lower, quantize, quantized_nodes, save, with_outputs
 from ptqd_export.export.half import halve, to_half
 from ptqd_export.precision import FP32, Precision
 from ptqd_export.quant import Emission, LayerQuant, QuantizedNetwork
@@ -23,20 +21,6 @@ ULP = 2.0**-11
 """Largest relative rounding error of float16."""
 FP16 = Precision(16, 16)
 QUANTIZED = [Precision(8, 8), Precision(4, 4), Precision(8, 8, "fp8"), Precision(4, 16)]
-
-
-@pytest.fixture(scope="module")
-def toy() -> Iterator[nn.Module]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield Toy().eval()
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def base(toy: nn.Module) -> ir.Model:
-    return export_fp(toy, INFO)
 
 
 def parse(text: str, opset: int = 21) -> ir.Model:

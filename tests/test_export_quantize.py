@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -14,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.numpy import load_file
-from test_export import INFO, Toy, calibrated, feeds_of, layers_of, rms, run, session
+from test_export import INFO, calibrated, feeds_of, layers_of, rms, run, session
 from torch import nn
 
 from ptqd_export.export import export_fp, fold, lint, lower, op_counts, quantize, quantized_convs, quantized_nodes, save
@@ -22,20 +21,6 @@ from ptqd_export.precision import Precision
 from ptqd_export.quant import Emission
 
 FP8, W4A16, W8A16 = Precision(8, 8, "fp8"), Precision(4, 16), Precision(8, 16)
-
-
-@pytest.fixture(scope="module")
-def toy() -> Iterator[nn.Module]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield Toy().eval()
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def base(toy: nn.Module) -> ir.Model:
-    return export_fp(toy, INFO)
 
 
 def graph_of(toy: nn.Module, base: ir.Model, precision: Precision, emission: Emission) -> ir.Model:

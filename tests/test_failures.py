@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from conftest import Built, Invoke, Launch
+from conftest import Built, Invoke, Launch, full_disk
 from onnx import TensorProto, helper
 from safetensors.numpy import load_file, save_file
 
@@ -293,17 +291,6 @@ def test_targets_of_run_and_plot(classes: Built, place: Path, refused: Callable[
 
 
 # --- full disks ---
-
-
-@contextlib.contextmanager
-def full_disk(limit: int) -> Iterator[None]:
-    """No file may grow beyond `limit` bytes: a write fails half-way, as on a full disk (EFBIG in place of ENOSPC; Python ignores SIGXFSZ)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_disk_that_fills_up_in_the_trajectories(rgb: Built, place: Path, refused: Callable[..., str]) -> None:
