@@ -2,7 +2,7 @@
 # make test   lint, type check and run the tests
 # make test-gpu  run the tests that need an NVIDIA GPU, on a machine that has one (in .venv-gpu); they say why where they skip
 # make check  lint and type check alone
-# make bench  measure the tables of the README (about an hour)
+# make bench  measure the tables of docs/benchmarks.md and of the README (about an hour)
 # make clean  remove what these commands wrote (.venv and .venv-gpu stay: remove them by hand)
 #
 # Each of them creates .venv first if it is missing or older than pyproject.toml and constraints.txt.
@@ -54,6 +54,9 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/parity.py --write
 	$(BIN)/python benchmarks/engine_builds.py --write
 	$(BIN)/python benchmarks/quality.py --samples 128 --write
+	$(BIN)/python benchmarks/summary.py --write
+	$(BIN)/python benchmarks/samples.py
+	$(BIN)/python benchmarks/recipe_reference.py --write
 
 clean:
 	rm -rf engines/fashion_mnist engines/fashion_mnist_samples build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,13 +1,14 @@
-"""Quality of quantized sampling: per precision, correction and variance recalibration, and per plan, against full precision.
+"""Quality of quantized sampling, by precision, correction, variance recalibration and plan.
 
     python benchmarks/quality.py [--model calib/fashion_mnist] [--samples 256] [--seeds 0 1] [--write]
 
-For eta 0 and eta 1 the bundle that `build` makes by default is built into benchmarks/out/: its graphs carry the gated `ptqd` correction.
-The other modes' tables are computed from the noise statistics in the bundle, and replace the folded one in the sampler: both are affine in
-the guided prediction, so one is undone and the other applied exactly. All runs share seeds and injected noise with the full-precision run, so
-PSNR compares pairs; calibration has noise of its own. Frechet distance is to the Fashion-MNIST test images in the features of the
-reference classifier. Finished runs are kept in benchmarks/out/quality.jsonl, under the hashes of what they ran, and not run again.
---write puts the tables into the README.
+For eta 0 and eta 1 the bundle that `build` makes by default is built into benchmarks/out/: its graphs carry
+the gated `ptqd` correction. The tables of the other modes are computed from the noise statistics in the
+bundle, and replace the folded ones: both are affine in the prediction, so one is undone and the other
+applied exactly. All runs share seeds and injected noise with the full-precision run, so PSNR compares
+pairs; calibration has noise of its own. The Frechet distance is taken to the Fashion-MNIST test images in
+the features of the reference classifier. Finished runs are kept in benchmarks/out/quality.jsonl, under the
+hashes of what they ran, and are not run again.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
-from report import ROOT, machine, table, write_section
+from report import OUT, REFERENCE_MODEL, machine, table, write_section
 
-from ptqd_export.bundle import Bundle
-from ptqd_export.engine import Engine
+from ptqd_export.bundle.bundle import Bundle
+from ptqd_export.core.backend import ORT_CPU, Emission
+from ptqd_export.core.engine import EPSILON, Engine, FakeEngine
+from ptqd_export.core.noise import Correction, Mode
+from ptqd_export.core.plan import Plan, by_budget, by_snr, fixed, pareto_front, step_weights
+from ptqd_export.core.precision import FP32, Precision
 from ptqd_export.errors import BundleError
-from ptqd_export.noise import MODES, Correction
-from ptqd_export.plan import Plan, by_budget, by_snr, fixed, pareto_front, step_weights
-from ptqd_export.precision import FP32, Precision
 from ptqd_export.progress import progress
-from ptqd_export.quant import Emission
 
-OUT = ROOT / "benchmarks" / "out"
 PRECISIONS = ("w8a8", "w4a8", "w4a4")
 DEFAULT = "ptqd, gated"
 """What `build` folds into its graphs if nothing else is asked for."""
@@ -60,18 +61,23 @@ def bundle_path(eta: float, edges: str) -> Path:
 
 
 def build_bundle(model: Path, eta: float, edges: str) -> None:
-    """The default bundle at this eta with every precision; built anew unless the one there is of the same recipe and weights."""
-    from ptqd_export.build import build
+    """The default bundle at this eta with every precision, built unless it is there."""
+    from ptqd_export.assemble.assemble import build
     from ptqd_export.calibrate import open_model
     from ptqd_export.recipe import Recipe
 
     path = bundle_path(eta, edges)
     recipe = Recipe.load(model).override(
-        sampler={"eta": eta}, quantization={"precisions": ("fp32", *PRECISIONS), "edge_layers": edges}, plan={"rule": "fixed", "steps": ("w8a8",)}
+        sampler={"eta": eta},
+        quantization={"precisions": ("fp32", *PRECISIONS), "edge_layers": edges},
+        plan={"rule": "fixed", "steps": ("w8a8",)},
     )
     with contextlib.suppress(BundleError):  # there is none, or an old one
         m = Bundle.open(path).manifest
-        if m.provenance["recipe"] == recipe.to_dict() and m.model.sha256 == open_model(recipe).info.sha256:
+        if (
+            m.provenance.recipe == recipe.to_dict()
+            and m.sampling.model.sha256 == open_model(recipe).info.sha256
+        ):
             return
     print(f"building {path.name}", file=sys.stderr)
     build(recipe, path, say=lambda text: print(text, file=sys.stderr))
@@ -79,13 +85,17 @@ def build_bundle(model: Path, eta: float, edges: str) -> None:
 
 def fingerprint(bundle: Bundle) -> str:
     """What the runs of a bundle depend on: its graphs, weights and tables."""
-    files = {name: entry["sha256"] for name, entry in bundle.manifest.files.items() if name.endswith((".onnx", ".safetensors"))}
+    files = {
+        name: file.sha256
+        for name, file in bundle.manifest.files.items()
+        if name.endswith((".onnx", ".safetensors"))
+    }
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def tables(bundle: Bundle, plan: Plan, mode: str) -> Correction:
-    """What to apply to the bundle's guided predictions so that they are corrected as `mode` says; per step the rows of its precision."""
-    n, c = len(plan), bundle.manifest.model.channels
+    """What to apply to the bundle's predictions so that they are corrected as `mode` says, (T, C)."""
+    n, c = len(plan), bundle.manifest.sampling.model.channels
     of = {}
     for p in plan.precisions:
         folded = bundle.correction(p, Emission.ORT_CPU)
@@ -93,7 +103,8 @@ def tables(bundle: Bundle, plan: Plan, mode: str) -> Correction:
             of[p] = Correction(np.ones((n, c)), np.zeros((n, c)), folded.var)
         else:
             wanted = Correction.from_stats(bundle.stats(p, Emission.ORT_CPU), mode)
-            of[p] = Correction(wanted.gain / folded.gain, wanted.offset - wanted.gain * folded.offset / folded.gain, wanted.var)
+            gain = wanted.gain / folded.gain
+            of[p] = Correction(gain, wanted.offset - gain * folded.offset, wanted.var)
     rows = [of[p] for p in plan.steps]
     return Correction(
         np.stack([r.gain[i] for i, r in enumerate(rows)]),
@@ -102,10 +113,15 @@ def tables(bundle: Bundle, plan: Plan, mode: str) -> Correction:
     )
 
 
+def corrected(engine: Engine, correction: Correction, step: int) -> Engine:
+    """An engine with a correction of its own; it may stand before guidance, whose weights add up to 1."""
+    gain, offset = (rows[step][:, None, None] for rows in (correction.gain, correction.offset))
+    return FakeEngine(lambda feeds: gain * engine(feeds)[EPSILON].astype(np.float64) + offset, engine.inputs)
+
+
 def draw(job: Job, batch: range, seed: int) -> np.ndarray:
     """One batch of samples; engines stay open in the worker from one job to the next."""
     from ptqd_export.backends import open_engine, set_threads
-    from ptqd_export.sampler import sample
 
     path = bundle_path(job.eta, job.edges)
     if not _bundles:
@@ -113,23 +129,19 @@ def draw(job: Job, batch: range, seed: int) -> np.ndarray:
     if path not in _bundles:
         _bundles[path] = Bundle.open(path, verify=False)
     bundle = _bundles[path]
-    m = bundle.manifest
-    plan = fixed(job.plan.split(), len(m.schedule))
+    m, sampling = bundle.manifest, bundle.manifest.sampling
+    plan = fixed(job.plan.split(), len(sampling))
     for p in plan.precisions:
         if (path, p) not in _engines:
-            _engines[path, p] = open_engine("ort-cpu", bundle.file(m.artifact(p, "ort-cpu").file))
+            _engines[path, p] = open_engine(ORT_CPU, bundle.file(m.artifact(p, ORT_CPU).file))
     correction = tables(bundle, plan, job.mode)
-    labels = [m.model.labels[i % len(m.model.labels)] for i in batch]
-    return sample(
-        lambda i: _engines[path, plan.steps[i]],
-        m.schedule,
-        m.model,
-        m.model.conditions(labels, len(batch)),
+    labels = [sampling.model.labels[i % len(sampling.model.labels)] for i in batch]
+    return sampling.sample(
+        lambda step: corrected(_engines[path, plan.steps[step]], correction, step),
+        sampling.model.conditions(labels, len(batch)),
         batch,
         seed=seed,
-        guidance_scale=m.guidance_scale,
-        sigmas=m.schedule.recalibrated_sigmas(correction.var) if job.recalibrate else None,
-        correction=correction,
+        sigmas=sampling.schedule.recalibrated_sigmas(correction.var) if job.recalibrate else None,
     )
 
 
@@ -138,15 +150,17 @@ _engines: dict[tuple[Path, Precision], Engine] = {}
 
 
 def plan_jobs(eta: float) -> list[Job]:
-    """The snr plan and budget plans of the same BOPs for both objectives; at eta 0 also plans by hand: few bits, or full precision, early or late."""
-    bundle = Bundle.open(bundle_path(eta, "float"))
-    m, schedule = bundle.manifest, bundle.manifest.schedule
-    n, info = len(schedule), m.plan_info
+    """The snr plan, and budget plans of as many bit operations for both objectives.
+
+    At eta 0 also plans by hand: few bits, or full precision, early or late.
+    """
+    m = Bundle.open(bundle_path(eta, "float")).manifest
+    schedule, choice, n = m.sampling.schedule, m.choice, len(m.sampling)
     precisions = [Precision.parse(p) for p in PRECISIONS]
     bops = {p: float(m.bops[p]) for p in precisions}
-    chosen = {"snr": by_snr({p: np.array(info["snr_q"][str(p)]) for p in precisions}, bops, schedule)}
+    chosen = {"snr": by_snr({p: np.array(choice.snr_q[p], float) for p in precisions}, bops, schedule)}
     # The manifest's errors are weighted for its own objective; the weights come off again.
-    errors = {p: np.array(info["error"][str(p)]) / step_weights(schedule, info["objective"]) for p in precisions}
+    errors = {p: np.array(choice.error[p]) / step_weights(schedule, choice.objective) for p in precisions}
     for objective in ("paired", "distribution"):
         weights = step_weights(schedule, objective)
         front = pareto_front({p: weights * errors[p] for p in precisions}, bops)
@@ -164,15 +178,17 @@ def plan_jobs(eta: float) -> list[Job]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "calib/fashion_mnist")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=REFERENCE_MODEL)
     parser.add_argument("--samples", type=int, default=256, help="per seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--eta", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--skip", nargs="+", default=[], choices=["modes", "plans", "edges"])
-    parser.add_argument("--write", action="store_true", help="put the tables into README.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     jobs: list[Job] = []
@@ -181,8 +197,8 @@ def main() -> None:
         jobs.append(Job(eta, "fp32", "none", False))
         if "modes" not in args.skip:
             for p in PRECISIONS:
-                for mode in (*MODES, DEFAULT):
-                    # The default recalibrates where there is a variance to recalibrate; the modes are shown with and without.
+                for mode in (*get_args(Mode), DEFAULT):
+                    # The default recalibrates where there is a variance; the modes are shown both ways.
                     recalibrate = (False,) if eta == 0 else (True,) if mode == DEFAULT else (False, True)
                     jobs += [Job(eta, p, mode, r) for r in recalibrate]
         if "plans" not in args.skip:
@@ -203,14 +219,15 @@ def run_all(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
     from classifier import load_features, load_reference
 
     from ptqd_export.evaluate.metrics import excursions, feature_stats, frechet_distance, psnr, ssim
-    from ptqd_export.images import to_uint8
+    from ptqd_export.pictures import to_uint8
 
     log = OUT / "quality.jsonl"
     prints = {(job.eta, job.edges): "" for job in jobs}
     prints = {key: fingerprint(Bundle.open(bundle_path(*key), verify=False)) for key in prints}
 
     def setting(job: Job) -> dict:
-        return {"samples": args.samples, "seeds": args.seeds, "bundle": prints[job.eta, job.edges], "fp32": prints[job.eta, "float"]}
+        of = {"bundle": prints[job.eta, job.edges], "fp32": prints[job.eta, "float"]}
+        return {"samples": args.samples, "seeds": args.seeds, **of}
 
     known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {}
@@ -221,7 +238,7 @@ def run_all(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
     features, reference = load_features(args.model), load_reference(args.model)
     truth: dict[float, np.ndarray] = {}
     todo = [job for job in jobs if job.key() not in done]
-    shape = Bundle.open(bundle_path(jobs[0].eta, "float"), verify=False).manifest.model.sample_shape
+    shape = Bundle.open(bundle_path(jobs[0].eta, "float"), verify=False).manifest.sampling.model.sample_shape
     with (
         ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool,
         progress(len(todo) * args.samples * len(args.seeds), "samples", "sample") as bar,
@@ -243,7 +260,10 @@ def run_all(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
 
         for job in todo:
             if job.eta not in truth:
-                file = OUT / f"fp32-{prints[job.eta, 'float']}-{args.samples}-{'-'.join(map(str, args.seeds))}.npy"
+                file = (
+                    OUT
+                    / f"fp32-{prints[job.eta, 'float']}-{args.samples}-{'-'.join(map(str, args.seeds))}.npy"
+                )
                 if not file.exists():
                     np.save(file, all_samples(Job(job.eta, "fp32", "none", False)))
                 truth[job.eta] = np.load(file)
@@ -251,9 +271,10 @@ def run_all(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
             x = fp if job.plan == "fp32" else all_samples(job)
             pixels = to_uint8(x.reshape(-1, *shape)).reshape(x.shape).astype(np.float32) / 127.5 - 1
             away = excursions(x.reshape(-1, *shape))
+            pairs = list(zip(x, fp, strict=True)) if job.plan != "fp32" else []
             result = {
-                "psnr": [float(np.mean(psnr(a, b))) for a, b in zip(x, fp, strict=True)] if job.plan != "fp32" else None,
-                "ssim": [float(np.mean(ssim(a, b))) for a, b in zip(x, fp, strict=True)] if job.plan != "fp32" else None,
+                "psnr": [float(np.mean(psnr(a, b))) for a, b in pairs] or None,
+                "ssim": [float(np.mean(ssim(a, b))) for a, b in pairs] or None,
                 "frechet": [frechet_distance(*feature_stats(features(p)), *reference) for p in pixels],
                 "excursions": away.share,
                 "largest": away.largest,
@@ -282,27 +303,35 @@ def report(jobs: list[Job], results: dict[str, dict], args: argparse.Namespace) 
     columns = ["PSNR to fp32, dB", "SSIM to fp32", "Frechet distance", "samples beyond ±1.5 (largest value)"]
     parts = []
     for eta in args.eta:
-        chosen = [j for j in jobs if j.eta == eta and not j.label and j.edges == "float"]
-        rows = [[j.plan, "-" if j.plan == "fp32" else j.mode, "yes" if j.recalibrate else "no", *cells(results[j.key()])] for j in chosen]
+        rows = []
+        for j in (j for j in jobs if j.eta == eta and not j.label and j.edges == "float"):
+            mode = "-" if j.plan == "fp32" else j.mode
+            rows.append([j.plan, mode, "yes" if j.recalibrate else "no", *cells(results[j.key()])])
         parts.append(f"**eta {eta:g}**\n\n" + table(["precision", "correction", "sigma'", *columns], rows))
         plans = [j for j in jobs if j.eta == eta and j.label]
         if plans:
             m = Bundle.open(bundle_path(eta, "float"), verify=False).manifest
-            fp = m.bops[FP32]
-            share = [fixed(j.plan.split(), len(m.schedule)).total({p: v / fp / len(m.schedule) for p, v in m.bops.items()}) for j in plans]
-            rows = [[j.label, j.plan, f"{s:.4f}", *cells(results[j.key()])] for j, s in zip(plans, share, strict=True)]
-            parts.append(f"**Plans, eta {eta:g}** (correction {DEFAULT})\n\n" + table(["rule", "plan", "BOPs of fp32", *columns], rows))
-    edges = [j for j in jobs if j.edges == "w8a8"]
-    if edges:
-        rows = []
-        for j in edges:
-            other = Job(j.eta, j.plan, j.mode, j.recalibrate)
-            rows += [[j.plan, name, *cells(results[job.key()])] for name, job in (("float", other), ("8 bits", j)) if job.key() in results]
-        parts.append(f"**First and last conv** (eta 0, correction {DEFAULT})\n\n" + table(["precision", "edge layers", *columns], rows))
-    m = Bundle.open(bundle_path(args.eta[0], "float"), verify=False).manifest
+            n = len(m.sampling)
+            share = {p: bops / m.bops[FP32] / n for p, bops in m.bops.items()}
+            rows = [
+                [j.label, j.plan, f"{fixed(j.plan.split(), n).total(share):.4f}", *cells(results[j.key()])]
+                for j in plans
+            ]
+            title = f"**Plans, eta {eta:g}** (correction {DEFAULT})"
+            parts.append(f"{title}\n\n" + table(["rule", "plan", "BOPs of fp32", *columns], rows))
+    rows = []
+    for j in (j for j in jobs if j.edges == "w8a8"):
+        other = Job(j.eta, j.plan, j.mode, j.recalibrate)
+        both = (("float", other), ("8 bits", j))
+        rows += [[j.plan, name, *cells(results[job.key()])] for name, job in both if job.key() in results]
+    if rows:
+        title = f"**First and last conv** (eta 0, correction {DEFAULT})"
+        parts.append(f"{title}\n\n" + table(["precision", "edge layers", *columns], rows))
+    sampling = Bundle.open(bundle_path(args.eta[0], "float"), verify=False).manifest.sampling
     note = (
-        f"{m.model.name}, {len(m.schedule)} steps, guidance {m.guidance_scale:g}; {args.samples} samples for each of the seeds "
-        f"{', '.join(map(str, args.seeds))}; ± is half the range over seeds. {machine()}."
+        f"{sampling.model.name}, {len(sampling)} steps, guidance {sampling.guidance_scale:g}; "
+        f"{args.samples} samples for each of the seeds {', '.join(map(str, args.seeds))}; "
+        f"± is half the range over seeds. {machine()}."
     )
     return "\n\n".join([*parts, note])
 

@@ -1,4 +1,4 @@
-"""Tables of the README: each stands between markers and is rewritten by the script that measured it."""
+"""Sections of README.md and docs/ that scripts write: each stands between markers and is replaced whole."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "benchmarks" / "out"
+"""What the scripts keep between runs; git ignores it."""
+REFERENCE_MODEL = ROOT / "calib" / "fashion_mnist"
+REFERENCE_BUNDLE = ROOT / "engines" / "fashion_mnist"
+
+_README, _BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+SECTIONS = {
+    "summary": _README,
+    "step-time": _BENCHMARKS,
+    "parity": _BENCHMARKS,
+    "weights": _BENCHMARKS,
+    "engine-builds": _BENCHMARKS,
+    "quality": _BENCHMARKS,
+    "switching": _BENCHMARKS,
+    "recipe-keys": ROOT / "docs" / "recipe.md",
+}
+"""{section: the file that it stands in}."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -15,25 +32,60 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [list(header), ["---"] * len(header), *rows])
 
 
-def machine() -> str:
-    """One line: processor, cores and versions."""
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), platform.machine())
+def read_tables(text: str) -> list[list[dict[str, str]]]:
+    """The Markdown tables of a text: a row is {column: cell}."""
+    found: list[list[dict[str, str]]] = []
+    header: list[str] = []
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            header = []
+            continue
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not header:
+            header = cells
+            found.append([])
+        elif set(cells) != {"---"}:
+            found[-1].append(dict(zip(header, cells, strict=True)))
+    return found
+
+
+def machine(*distributions: str) -> str:
+    """One line: processor, cores, and versions of these packages."""
+    info = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    names = (line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
     cores = sum(line.startswith("processor") for line in info)
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("onnxruntime", "torch"))
-    return f"{model}, {cores} cores; {versions}"
+    versions = ", ".join(
+        f"{name} {metadata.version(name)}" for name in distributions or ("onnxruntime", "torch")
+    )
+    return f"{next(names, platform.machine())}, {cores} cores; {versions}"
 
 
-def write_section(name: str, text: str, file: Path = ROOT / "README.md") -> None:
-    """Replace what stands between `<!-- name: begin ... -->` and `<!-- name: end -->`.
+def read_section(name: str) -> str:
+    """The text between `<!-- name: begin -->` and `<!-- name: end -->`.
 
     Raises:
-        SystemExit: the markers are not in the file.
+        SystemExit: the markers are not in the section's file.
     """
-    content = file.read_text("utf-8")
-    before, begin, rest = content.partition(f"<!-- {name}: begin")
-    marker, close, rest = rest.partition("-->\n")
-    _, end, after = rest.partition(f"<!-- {name}: end -->")
-    if not (begin and close and end):
-        raise SystemExit(f"{file} has no section {name}: put `<!-- {name}: begin -->` and `<!-- {name}: end -->` where the table belongs")
-    file.write_text(f"{before}{begin}{marker}{close}{text}\n{end}{after}", "utf-8")
+    return _split(name)[1]
+
+
+def write_section(name: str, text: str) -> None:
+    """Replace the text of a section.
+
+    Raises:
+        SystemExit: the markers are not in the section's file.
+    """
+    before, _, after = _split(name)
+    SECTIONS[name].write_text(f"{before}{text.strip()}\n{after}", "utf-8")
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """The section's file up to its text, the text, and what follows."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    before, found, rest = SECTIONS[name].read_text("utf-8").partition(begin)
+    text, found_end, after = rest.partition(end)
+    if not (found and found_end):
+        raise SystemExit(
+            f"{SECTIONS[name]} has no section {name}: put `{begin.strip()}` and `{end}` where it belongs"
+        )
+    return before + begin, text.strip(), end + after

@@ -1,9 +1,10 @@
-"""Time of an engine's step, of a switch between engines, and of whole runs beside the sum of their engines' times.
+"""Time of an engine's call, of a switch between engines, and of a run beside the sum of its engines' calls.
 
-    python benchmarks/switching.py [BUNDLE] [--backend ort-cpu] [--samples 4] [--write]
+    python benchmarks/switching.py [BUNDLE] [--backend ort-cpu] [--samples 4] [--rounds 30] [--write]
 
-For every backend that works here and that the bundle has engines for. A switch is what a call costs more right after another
-engine's than right after its own; the overhead of a run is all that is not an engine's call: sampler, noise, copies, switches.
+For every backend that works here and that the bundle has engines for. A switch is what a call takes longer
+right after another engine's call than right after its own. What a run takes besides its engines' calls is
+the sampler, the noise, copies and switches.
 """
 
 from __future__ import annotations
@@ -12,26 +13,24 @@ import argparse
 import contextlib
 import itertools
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from report import machine, table, write_section
+from report import REFERENCE_BUNDLE, machine, table, write_section
 
+from ptqd_export.assemble.timing import launcher
 from ptqd_export.backends import available, open_device
-from ptqd_export.bundle import Bundle
-from ptqd_export.engine import SAMPLE, STEP, TIMESTEP
-from ptqd_export.engines import open_artifact
-from ptqd_export.plan import Plan
-from ptqd_export.precision import Precision
-from ptqd_export.quant import BUILDERS
-from ptqd_export.recipe import BUILT
-from ptqd_export.runtime import Runtime
-from ptqd_export.sampler import branches
-from ptqd_export.timing import launcher
+from ptqd_export.bundle.bundle import Bundle
+from ptqd_export.core.backend import BACKENDS, BUILDERS, RUNNABLE
+from ptqd_export.core.plan import Plan
+from ptqd_export.core.precision import Precision
+from ptqd_export.runtime import Runtime, open_artifact
 
-WARMUP, ROUNDS, RUNS = 3, 30, 5
+WARMUP, RUNS = 3, 5
+HEADER = ("backend", "engine", "ms per call", "ms more after a switch", "run over the sum of its calls")
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -40,26 +39,22 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(bundle: Bundle, backend: str, n: int) -> list[list[str]]:
-    """Rows of the table: an engine each, and a run."""
-    m = bundle.manifest
+def measure(bundle: Bundle, backend: str, n: int, rounds: int) -> list[list[str]]:
+    """Rows of the table: one per engine, and one of a run."""
+    m, sampling = bundle.manifest, bundle.manifest.sampling
     precisions = list(m.bops)
-    steps = tuple(itertools.islice(itertools.cycle(precisions), len(m.schedule)))
-    rows_per_call = n * branches(m.guidance_scale)
-    feeds = {
-        SAMPLE: np.random.default_rng(0).standard_normal((rows_per_call, *m.model.sample_shape)).astype(np.float32),
-        TIMESTEP: np.full(rows_per_call, m.schedule.timesteps[0]),
-        STEP: np.zeros(1, np.int64),
-        **m.model.conditions(None, rows_per_call),
-    }
-    figures = []
+    steps = tuple(itertools.islice(itertools.cycle(precisions), len(sampling)))
+    x = np.random.default_rng(0).standard_normal((n, *sampling.model.sample_shape))
+    feeds = sampling.feeds(x, 0, sampling.model.conditions(None, n))
     with contextlib.ExitStack() as opened:
         device = opened.enter_context(contextlib.closing(open_device(backend)))
-        engines = {p: opened.enter_context(open_artifact(bundle, m.artifact(p, backend), device)) for p in precisions}
+        engines = {p: open_artifact(bundle, m.artifact(p, backend), device) for p in precisions}
+        for engine in engines.values():
+            opened.enter_context(engine)
         calls = {p: launcher(engine, device, feeds) for p, engine in engines.items()}
         alone: dict[Precision, list[float]] = {p: [] for p in precisions}
         after: dict[Precision, list[float]] = {p: [] for p in precisions}
-        for turn in range(WARMUP + ROUNDS):
+        for turn in range(WARMUP + rounds):
             for p, other in zip(precisions, [*precisions[1:], precisions[0]], strict=True):
                 calls[p]()
                 own = seconds(calls[p])
@@ -69,38 +64,50 @@ def measure(bundle: Bundle, backend: str, n: int) -> list[list[str]]:
                     alone[p].append(own)
                     after[p].append(switched)
     step = {p: float(np.median(alone[p])) for p in precisions}
-    for p in precisions:
-        switch = float(np.median(np.array(after[p]) - np.array(alone[p])))
-        figures.append([backend, str(p), f"{step[p] * 1e3:.2f}", f"{switch * 1e3:+.2f}", ""])
+    switch = {p: float(np.median(np.array(after[p]) - np.array(alone[p]))) for p in precisions}
+    found = [[backend, str(p), f"{step[p] * 1e3:.2f}", f"{switch[p] * 1e3:+.2f}", ""] for p in precisions]
     with Runtime(bundle, backend, Plan(steps)) as runtime:
-        indices = range(n)
-        runtime.sample(indices)
-        whole = float(np.median([seconds(lambda: runtime.sample(indices)) for _ in range(RUNS)]))
-    figures.append(
-        [backend, f"run of {len(steps)} steps, all precisions in turn", f"{whole * 1e3:.1f}", "", f"{whole / sum(step[p] for p in steps) - 1:+.1%}"]
-    )
-    return figures
+        runtime.sample(range(n))
+        whole = float(np.median([seconds(lambda: runtime.sample(range(n))) for _ in range(RUNS)]))
+    more = whole / sum(step[p] for p in steps) - 1
+    run = f"run of {len(steps)} steps, all precisions in turn"
+    return [*found, [backend, run, f"{whole * 1e3:.1f}", "", f"{more:+.1%}"]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", nargs="?", type=Path, default=Path("engines/fashion_mnist"))
-    parser.add_argument("--backend", choices=BUILT, help="one alone")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", nargs="?", type=Path, default=REFERENCE_BUNDLE)
+    parser.add_argument("--backend", choices=RUNNABLE, help="one alone")
     parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     options = parser.parse_args()
     bundle = Bundle.open(options.bundle)
-    rows, missing = [], []
-    for backend, reason in available().items():
+    rows: list[list[str]] = []
+    for backend, state in available().items():
         if options.backend not in (None, backend):
             continue
-        if reason == "ok" and (backend not in BUILDERS or backend in bundle.manifest.backends):
-            rows += measure(bundle, backend, options.samples)
+        if state == "ok" and backend in BUILDERS and backend not in bundle.manifest.backends:
+            state = "the bundle has no engines for it"
+        if state == "ok":
+            rows += measure(bundle, backend, options.samples, options.rounds)
         else:
-            missing.append(f"{backend}: not measured, for {reason if reason != 'ok' else 'the bundle has no engines for it'}")
-    text = table(("backend", "engine", "ms per call", "ms more after a switch", "run over the sum of its calls"), rows)
-    how = f"CPU threads: {len(os.sched_getaffinity(0))}; {options.samples} samples per call; medians of {ROUNDS} calls and of {RUNS} runs"
-    text += "\n\n" + "\n".join([*(f"- {line}" for line in missing), "", f"{how}. {machine()}."])
+            print(f"{backend} is left out: {state}", file=sys.stderr)
+    if not rows:
+        raise SystemExit("no backend works here: nothing was measured")
+    measured = list(dict.fromkeys(row[0] for row in rows))
+    others = (
+        ""
+        if set(measured) & {n for n, b in BACKENDS.items() if b.on_device}
+        else "; the others need an NVIDIA GPU"
+    )
+    how = f"CPU threads: {len(os.sched_getaffinity(0))}; {options.samples} samples per call"
+    text = (
+        f"{table(HEADER, rows)}\n\nMeasured: {', '.join(measured)}{others}. {how}; "
+        f"medians of {options.rounds} calls and of {RUNS} runs. {machine()}."
+    )
     print(text)
     if options.write:
         write_section("switching", text)

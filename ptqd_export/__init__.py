@@ -1,23 +1,30 @@
-"""ptqd-export: post-training quantized diffusion models as engine bundles, corrected and switched per denoising step (PTQD).
+"""ptqd-export: post-training quantized diffusion models as engine bundles, corrected and switched per
+denoising step (PTQD).
 
 Importing this package imports neither torch nor onnx nor any runtime.
 """
 
 from __future__ import annotations
 
-from .build import build
-from .bundle import Bundle
-from .engine import Engine, FakeEngine
-from .engines import rebuild
-from .errors import BackendUnavailable, BundleError, GraphError, ModelError, ParityError, PTQDError, RecipeError
-from .manifest import Manifest
-from .noise import Correction, NoiseStats
-from .plan import Plan
-from .precision import Precision
+from .assemble import build, rebuild
+from .bundle import Bundle, Manifest
+from .core.engine import Engine, FakeEngine
+from .core.noise import Correction, NoiseStats
+from .core.plan import Plan
+from .core.precision import Precision
+from .core.sampling import Sampling
+from .core.schedule import NoiseSchedule
+from .errors import (
+    BackendUnavailable,
+    BundleError,
+    GraphError,
+    ModelError,
+    ParityError,
+    PTQDError,
+    RecipeError,
+)
 from .recipe import Recipe
 from .runtime import Runtime, run
-from .sampler import sample
-from .schedule import NoiseSchedule
 
 __version__ = "0.1.0"
 
@@ -40,8 +47,8 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Runtime",
+    "Sampling",
     "build",
     "rebuild",
     "run",
-    "sample",
 ]

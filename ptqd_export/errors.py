@@ -8,7 +8,7 @@
     ├── BackendUnavailable       a backend is not installed or does not work here
     └── ParityError              an engine does not compute what it was built to compute
 
-A message says what was got, what was expected and what to do.
+A message says what was given, what was expected and what to do.
 """
 
 from __future__ import annotations

@@ -1,35 +1,45 @@
-"""What all tests share: seeded numbers, small values of the core, small models and the bundles built from them."""
+"""What all tests share: seeded numbers, small values of the core, small models and the bundles built from
+them."""
 
 from __future__ import annotations
 
 import os
 
-# Before numpy and torch are loaded: small tests gain nothing from threads, which only wait for each other on a busy machine.
+# Before numpy and torch are loaded: small tests gain nothing from threads, which only wait for each other on
+# a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
 import io
 import json
-import resource
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers import (
+    MIXED,
+    PRECISIONS,
+    RTX,
+    SEVERAL,
+    Built,
+    Invoke,
+    Launch,
+    Result,
+    copied,
+    environment,
+    listing,
+)
 
 from ptqd_export import cli
 from ptqd_export.bundle import Bundle
-from ptqd_export.conditioning import ModelInfo
-from ptqd_export.recipe import InputSpec
-from ptqd_export.schedule import NoiseSchedule
-
-PRECISIONS = ("fp32", "w8a8", "w4a8", "w4a4")
-MIXED = "w4a4,w4a8,w8a8,fp32"
+from ptqd_export.core.model import InputSpec, ModelInfo
+from ptqd_export.core.schedule import NoiseSchedule
 
 
 @pytest.fixture
@@ -49,33 +59,10 @@ def class_info() -> ModelInfo:
     return ModelInfo("toy", (1, 4, 4), (InputSpec("class_labels", num_classes=4, null_class=3),), "0" * 64)
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a command left: exit code, stdout, stderr."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-    @property
-    def error(self) -> str:
-        """The one line of a failure, which is all that it may print."""
-        assert self.code == 1, self
-        assert self.out == ""
-        assert self.err.startswith("Error: ") and self.err.endswith("\n") and self.err.count("\n") == 1, self.err
-        return self.err
-
-
-Invoke = Callable[..., Result]
-
-
 @pytest.fixture(scope="session")
 def invoke() -> Invoke:
-    """The command line in this process: invoke("run", bundle, "--out", out). Anything but SystemExit is passed on."""
+    """The command line in this process: invoke("run", bundle, "--out", out). Anything but SystemExit is
+    passed on."""
 
     def call(*arguments: object) -> Result:
         out, err = io.StringIO(), io.StringIO()
@@ -90,23 +77,18 @@ def invoke() -> Invoke:
     return call
 
 
-Launch = Callable[..., "subprocess.Popen[str]"]
-
-
-def environment(**more: str) -> dict[str, str]:
-    """For subprocesses: this package, wherever it stands, on one thread."""
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", **more}
-
-
 @pytest.fixture
 def launch() -> Iterator[Launch]:
-    """The command line as a process group of its own: launch("run", bundle, "--out", out, PYTHONHASHSEED="1"). Killed in the end if it still runs."""
+    """The command line as a process group of its own: launch("run", bundle, "--out", out,
+    PYTHONHASHSEED="1"). Killed in the end if it still runs."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: object, **more: str) -> subprocess.Popen[str]:
         words = [sys.executable, "-m", "ptqd_export", *map(str, arguments)]
         pipe = subprocess.PIPE
-        process = subprocess.Popen(words, env=environment(**more), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            words, env=environment(**more), stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        )
         started.append(process)
         return process
 
@@ -117,29 +99,15 @@ def launch() -> Iterator[Launch]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-@dataclass(frozen=True)
-class Built:
-    """A bundle and what it was built from.
-
-    Attributes:
-        recipe: recipe or model folder.
-        options: of the build command.
-        report: what `build --json` printed.
-    """
-
-    recipe: Path
-    options: tuple[str, ...]
-    path: Path
-    report: Any
-
-    @property
-    def bundle(self) -> Bundle:
-        return Bundle.open(self.path)
-
-
-def _build(invoke: Invoke, recipe: Path, *options: str) -> Built:
-    path = recipe.with_name(recipe.name + ".bundle")
-    every = (*options, *(word for p in PRECISIONS for word in ("--precision", p)))
+def _build(
+    invoke: Invoke,
+    recipe: Path,
+    *options: str,
+    precisions: tuple[str, ...] = PRECISIONS,
+    kind: str = "bundle",
+) -> Built:
+    path = recipe.with_name(f"{recipe.name}.{kind}")
+    every = (*options, *(word for p in precisions for word in ("--precision", p)))
     result = invoke("build", recipe, "--out", path, *every, "--json")
     assert (result.code, result.err) == (0, ""), result
     return Built(recipe, every, path, result.json)
@@ -161,7 +129,8 @@ def _save_unet(folder: Path, scheduler: Any, **config: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def rgb(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
-    """3x16x16 with attention, no classes; a DDPM config with fixed_large variance that clips; four steps, eta 1, all precisions in turn."""
+    """3x16x16 with attention, no classes; a DDPM config with fixed_large variance that clips; four steps, eta
+    1, all precisions in turn."""
     from diffusers import DDPMScheduler
 
     folder = _save_unet(
@@ -183,12 +152,26 @@ def classes(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
         DDIMScheduler(clip_sample=False),
         sample_size=8, in_channels=1, out_channels=1, num_class_embeds=5,
     )  # fmt: skip
-    return _build(invoke, folder, "--calib-size", "4", "--batch-size", "1", "--n-steps", "3", "--eta", "0.5", "--plan", "snr")
+    return _build(
+        invoke,
+        folder,
+        "--calib-size",
+        "4",
+        "--batch-size",
+        "1",
+        "--n-steps",
+        "3",
+        "--eta",
+        "0.5",
+        "--plan",
+        "snr",
+    )
 
 
 @pytest.fixture(scope="session")
 def guided(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
-    """1x8x8, four classes and a null class, from a recipe: guidance 2, DDPM solver, budget in bit operations."""
+    """1x8x8, four classes and a null class, from a recipe: guidance 2, DDPM solver, budget in bit
+    operations."""
     from diffusers import DDIMScheduler
 
     folder = _save_unet(
@@ -240,7 +223,8 @@ class Own(nn.Module):
 
     def forward(self, sample, timestep, context):
         t = timestep[:, None] / 1000.0
-        h = self.inlet(sample) + (self.clock(torch.cat([t.sin(), t.cos()], 1)) + self.context(context))[:, :, None, None]
+        vector = self.clock(torch.cat([t.sin(), t.cos()], 1)) + self.context(context)
+        h = self.inlet(sample) + vector[:, :, None, None]
         h = h + self.twice(F.silu(self.twice(F.silu(self.norm(h)))))
         h = h + self.tokens(h.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(h.shape)
         return self.outlet(F.silu(h))
@@ -257,7 +241,9 @@ def own(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
     folder = tmp_path_factory.mktemp("models") / "own"
     folder.mkdir()
     (folder / "net.py").write_text(OWN)
-    (folder / "scheduler_config.json").write_text(json.dumps({"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"}))
+    (folder / "scheduler_config.json").write_text(
+        json.dumps({"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"})
+    )
     np.save(folder / "contexts.npy", np.random.default_rng(0).standard_normal((5, 6)))
     (folder / "recipe.toml").write_text(
         """
@@ -271,14 +257,59 @@ def own(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
         guidance_scale = 1.5
         """
     )
-    return _build(invoke, folder, "--calib-size", "4", "--plan", MIXED)
+    # Its engines, which only rebuilds make, are for one GPU: those take less time.
+    return _build(invoke, folder, "--calib-size", "4", "--plan", MIXED, "--compute-capability", "8.9")
+
+
+@pytest.fixture(scope="session")
+def several(guided: Built, invoke: Invoke) -> Built:
+    """The guided model (noise in every step, two rows a sample) with engines of all kinds of precisions for
+    all GPUs. Real builds, which need no GPU."""
+    pytest.importorskip("tensorrt_rtx")
+    options = ("--plan", "w8a8,w4a4,w8a8-fp8", "--backend", RTX, "--backend", "ort-cpu")
+    return _build(invoke, guided.recipe, *options, precisions=SEVERAL, kind="several")
+
+
+@pytest.fixture
+def place(tmp_path: Path, own: Built) -> Path:
+    """A folder with a bundle in it that has no engines: plan w4a4, w4a8, w8a8, fp32."""
+    return copied(own, tmp_path).parent
+
+
+@pytest.fixture
+def refused(place: Path, invoke: Invoke) -> Callable[..., str]:
+    """Run a command that must fail, and check that it changed nothing in `place`; returns its one line."""
+
+    def call(*words: object) -> str:
+        before = listing(place)
+        line = invoke(*words).error
+        assert listing(place) == before
+        Bundle.open(place / "bundle")
+        return line
+
+    return call
+
+
+@pytest.fixture
+def spoilt(tmp_path: Path, own: Built) -> Path:
+    """A copy of a sound bundle, to be spoilt."""
+    shutil.copytree(own.path, tmp_path / "spoilt")
+    return tmp_path / "spoilt"
+
+
+@pytest.fixture
+def caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache folder, for this test alone."""
+    folder = tmp_path_factory.mktemp("caches")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "ptqd-export"
 
 
 @pytest.fixture(scope="module")
 def toy() -> Iterator[Any]:
-    """The network of test_export.py, on one thread."""
+    """The network of support/toy.py, on one thread."""
     import torch
-    from test_export import Toy
+    from toy import Toy
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -290,31 +321,8 @@ def toy() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def base(toy: Any) -> Any:
     """Its export in full precision, an onnx_ir.Model."""
-    from test_export import INFO
+    from toy import INFO
 
     from ptqd_export.export import export_fp
 
     return export_fp(toy, INFO)
-
-
-def has_gpu() -> bool:
-    """Whether TensorRT-RTX engines run here."""
-    from ptqd_export.backends import trt
-    from ptqd_export.errors import BackendUnavailable
-
-    try:
-        trt.check("tensorrt-rtx")
-    except BackendUnavailable:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def full_disk(limit: int) -> Iterator[None]:
-    """No file may grow beyond `limit` bytes: a write fails half-way, as on a full disk (EFBIG in place of ENOSPC; Python ignores SIGXFSZ)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

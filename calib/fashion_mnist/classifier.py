@@ -26,7 +26,12 @@ class Classifier(nn.Module):
         super().__init__()
 
         def block(inputs: int, outputs: int) -> list[nn.Module]:
-            return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+            return [
+                nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+                nn.BatchNorm2d(outputs),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            ]
 
         self.body = nn.Sequential(*block(1, 32), *block(32, 64), *block(64, 128), nn.Flatten())
         self.neck = nn.Sequential(nn.Linear(128 * 4 * 4, FEATURES, bias=False), nn.BatchNorm1d(FEATURES))
@@ -59,7 +64,9 @@ class Features:
         out = np.empty((len(x), FEATURES))
         with torch.inference_mode():
             for i in range(0, len(x), self._batch):
-                out[i : i + self._batch] = self._module.features(torch.from_numpy(x[i : i + self._batch])).numpy()
+                out[i : i + self._batch] = self._module.features(
+                    torch.from_numpy(x[i : i + self._batch])
+                ).numpy()
         return out
 
     def classes(self, features: np.ndarray) -> np.ndarray:

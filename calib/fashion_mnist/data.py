@@ -31,7 +31,9 @@ def read_idx(path: Path) -> np.ndarray:
                 raise SystemExit(f"{candidate}: not an IDX file of unsigned bytes (magic {raw[:4].hex()})")
             shape = struct.unpack(f">{ndim}I", raw[4 : 4 + 4 * ndim])
             return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(shape)
-    raise SystemExit(f"{path}[.gz] not found: install the Debian package `dataset-fashion-mnist`, or name the folder of the IDX files with --data")
+    raise SystemExit(
+        f"{path}[.gz] not found: install the Debian package `dataset-fashion-mnist`, or name the folder of the IDX files with --data"
+    )
 
 
 def load(folder: Path = DEBIAN_PATH, split: str = "train") -> tuple[np.ndarray, np.ndarray]:

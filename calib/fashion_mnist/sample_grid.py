@@ -21,11 +21,12 @@ from data import CLASSES, DEBIAN_PATH, load
 
 from ptqd_export.calibrate import TorchEngine, open_model
 from ptqd_export.evaluate.metrics import EXCURSION_MARGIN, excursions, feature_stats, frechet_distance
-from ptqd_export.images import image_grid, save_png, to_uint8, write_atomic
+from ptqd_export.pictures import image_grid, save_png, to_uint8
+from ptqd_export.files import write_atomic
 from ptqd_export.progress import progress
 from ptqd_export.recipe import Recipe
-from ptqd_export.sampler import sample
-from ptqd_export.schedule import NoiseSchedule
+from ptqd_export.core.sampling import sample
+from ptqd_export.core.schedule import NoiseSchedule
 
 HERE = Path(__file__).parent
 GRID_ROWS = 8
@@ -35,14 +36,26 @@ BEGIN, END = "<!-- figures: begin, written by sample_grid.py --card -->", "<!-- 
 def draw(recipe: Recipe, n: int, batch_size: int, seed: int) -> np.ndarray:
     """Samples 0 to n - 1 of `seed`, float64 (n, 1, 32, 32), not clamped."""
     network = open_model(recipe)
-    schedule = NoiseSchedule.from_config(network.scheduler_config, recipe.sampler.n_steps, recipe.sampler.eta, recipe.sampler.solver)
+    schedule = NoiseSchedule.from_config(
+        network.scheduler_config, recipe.sampler.n_steps, recipe.sampler.eta, recipe.sampler.solver
+    )
     conditions = network.info.conditions(None, n)
     parts = []
     with TorchEngine(network, schedule) as engine, progress(n, "samples", "sample") as bar:
         for start in range(0, n, batch_size):
             batch = range(start, min(n, start + batch_size))
             feeds = {name: value[batch.start : batch.stop] for name, value in conditions.items()}
-            parts.append(sample(lambda _: engine, schedule, network.info, feeds, batch, seed=seed, guidance_scale=recipe.sampler.guidance_scale))
+            parts.append(
+                sample(
+                    lambda _: engine,
+                    schedule,
+                    network.info,
+                    feeds,
+                    batch,
+                    seed=seed,
+                    guidance_scale=recipe.sampler.guidance_scale,
+                )
+            )
             bar.update(len(batch))
     return np.concatenate(parts)
 
@@ -60,12 +73,16 @@ def judge(x: np.ndarray, data: Path, seed: int) -> dict[str, float]:
     images, labels = load(data)
     rng = np.random.default_rng(seed)
     of_class = [rng.permutation(np.flatnonzero(labels == c)) for c in range(len(CLASSES))]
-    real, _ = distance(images[[of_class[i % len(CLASSES)][i // len(CLASSES)] for i in range(len(x))]][:, None])
+    real, _ = distance(
+        images[[of_class[i % len(CLASSES)][i // len(CLASSES)] for i in range(len(x))]][:, None]
+    )
     away = excursions(x)
     return {
         "frechet_distance": round(found, 3),
         "frechet_distance_of_training_images": round(real, 3),
-        "class_agreement": round(float((extract.classes(features) == np.arange(len(x)) % len(CLASSES)).mean()), 4),
+        "class_agreement": round(
+            float((extract.classes(features) == np.arange(len(x)) % len(CLASSES)).mean()), 4
+        ),
         "excursions": away.count,
         "largest_value": round(away.largest, 3),
     }
@@ -87,8 +104,15 @@ def card(folder: Path) -> str:
         sizes = [unet["sample_size"] >> i for i, kind in enumerate(down) if "Attn" in kind]
         rows += [
             ("Channels by level", ", ".join(map(str, channels))),
-            ("Residual blocks per level", f"{unet['layers_per_block']} down, {unet['layers_per_block'] + 1} up"),
-            ("Self-attention at", ", ".join(f"{s}x{s}" for s in sizes) + f" and in the middle block, {unet['attention_head_dim']} channels per head"),
+            (
+                "Residual blocks per level",
+                f"{unet['layers_per_block']} down, {unet['layers_per_block'] + 1} up",
+            ),
+            (
+                "Self-attention at",
+                ", ".join(f"{s}x{s}" for s in sizes)
+                + f" and in the middle block, {unet['attention_head_dim']} channels per head",
+            ),
             ("Class embeddings", f"{unet['num_class_embeds']}, the last one the null class"),
         ]
     if training := read("training.json"):
@@ -96,10 +120,22 @@ def card(folder: Path) -> str:
         tail = losses[-10:]
         rows += [
             ("Parameters", f"{training['parameters']:,}"),
-            ("Optimizer steps", f"{training['steps']:,} of batch {training['batch_size']} ({training['epochs']} epochs)"),
-            ("Training time", f"{training['minutes']} minutes on {training['device']}, threads: {training['threads']}"),
-            ("Loss, mean of the last 1,000 steps", f"{sum(tail) / len(tail):.4f} (first 100 steps: {losses[0]:.4f})"),
-            ("Learning rate, EMA decay, seed", f"{training['lr']:g}, {training['ema']:g}, {training['seed']}"),
+            (
+                "Optimizer steps",
+                f"{training['steps']:,} of batch {training['batch_size']} ({training['epochs']} epochs)",
+            ),
+            (
+                "Training time",
+                f"{training['minutes']} minutes on {training['device']}, threads: {training['threads']}",
+            ),
+            (
+                "Loss, mean of the last 1,000 steps",
+                f"{sum(tail) / len(tail):.4f} (first 100 steps: {losses[0]:.4f})",
+            ),
+            (
+                "Learning rate, EMA decay, seed",
+                f"{training['lr']:g}, {training['ema']:g}, {training['seed']}",
+            ),
         ]
     if sampling := read("sampling.json"):
         n = sampling["num_samples"]
@@ -110,7 +146,10 @@ def card(folder: Path) -> str:
             ),
             (f"Frechet distance of {n:,} samples to the test images", f"{sampling['frechet_distance']:.3f}"),
             (f"The same of {n:,} training images", f"{sampling['frechet_distance_of_training_images']:.3f}"),
-            ("Samples that the classifier puts into the class asked for", f"{sampling['class_agreement']:.1%}"),
+            (
+                "Samples that the classifier puts into the class asked for",
+                f"{sampling['class_agreement']:.1%}",
+            ),
             (
                 f"Samples with a value beyond {1 + EXCURSION_MARGIN:g} before clamping",
                 f"{sampling['excursions']} (largest absolute value {sampling['largest_value']:g})",
@@ -118,7 +157,10 @@ def card(folder: Path) -> str:
         ]
     if classifier := read("classifier.json"):
         rows += [
-            ("Classifier: test accuracy", f"{classifier['test_accuracy']:.2%} (training images: {classifier['train_accuracy']:.2%})"),
+            (
+                "Classifier: test accuracy",
+                f"{classifier['test_accuracy']:.2%} (training images: {classifier['train_accuracy']:.2%})",
+            ),
             (
                 "Classifier: parameters, epochs, time",
                 f"{classifier['parameters']:,}, {classifier['epochs']}, {classifier['seconds']:.0f} s, threads: {classifier['threads']}",
@@ -136,14 +178,18 @@ def write_card(folder: Path) -> None:
     readme = folder / "README.md"
     text = readme.read_text("utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise SystemExit(f"{readme} must hold the lines {BEGIN!r} and {END!r} once each: put them where the figures belong")
+        raise SystemExit(
+            f"{readme} must hold the lines {BEGIN!r} and {END!r} once each: put them where the figures belong"
+        )
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     write_atomic(readme, f"{before}{BEGIN}\n{card(folder)}\n{END}{after}".encode())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=HERE, help="folder with unet/ and scheduler/")
     parser.add_argument("--data", type=Path, default=DEBIAN_PATH, help="folder of the IDX files")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for samples.png and sampling.json")
@@ -151,7 +197,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=None, help="torch threads; all cores if not given")
-    parser.add_argument("--card", action="store_true", help="sample nothing: write the figures section of README.md")
+    parser.add_argument(
+        "--card", action="store_true", help="sample nothing: write the figures section of README.md"
+    )
     args = parser.parse_args()
     if args.card:
         write_card(args.out)

@@ -43,7 +43,13 @@ def make_unet() -> UNet2DModel:
 
 def make_scheduler() -> DDIMScheduler:
     # clip_sample off: with it on, x0 is clamped inside every step and hides samples that run away.
-    return DDIMScheduler(beta_schedule="linear", clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading", steps_offset=1)
+    return DDIMScheduler(
+        beta_schedule="linear",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
 
 
 def save_atomic(state: dict, path: Path) -> None:
@@ -53,10 +59,14 @@ def save_atomic(state: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=DEBIAN_PATH, help="folder of the IDX files")
     parser.add_argument("--steps", type=int, default=60_000, help="optimizer steps at most")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="training time at most, all resumed runs together")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="training time at most, all resumed runs together"
+    )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--ema", type=float, default=0.999)
@@ -95,7 +105,12 @@ def main() -> None:
     permutation = torch.empty(0, dtype=torch.long)
     progress = max(step / args.steps, seconds / (60 * args.minutes))
     last_save, window = time.monotonic(), []
-    bar = tqdm(total=1.0, initial=progress, bar_format="{desc} {percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}", disable=None)
+    bar = tqdm(
+        total=1.0,
+        initial=progress,
+        bar_format="{desc} {percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}",
+        disable=None,
+    )
     while progress < 1:
         began = time.monotonic()
         if len(permutation) < batch:
@@ -104,7 +119,9 @@ def main() -> None:
         x0, y = x_all[index], y_all[index].clone()
         y[torch.rand(batch, generator=generator, device=device) < P_NULL] = NULL_CLASS
         # Stratified timesteps: one per stratum of [0, 1000), less gradient variance than independent draws.
-        u = (torch.arange(batch, device=device) + torch.rand(batch, generator=generator, device=device)) / batch
+        u = (
+            torch.arange(batch, device=device) + torch.rand(batch, generator=generator, device=device)
+        ) / batch
         t = (u * len(abar)).long()
         noise = torch.randn(x0.shape, generator=generator, device=device)
         a = abar[t].view(-1, 1, 1, 1)
@@ -130,10 +147,14 @@ def main() -> None:
         if len(window) == 100:
             losses.append(sum(window) / len(window))
             window.clear()
-            print(f"step {step}  loss {losses[-1]:.4f}  lr {lr:.2e}  {seconds / 60:.1f} min", flush=True) if bar.disable else None
+            print(
+                f"step {step}  loss {losses[-1]:.4f}  lr {lr:.2e}  {seconds / 60:.1f} min", flush=True
+            ) if bar.disable else None
         new = min(1.0, max(step / args.steps, seconds / (60 * args.minutes)))
         bar.set_description(f"step {step}", refresh=False)
-        bar.set_postfix(loss=f"{(losses or [loss.item()])[-1]:.4f}", epoch=f"{step * batch / n:.2f}", refresh=False)
+        bar.set_postfix(
+            loss=f"{(losses or [loss.item()])[-1]:.4f}", epoch=f"{step * batch / n:.2f}", refresh=False
+        )
         bar.update(new - progress)
         progress = new
         if time.monotonic() - last_save > 120:

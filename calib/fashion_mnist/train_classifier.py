@@ -26,7 +26,9 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=DEBIAN_PATH, help="folder of the IDX files")
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--epochs", type=int, default=6)
@@ -75,7 +77,9 @@ def main() -> None:
     features, accuracy = evaluate("t10k")
     _, train_accuracy = evaluate("train")
     save_tensors(model.state_dict(), args.out / WEIGHTS)
-    save_arrays({"mean": features.mean(0), "covariance": np.cov(features, rowvar=False)}, args.out / REFERENCE)
+    save_arrays(
+        {"mean": features.mean(0), "covariance": np.cov(features, rowvar=False)}, args.out / REFERENCE
+    )
     figures = {
         "test_accuracy": round(accuracy, 4), "train_accuracy": round(train_accuracy, 4), "epochs": args.epochs, "steps": steps,
         "batch_size": args.batch_size, "lr": args.lr, "parameters": sum(p.numel() for p in model.parameters()),

@@ -1,6 +1,17 @@
-"""Runtimes behind the one face of `ptqd_export.engine.Engine`; each imports its own library when it is first used."""
+"""Runtimes behind the one face of `core.engine.Engine`; each imports its library when it is first used."""
 
-from .base import Device, DeviceEngine, available, check, open_device, open_engine
+from ..core.engine import Device, DeviceEngine
 from .ort import OrtDevice, OrtEngine, set_threads
+from .registry import available, check, open_device, open_engine
 
-__all__ = ["Device", "DeviceEngine", "OrtDevice", "OrtEngine", "available", "check", "open_device", "open_engine", "set_threads"]
+__all__ = [
+    "Device",
+    "DeviceEngine",
+    "OrtDevice",
+    "OrtEngine",
+    "available",
+    "check",
+    "open_device",
+    "open_engine",
+    "set_threads",
+]

@@ -1,10 +1,12 @@
-"""Calibration in torch: open a model, collect its trajectories, quantize it, simulate it, measure its noise."""
+"""Calibration in torch: open a model, collect trajectories, quantize, simulate and measure the noise."""
 
-from .engine import TorchEngine, set_threads
+from .intake import open_model
 from .measure import measure
-from .models import Network, open_model
-from .quantize import Observed, observe, quantize
-from .simulate import LayerSimulator, SimulatedEngine, SimulatedLayer
+from .network import Network
+from .observe import Observed, observe
+from .quantize import quantize
+from .simulate import LayerSimulator, SimulatedLayer, simulate
+from .torch_engine import TorchEngine, set_threads
 from .trajectories import Batch, Trajectories, collect
 
 __all__ = [
@@ -12,7 +14,6 @@ __all__ = [
     "LayerSimulator",
     "Network",
     "Observed",
-    "SimulatedEngine",
     "SimulatedLayer",
     "TorchEngine",
     "Trajectories",
@@ -22,4 +23,5 @@ __all__ = [
     "open_model",
     "quantize",
     "set_threads",
+    "simulate",
 ]

@@ -1,6 +1,7 @@
-"""Ranges: how far a symmetric grid should reach. Streaming histograms for activations, whole tensors for weights.
+"""Ranges: how far a symmetric grid should reach.
 
-real = code * scale with codes in [qmin(bits), qmax(bits)]; a range r gives scale = r / qmax(bits).
+Activations are measured by streaming histograms, weights as whole tensors. real = code * scale with codes in
+[qmin(bits), qmax(bits)]; a range r gives scale = r / qmax(bits).
 """
 
 from __future__ import annotations
@@ -12,23 +13,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..quant import F32, qmax, qmin
+from ..core.quant import F32, qmax, qmin
 
 F64 = npt.NDArray[np.float64]
 BINS = 2048
 SUBDIVISIONS = 4
-"""Points per bin at which the quantization error is taken: at 8 bits a bin is nearly as wide as a small step."""
+"""Points per bin at which the quantization error is taken: at 8 bits a bin is nearly as wide as a step."""
 ACTIVATION_RATIOS = np.geomspace(0.01, 1.0, 160)
 WEIGHT_RATIOS = np.linspace(0.2, 1.0, 81)
 _SMALLEST = -100
-"""Exponent of the limit of an empty histogram; BINS / limit stays a float32."""
+"""Exponent of the limit of an empty histogram; BINS / limit still fits a float32."""
 
 
 class AbsHistogram:
     """Streaming histogram of |x|: BINS equal bins on [0, limit), limit a power of two.
 
-    A larger value doubles the limit by merging bins in pairs. Because limits are powers of two, that equals binning everything
-    at the final limit: the result depends neither on order nor on grouping, and `a.merge(b)` is exact.
+    A larger value doubles the limit, and bins are merged in pairs. Because limits are powers of two, this
+    equals binning everything at the final limit: the result depends neither on order nor on grouping.
 
     Attributes:
         counts: int64 (BINS,).
@@ -66,22 +67,18 @@ class AbsHistogram:
         bins = magnitudes.mul_(BINS / self.limit).to(torch.int32)
         self.counts += torch.bincount(bins, minlength=BINS).numpy()
 
-    def merge(self, other: AbsHistogram) -> None:
-        """Take up the counts of `other`, exactly."""
-        self._grow(other.exponent)
-        self.counts += _coarsened(other.counts, self.exponent - other.exponent)
-        self.largest = max(self.largest, other.largest)
-
     def _grow(self, exponent: int) -> None:
         if exponent > self.exponent:
             self.counts = _coarsened(self.counts, exponent - self.exponent)
             self.exponent = exponent
 
     def range(self, method: str, bits: int, percentile: float = 100.0) -> float:
-        """The range of a symmetric grid of `bits` bits; 1.0 if nothing but zeros was seen.
+        """The range of a symmetric grid of `bits` bits; 1.0 if only zeros were seen.
 
-        minmax: the largest |x|. percentile: the value below which that share (in percent) of |x| lies, linear inside a bin.
-        mse: the clip threshold with the least expected squared quantization error, rounding and clipping, over the histogram.
+        minmax: the largest |x|.
+        percentile: the value below which that share (in percent) of |x| lies, linear inside a bin.
+        mse: the clip threshold with the least expected squared quantization error (rounding and clipping)
+            over the histogram.
         """
         if self.largest == 0.0:
             return 1.0
@@ -112,7 +109,7 @@ class AbsHistogram:
         return float(self.largest * ACTIVATION_RATIOS[int(np.argmin(errors))])
 
     def scale(self, method: str, bits: int, percentile: float = 100.0) -> float:
-        """range / qmax(bits), a float32 value."""
+        """The scale of that grid, range / qmax(bits): a float32 value."""
         return float(np.float32(self.range(method, bits, percentile) / qmax(bits)))
 
 
@@ -124,9 +121,12 @@ def _coarsened(counts: npt.NDArray[np.int64], doublings: int) -> npt.NDArray[np.
 
 
 def weight_scales(weight: F32, bits: int, method: str, percentile: float = 100.0) -> F32:
-    """float32 (O,): a scale per output channel of `weight` (O, ...), from the values themselves; 0 for a channel of zeros.
+    """One scale per output channel of `weight` (O, ...), float32 (O,); 0 for a channel of zeros.
 
-    mse: the ratio of the channel's largest |w|, of a fixed grid, with the least squared error of round-to-nearest.
+    The scales come from the weight values themselves, not from a histogram.
+
+    mse: of a fixed set of ratios to the channel's largest |w|, the one with the least squared error of
+        round-to-nearest.
     """
     rows = weight.reshape(len(weight), -1).astype(np.float64)
     magnitude = np.abs(rows)

@@ -1,4 +1,4 @@
-"""Rounding of weights to codes on a given grid, a scale per output channel: to the nearest, or GPTQ."""
+"""Round weights to codes on a grid with one scale per output channel: to the nearest, or by GPTQ."""
 
 from __future__ import annotations
 
@@ -6,38 +6,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..precision import Number
-from ..quant import F32, I8, U8, qmax, qmin, to_e4m3
-from ..quant import quantize as to_codes
+from ..core.precision import Number
+from ..core.quant import F32, I8, U8, qmax, qmin, to_codes, to_e4m3
 
 DAMPING = 0.01
 """Share of the Hessian's mean diagonal that is added to it (GPTQ, section 3.3)."""
 
 
 BLOCK = 64
-"""Columns rounded before their errors are spread over all that follow: one matrix product instead of many thin ones."""
+"""Columns that are rounded before their errors are spread over the rest, in one product instead of many."""
 
 
 def per_channel(scale: F32, ndim: int) -> F32:
-    """`scale` (O,) as (O, 1, ...), broadcastable to a weight of `ndim` dimensions."""
+    """`scale` (O,) as (O, 1, ...), which broadcasts to a weight of `ndim` dimensions."""
     return scale.reshape(-1, *[1] * (ndim - 1))
 
 
 def nearest(weight: F32, scale: F32, bits: int, number: Number = "int") -> I8 | U8:
-    """Codes of `weight` (O, ...) with `scale` (O,): round half to even, saturated."""
+    """Codes of `weight` (O, ...) with `scale` (O,), rounded half to even and saturated."""
     scales = per_channel(scale, weight.ndim)
     return to_e4m3(weight / scales) if number == "fp8" else to_codes(weight, scales, bits)
 
 
 def gptq(weight: F32, scale: F32, bits: int, hessians: Tensor) -> I8:
-    """Codes that minimise the error of the layer's outputs rather than of its weights (Frantar et al. 2023, algorithm 1).
+    """Codes that minimise the error of the layer's outputs instead of its weights' (Frantar et al. 2023).
 
-    Column by column of the (O, I) weight: round it, then spread the error over the columns not yet rounded by the rows of the
-    Cholesky factor of the inverse Hessian. Columns go by decreasing Hessian diagonal ("act order").
+    This is algorithm 1 of the paper. It rounds one column of the (O, I) weight at a time, then spreads the
+    error over the columns not yet rounded, by the rows of the Cholesky factor of the inverse Hessian. Columns
+    are taken by decreasing Hessian diagonal ("act order").
 
     Args:
-        weight: (O, ...); groups of output channels in order share a Hessian.
-        hessians: (groups, K, K), sums of x x^T of the inputs that meet a flattened weight row of K values.
+        weight: (O, ...); consecutive groups of output channels share a Hessian.
+        hessians: (groups, K, K), sums of x x^T over the inputs x that are multiplied with a flattened weight
+            row of K values.
     """
     groups, size, _ = hessians.shape
     rows = torch.from_numpy(weight.astype(np.float64)).reshape(groups, -1, size)

@@ -1,16 +1,21 @@
-"""The simulated quantized network: in torch, on float32 numbers that hold codes, what the emitted graphs compute.
+"""The simulated quantized network: torch computes, in float32, what the emitted graphs compute.
 
-Products and sums of integer codes are exact in float32 while they stay below 2^24, so an accumulator is the integer one; what
-follows it repeats the graph's operations in their order and precision. Sums of FP8 products (8 significant bits each, from
-2^-18 to 448^2) and of float inputs' are rounded, and their last bits depend on the order of summation: two right executions differ there.
+The float32 numbers hold codes. Products and sums of integer codes are exact in float32 while they stay below
+2^24, so an accumulator equals the integer one; what follows it repeats the graph's operations in their order
+and precision. Sums of FP8 products (8 significant bits each, from 2^-18 to 448^2) and of products of float
+inputs are rounded, and their last bits depend on the order of summation: two correct executions differ there.
 
-Input, all emissions: codes = clamp(round_half_even(x / input_scale)), float32 division, rounded to integers or to FP8 E4M3;
-x itself where weights alone are quantized. Padding is code 0, value 0.
-PORTABLE, and FP8 and weights alone in every emission (Emission.numerics): conv or matmul of dequantized values + float bias.
-    (The scales are multiplied into the weight codes here.)
-ORT_CPU conv (QLinearConv): accumulator = conv(codes, weight codes) + bias codes; output code = clamp(round_half_even(
-    float32(accumulator) * (input_scale * weight_scale / output_scale))); value = output code * output_scale.
-ORT_CPU linear (MatMulIntegerToFloat): accumulator * (input_scale * weight_scale) + float bias; not quantized.
+Input, all emissions: codes = clamp(round_half_even(x / input_scale)), float32 division, rounded to integers
+    or to FP8 E4M3; x itself where weights alone are quantized. Padding is code 0, value 0.
+PORTABLE, and FP8 and weights alone in every emission (Emission.numerics): conv or matmul of dequantized
+    values + float bias. (Here the scales are multiplied into the weight codes.)
+ORT_CPU conv (QLinearConv):
+    accumulator = conv(codes, weight codes) + bias codes
+    output code = clamp(round_half_even(
+        float32(accumulator) * (input_scale * weight_scale / output_scale)))
+    value = output code * output_scale
+ORT_CPU linear (MatMulIntegerToFloat): accumulator * (input_scale * weight_scale) + float bias; the output is
+    not quantized.
 """
 
 from __future__ import annotations
@@ -21,31 +26,35 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..engine import Array
-from ..noise import Correction
-from ..precision import Precision
-from ..quant import E4M3_MAX, F32, OUTPUT_BITS, Emission, LayerQuant, QuantizedNetwork, qmax, qmin
-from ..schedule import NoiseSchedule
-from .engine import TorchEngine, as_tensor
-from .models import Network
+from ..core.backend import Emission
+from ..core.engine import Array
+from ..core.precision import Precision
+from ..core.quant import E4M3_MAX, F32, OUTPUT_BITS, LayerQuant, QuantizedNetwork, qmax, qmin
+from .network import Network
 from .rounding import per_channel
+from .torch_engine import as_tensor
 
 
 class SimulatedLayer:
-    """One quantized layer as a torch function: x float32 -> float32, shapes as of the layer it stands for.
+    """One quantized layer as a torch function, float32 to float32, with the shapes of the layer it replaces.
 
     Args:
         layer: codes and scales.
-        emission: whose arithmetic.
+        emission: the emission whose arithmetic is simulated.
         module: the Conv2d or Linear that `layer` was made from: stride, padding, dilation and groups.
     """
 
     def __init__(self, layer: LayerQuant, emission: Emission, module: Any) -> None:
         self._layer = layer
-        self._portable = emission.numerics(Precision(layer.weight_bits, layer.activation_bits, layer.number)) is Emission.PORTABLE
-        self._geometry = (module.stride, module.padding, module.dilation, module.groups) if layer.kind == "conv" else None
+        self._portable = (
+            emission.numerics(Precision(layer.weight_bits, layer.activation_bits, layer.number))
+            is Emission.PORTABLE
+        )
+        self._geometry = (
+            (module.stride, module.padding, module.dilation, module.groups) if layer.kind == "conv" else None
+        )
         acc_scale = layer.bias_scale()
         weight = layer.weight_values()
         self._input_scale = float(np.float32(layer.input_scale))
@@ -54,7 +63,7 @@ class SimulatedLayer:
         if self._portable:
             weight = weight * per_channel(acc_scale, weight.ndim)
         elif layer.kind == "conv":
-            assert layer.output_scale is not None  # every conv of integers has one (LayerQuant)
+            assert layer.output_scale is not None  # every conv with integer codes has one (LayerQuant)
             self._output_scale = float(np.float32(layer.output_scale))
             self._scale = _channels(torch.from_numpy(acc_scale / np.float32(layer.output_scale)))
             codes = layer.bias_codes()
@@ -63,7 +72,9 @@ class SimulatedLayer:
         if layer.kind == "conv":
             self._weight = self._weight.to(memory_format=torch.channels_last)
 
-    def __call__(self, input: Tensor) -> Tensor:  # named as in Conv2d.forward: some models call layers by keyword
+    def __call__(
+        self, input: Tensor
+    ) -> Tensor:  # `input` as in Conv2d.forward: some models call layers by keyword
         codes = self._codes(input)
         if self._portable:
             return self._multiply(codes, self._bias)
@@ -73,10 +84,15 @@ class SimulatedLayer:
             return acc if self._bias is None else acc.add_(self._bias)
         if self._bias is not None:
             acc = acc.add_(self._bias)
-        return acc.mul_(self._scale).round_().clamp_(qmin(OUTPUT_BITS), qmax(OUTPUT_BITS)).mul_(self._output_scale)
+        return (
+            acc.mul_(self._scale)
+            .round_()
+            .clamp_(qmin(OUTPUT_BITS), qmax(OUTPUT_BITS))
+            .mul_(self._output_scale)
+        )
 
     def _codes(self, x: Tensor) -> Tensor:
-        """What meets the weight codes: float32 numbers of the input's grid, or `x` where the input is not quantized."""
+        """What the weight codes are multiplied with: codes of the input, or `x` where it is not quantized."""
         if self._layer.weight_only:
             return x
         ratio = x / self._input_scale
@@ -97,7 +113,7 @@ def _channels(values: Tensor) -> Tensor:
 
 
 class LayerSimulator:
-    """SimulatedLayer over numpy arrays, for callers that do not import torch.
+    """SimulatedLayer on numpy arrays, for callers that do not import torch.
 
     Args:
         network: the network that `layer` belongs to.
@@ -108,24 +124,22 @@ class LayerSimulator:
 
     def __call__(self, x: Array) -> F32:
         with torch.inference_mode():
-            return np.ascontiguousarray(self._simulated(as_tensor(np.ascontiguousarray(x, np.float32))).numpy())
+            return np.ascontiguousarray(
+                self._simulated(as_tensor(np.ascontiguousarray(x, np.float32))).numpy()
+            )
 
 
-class SimulatedEngine(TorchEngine):
-    """The quantized network in torch, the reference backend: a copy of the network whose quantized layers are simulated.
+def simulate(network: Network, quantized: QuantizedNetwork, emission: Emission) -> nn.Module:
+    """A copy of the network whose quantized layers compute what the graphs of an emission compute.
 
     Args:
         quantized: layers of `network` at one precision.
-        emission: whose arithmetic.
-        correction: applied to epsilon by step, as the folded graph does; None: raw outputs, to measure statistics on.
+        emission: the emission whose arithmetic is simulated.
     """
-
-    def __init__(
-        self, network: Network, quantized: QuantizedNetwork, emission: Emission, schedule: NoiseSchedule, correction: Correction | None = None
-    ) -> None:
-        # channels_last is some 7 % faster here; the copy leaves the original's layout alone.
-        module = copy.deepcopy(network.module).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        for name, layer in quantized.layers.items():
-            target = module.get_submodule(name)
-            target.forward = SimulatedLayer(layer, emission, target)
-        self._setup(module, network.info, schedule, correction)
+    # channels_last is some 7 % faster here; the original keeps its layout, because this is a copy.
+    module = copy.deepcopy(network.module)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for name, layer in quantized.layers.items():
+        target = module.get_submodule(name)
+        target.forward = SimulatedLayer(layer, emission, target)
+    return module

@@ -1,1 +1,4 @@
-"""How good samples are, and pictures of what a bundle does. numpy alone; matplotlib inside the plotting functions."""
+"""How good samples are, and plots of what a bundle does.
+
+It needs numpy alone; matplotlib is imported inside the plotting functions.
+"""

@@ -1,4 +1,7 @@
-"""Plots for people, as PNG: statistics per step, and the Pareto front of plans. matplotlib is imported inside; same data, same bytes."""
+"""Plots for people, as PNG files: statistics per step, and the Pareto front of plans.
+
+matplotlib is imported inside the functions. The same data gives the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import PTQDError, RecipeError
-from ..images import write_atomic
+from ..files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,44 +32,69 @@ def plot_steps(
     sigmas: F64,
     title: str = "",
 ) -> None:
-    """Four panels over the steps in sampling order (0 is the noisiest): SNR_Q and SNR_F, k, mean bias, sigma and sigma'.
+    """Draw four panels over the steps: SNR_Q and SNR_F, k, mean bias, and sigma with sigma'.
+
+    Steps are in sampling order; 0 is the noisiest.
 
     Args:
         path: a .png file.
-        per_step: by precision: any of "snr" (T,), "k" (T,), "bias" (T,) or (T, C), of which the mean over channels is drawn,
-            and "sigma" (T,), the recalibrated std sigma'.
+        per_step: by precision: any of "snr" (T,), "k" (T,), "bias" (T,) or (T, C), of which the mean over
+            channels is drawn, and "sigma" (T,), the recalibrated standard deviation sigma'.
         plan: precision of each step (T,), drawn as a coloured band behind every panel.
         snr_forward: SNR_F = abar / (1 - abar), (T,).
-        sigmas: std that the schedule injects, (T,).
+        sigmas: standard deviation of the noise that the schedule injects, (T,).
     Raises:
-        RecipeError: not a .png file, or lengths that differ from the plan's.
+        RecipeError: `path` is not a .png file, or a length differs from the plan's.
         PTQDError: matplotlib is not installed, or the file cannot be written.
     """
     n_steps = len(plan)
-    rows = {name: {key: np.asarray(v, np.float64) for key, v in values.items()} for name, values in per_step.items()}
+    rows = {
+        name: {key: np.asarray(v, np.float64) for key, v in values.items()}
+        for name, values in per_step.items()
+    }
     for name, values in [*rows.items(), ("schedule", {"snr_forward": snr_forward, "sigmas": sigmas})]:
         for key, v in values.items():
             if len(v) != n_steps:
-                raise RecipeError(f"{key} of {name} has {len(v)} steps: expected {n_steps}, as many as the plan")
+                raise RecipeError(
+                    f"{key} of {name} has {len(v)} steps: expected {n_steps}, as many as the plan"
+                )
     figure = _figure(8.0, 10.0, title)
     axes = figure.subplots(4, 1, sharex=True)
     names = [*rows, *sorted(set(plan) - set(rows))]
     colour = {name: f"C{i % 10}" for i, name in enumerate(names)}
     steps = np.arange(n_steps)
 
-    for panel, (key, label) in zip(axes, [("snr", "SNR (power)"), ("k", "k"), ("bias", "mean bias"), ("sigma", "injected std")], strict=True):
+    for panel, (key, label) in zip(
+        axes,
+        [("snr", "SNR (power)"), ("k", "k"), ("bias", "mean bias"), ("sigma", "injected std")],
+        strict=True,
+    ):
         first = 0
         for name, group in groupby(plan):
             last = first + len(list(group))
             panel.axvspan(first - 0.5, last - 0.5, color=colour[name], alpha=0.12, linewidth=0)
             if key == "snr":
-                panel.text((first + last - 1) / 2, 1.02, name, ha="center", va="bottom", color=colour[name], transform=panel.get_xaxis_transform())
+                panel.text(
+                    (first + last - 1) / 2,
+                    1.02,
+                    name,
+                    ha="center",
+                    va="bottom",
+                    color=colour[name],
+                    transform=panel.get_xaxis_transform(),
+                )
             first = last
         for name, values in rows.items():
             if key in values:
                 line = values[key] if values[key].ndim == 1 else values[key].mean(1)
                 line = np.where(np.isfinite(line), line, np.nan)
-                panel.plot(steps, line, color=colour[name], marker=".", label=f"{name} sigma'" if key == "sigma" else name)
+                panel.plot(
+                    steps,
+                    line,
+                    color=colour[name],
+                    marker=".",
+                    label=f"{name} sigma'" if key == "sigma" else name,
+                )
         if key == "snr":
             panel.plot(steps, snr_forward, color="black", linestyle="--", label="SNR_F")
             panel.set_yscale("log")
@@ -93,16 +121,16 @@ def plot_pareto(
     error_label: str = "weighted error",
     title: str = "",
 ) -> None:
-    """The Pareto front of plans: cost against error.
+    """Draw the Pareto front of plans: cost against error.
 
     Args:
         path: a .png file.
-        front: (cost, error) of each plan of the front, at least one, any order.
+        front: (cost, error) of each plan of the front, at least one, in any order.
         chosen: (cost, error) of the plan in use, or None.
         uniform: (cost, error) of the plans that use one precision throughout, by precision.
-        cost_label: says what the cost is and its unit, as time or bit operations.
+        cost_label: says what the cost is and its unit, such as time or bit operations.
     Raises:
-        RecipeError: an empty front, or not a .png file.
+        RecipeError: the front is empty, or `path` is not a .png file.
         PTQDError: matplotlib is not installed, or the file cannot be written.
     """
     if not front:
@@ -110,13 +138,19 @@ def plot_pareto(
     figure = _figure(6.4, 4.8, title)
     axes = figure.subplots()
     points = np.asarray(sorted(front), np.float64)
-    axes.plot(points[:, 0], points[:, 1], color="C0", marker=".", drawstyle="steps-post", label="Pareto front")
+    axes.plot(
+        points[:, 0], points[:, 1], color="C0", marker=".", drawstyle="steps-post", label="Pareto front"
+    )
     for i, (name, (cost, error)) in enumerate((uniform or {}).items()):
         axes.plot(cost, error, color=f"C{(i + 1) % 10}", marker="s", linestyle="none", label=f"all {name}")
     if chosen is not None:
         axes.plot(*chosen, color="black", marker="*", markersize=14, linestyle="none", label="chosen")
-    # Errors of plans span decades; a plan without error (all full precision) has no place on a logarithmic axis.
-    errors = [*points[:, 1], *(error for _, error in (uniform or {}).values()), *([] if chosen is None else [chosen[1]])]
+    # Errors span decades, so the axis is logarithmic; a plan without error (all full precision) does not fit.
+    errors = [
+        *points[:, 1],
+        *(error for _, error in (uniform or {}).values()),
+        *([] if chosen is None else [chosen[1]]),
+    ]
     if min(errors) > 0:
         axes.set_yscale("log")
     axes.set_xlabel(cost_label)
@@ -126,7 +160,7 @@ def plot_pareto(
 
 
 def _figure(width: float, height: float, title: str) -> Figure:
-    """A figure of its own, in inches, without pyplot: no global state, no display, drawn by Agg."""
+    """A new figure, size in inches, drawn by Agg without pyplot: it needs no global state and no display."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -142,4 +176,4 @@ def _save(figure: Figure, path: Path) -> None:
         raise RecipeError(f"cannot plot to {path}: give a file name that ends in .png")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    write_atomic(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())

@@ -1,15 +1,18 @@
-"""Graphs: one full-precision ONNX export, every precision a rewrite of it. Only this folder imports onnx and onnx_ir."""
+"""Graphs: one full-precision ONNX export, and every precision as a rewrite of it.
+
+Only this folder imports onnx.
+"""
 
 from .fold import fold
 from .from_torch import export_fp
-from .graph import exported_layers, layer_sites, quantized_nodes, with_outputs
-from .layers import LayerGraph, cut_layers
+from .insert_qdq import insert_qdq
 from .lint import lint
 from .lower import lower
-from .quantize import quantize
-from .save import expose_layers, save
+from .save import save
+from .sites import LayerGraph, cut_layers, exported_layers, expose_layers, layer_sites, quantized_nodes
 from .structure import float_convs, op_counts, quantized_convs
 from .update import sampler_update
+from .variants import write_variants
 
 __all__ = [
     "LayerGraph",
@@ -19,14 +22,14 @@ __all__ = [
     "expose_layers",
     "float_convs",
     "fold",
+    "insert_qdq",
     "layer_sites",
     "lint",
     "lower",
     "op_counts",
-    "quantize",
     "quantized_convs",
     "quantized_nodes",
     "sampler_update",
     "save",
-    "with_outputs",
+    "write_variants",
 ]

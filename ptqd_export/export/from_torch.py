@@ -1,6 +1,6 @@
-"""One full-precision export of a torch network; every precision is a rewrite of its graph.
+"""The full-precision export of a torch network; every precision is a rewrite of its graph.
 
-Only this file of the folder imports torch, and only when it is called.
+This is the only file of the folder that imports torch, and it does so only when called.
 """
 
 from __future__ import annotations
@@ -17,19 +17,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from ..conditioning import ModelInfo
-from ..engine import SAMPLE, TIMESTEP
+from ..core.engine import SAMPLE, TIMESTEP
+from ..core.model import ModelInfo
 from ..errors import GraphError
-from .graph import ATTENTION, LAYER, OUTPUT, first_line, is_const
+from .dialect import ATTENTION, BATCH, LAYER, OPSET, OUTPUT, PRODUCER
+from .graph import first_line, is_const
 
 if TYPE_CHECKING:
     import torch
 
-OPSET = 21
-"""At 23 and later torch emits `Attention`, which TensorRT does not take."""
-BATCH = "batch"
-PRODUCER = "ptqd-export"
-EXAMPLE_BATCH = 2  # 0 and 1 would be specialised by torch.export
+EXAMPLE_BATCH = 2  # torch.export would specialise 0 and 1
 SCOPES = "pkg.torch.onnx.name_scopes"
 PREFIX = "module."  # what the wrapper adds to every path
 
@@ -37,34 +34,51 @@ PREFIX = "module."  # what the wrapper adds to every path
 def export_fp(module: torch.nn.Module, info: ModelInfo) -> ir.Model:
     """The network in full precision, as ONNX of opset 21.
 
-    Inputs: sample f32 (batch, C, H, W), timestep int64 (batch,), then info.inputs (batch, *shape); output: `output`
-    f32 (batch, C, H, W), what the network returns, whatever its prediction type. The nodes of Conv2d and Linear modules carry
-    their module path (`LAYER`), which is all that is kept of the exporter's metadata: the same module gives the same bytes.
-    The model owns its weights: training on afterwards does not change it.
+    Inputs: sample f32 (batch, C, H, W), timestep int64 (batch,), then info.inputs (batch, *shape).
+    Output: `output` f32 (batch, C, H, W), what the network returns, whatever its prediction type.
+
+    The nodes of Conv2d and Linear modules carry their module path (`LAYER`). Nothing else is kept of the
+    exporter's metadata, so the same module gives the same bytes. The model owns its weights: further training
+    does not change it.
 
     Args:
         module: called as module(sample, timestep, **conditions) -> Tensor; put into evaluation mode.
     Raises:
-        GraphError: the module cannot be exported, or its batch dimension became static (pytorch/pytorch#152018).
+        GraphError: the module cannot be exported, or its batch dimension became static
+            (pytorch/pytorch#152018).
     """
     import torch
 
     conditions = info.null_conditions(EXAMPLE_BATCH)
     names = [SAMPLE, TIMESTEP, *conditions]
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    arrays = [np.zeros((EXAMPLE_BATCH, *info.sample_shape), np.float32), np.zeros(EXAMPLE_BATCH, np.int64), *conditions.values()]
+    arrays = [
+        np.zeros((EXAMPLE_BATCH, *info.sample_shape), np.float32),
+        np.zeros(EXAMPLE_BATCH, np.int64),
+        *conditions.values(),
+    ]
     example = tuple(torch.from_numpy(array).to(device) for array in arrays)
     dynamic = (tuple({0: torch.export.Dim.DYNAMIC} for _ in example),)
     wrapper = _wrap(module, list(conditions))
     try:
         with _silence(), torch.no_grad():
             program = torch.onnx.export(
-                wrapper, example, dynamo=True, opset_version=OPSET, input_names=names, output_names=[OUTPUT], dynamic_shapes=dynamic, verbose=False
+                wrapper,
+                example,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=names,
+                output_names=[OUTPUT],
+                dynamic_shapes=dynamic,
+                verbose=False,
             )
-    except Exception as error:  # the exporter lets through whatever the module or any of its passes raises
+    except Exception as error:  # the exporter passes on whatever the module or one of its passes raises
         raise GraphError(f"{info.name} cannot be exported to ONNX: {first_line(error)}") from error
     if program is None or len(program.model.graph.outputs) != 1:
-        raise GraphError(f"{info.name} cannot be exported to ONNX: expected a module that returns one tensor, the raw network output")
+        raise GraphError(
+            f"{info.name} cannot be exported to ONNX: expected a module that returns one tensor, the raw "
+            "network output"
+        )
     model = program.model
     _check_batch(model, names, info)
     _own_weights(model)
@@ -78,7 +92,7 @@ def _wrap(module: torch.nn.Module, conditions: list[str]) -> torch.nn.Module:
     import torch
 
     class Positional(torch.nn.Module):
-        """Positional inputs whatever the module calls them, so that the order of the graph's inputs is ours."""
+        """Takes its inputs by position, so that the order of the graph's inputs is ours."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -92,11 +106,15 @@ def _wrap(module: torch.nn.Module, conditions: list[str]) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """No prints, warnings or log lines from the exporter; what matters is raised."""
+    """Silence the exporter's prints, warnings and log lines; errors are raised."""
     previous = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -117,7 +135,7 @@ def _check_batch(model: ir.Model, names: list[str], info: ModelInfo) -> None:
 
 
 def _own_weights(model: ir.Model) -> None:
-    """Copies instead of views of torch's storage, under names relative to the module."""
+    """Copy the weights out of torch's storage, under names relative to the module."""
     graph = model.graph
     for value in list(graph.initializers.values()):
         name = str(value.name)
@@ -131,10 +149,10 @@ def _own_weights(model: ir.Model) -> None:
 
 
 def _note_origins(model: ir.Model, module: torch.nn.Module) -> None:
-    """Set LAYER on the nodes of Conv2d and Linear modules, and ATTENTION on those of scaled_dot_product_attention.
+    """Set LAYER on nodes of Conv2d and Linear modules, ATTENTION on those of scaled_dot_product_attention.
 
-    A node whose weight is not the module's own (the exporter has folded a normalisation into it) is not noted: its module has
-    no layer in the graph that could be quantized with the module's weight.
+    A node whose weight is not the module's own (the exporter has folded a normalisation into it) gets no
+    LAYER: the graph holds no layer that could be quantized with that module's weight.
     """
     import torch
 
@@ -150,7 +168,7 @@ def _note_origins(model: ir.Model, module: torch.nn.Module) -> None:
             continue
         if scopes[-1].startswith("scaled_dot_product_attention"):
             node.metadata_props[ATTENTION] = "1"
-        # A second call of a module is told by a suffix: "module.conv@1".
+        # A second call of a module has a suffix: "module.conv@1".
         path = re.sub(r"@\d+", "", scopes[-2]).removeprefix(PREFIX)
         name, layer = layers.get(id(paths.get(path)), ("", None))
         if layer is None or node.op_type not in ("Conv", "MatMul", "Gemm", "Add"):
@@ -171,7 +189,10 @@ def _same_weight(value: ir.Value | None, weight: np.ndarray[Any, Any]) -> bool:
 
 
 def _strip(model: ir.Model) -> None:
-    """Keep what the graph computes and our own notes; attributes in alphabetical order, because the exporter's order changes from run to run."""
+    """Remove everything but the computation and our own notes.
+
+    Attributes are put in alphabetical order, because the exporter's order changes from run to run.
+    """
     model.producer_name, model.producer_version, model.doc_string = PRODUCER, None, None
     model.metadata_props.clear()
     graph = model.graph
@@ -195,12 +216,18 @@ def _strip(model: ir.Model) -> None:
 
 
 def _name_batch(model: ir.Model) -> None:
-    """One readable name for the batch dimension, in place of torch's symbols (an unused input has one of its own)."""
+    """Give the batch dimension one readable name, in place of torch's symbols.
+
+    An unused input has a symbol of its own.
+    """
     graph = model.graph
     symbols = {str(value.shape[0]) for value in graph.inputs if value.shape is not None}
     pattern = re.compile(r"\b(" + "|".join(sorted(re.escape(s) for s in symbols)) + r")\b")
     for value in (*graph.inputs, *(v for node in graph for v in node.outputs)):
         if value.shape is None:
             continue
-        dims = [d if isinstance(d, int) else (None if d.value is None else pattern.sub(BATCH, str(d.value))) for d in value.shape]
+        dims = [
+            d if isinstance(d, int) else (None if d.value is None else pattern.sub(BATCH, str(d.value)))
+            for d in value.shape
+        ]
         value.shape = ir.Shape(dims)

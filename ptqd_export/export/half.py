@@ -1,12 +1,16 @@
-"""Half precision between quantized layers: what engines on GPUs run fastest.
+"""Half precision between quantized layers: the form that engines on GPUs run fastest.
 
-What the sample, or another float input, flows through is computed in float16, with float32 where it matters:
+Everything that depends on the sample, or on another float input, is computed in float16. These parts stay in
+float32:
 
-    - timesteps and class embeddings, up to where they meet the sample: a timestep of 2049 has no float16;
-    - QuantizeLinear and DequantizeLinear, whose scales must stay float32: in float16 a weight scale below 6e-5 is subnormal;
-      x -> Cast(float32) -> Q -> DQ -> Cast(float16) has the codes of the float32 graph, and TensorRT still takes it as 8-bit;
-    - sums and powers (WIDE), which leave the range of float16, up to where they meet the sample again: a normalisation's variance;
-    - inputs that ONNX wants in float32 whatever the rest is (Resize's scales), by the operators' schemas;
+    - timesteps and class embeddings, up to where they join the sample: float16 cannot hold a timestep of
+      2049;
+    - QuantizeLinear and DequantizeLinear, whose scales must stay float32: in float16 a weight scale below
+      6e-5 is subnormal. x -> Cast(float32) -> Q -> DQ -> Cast(float16) has the codes of the float32 graph,
+      and TensorRT still runs it in 8 bits;
+    - sums and powers (WIDE), which leave the range of float16, up to where they join the sample again: a
+      normalisation's variance;
+    - inputs that the operators' schemas want in float32 whatever the rest is (Resize's scales);
     - the network's output and what follows it: the correction tables.
 
 Normalisations keep their stash_type (float32). Inputs and outputs of the graph keep their types and names.
@@ -24,8 +28,21 @@ from ..errors import GraphError
 from .graph import Builder, prune
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
-WIDE = frozenset(("CumSum", "Exp", "Pow", "ReduceL1", "ReduceL2", "ReduceLogSumExp", "ReduceMean", "ReduceProd", "ReduceSum", "ReduceSumSquare"))
-"""Operators whose results are soon too large, or their summands too many, for float16."""
+WIDE = frozenset(
+    (
+        "CumSum",
+        "Exp",
+        "Pow",
+        "ReduceL1",
+        "ReduceL2",
+        "ReduceLogSumExp",
+        "ReduceMean",
+        "ReduceProd",
+        "ReduceSum",
+        "ReduceSumSquare",
+    )
+)
+"""Operators whose results easily become too large, or whose summands too many, for float16."""
 
 
 def halve(model: ir.Model) -> ir.Model:
@@ -46,7 +63,10 @@ def halve(model: ir.Model) -> ir.Model:
 
 
 class _Halving:
-    """`low`: the values, of whatever type, that bring float16 to those who compute with them."""
+    """The state of one conversion to float16.
+
+    `low` holds the values, of whatever type, whose consumers compute in float16.
+    """
 
     def __init__(self, graph: ir.Graph, opset: int) -> None:
         self.build = Builder(graph)
@@ -55,15 +75,21 @@ class _Halving:
         self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def node(self, node: ir.Node) -> None:
-        """Give a node float16 inputs if one of them brings it."""
-        if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()):
-            raise GraphError(f"{node.op_type} {node.name} holds a subgraph, which cannot be brought to float16: export a model without control flow")
+        """Give a node float16 inputs if one of its inputs is in `low`."""
+        if any(
+            attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+            for attribute in node.attributes.values()
+        ):
+            raise GraphError(
+                f"{node.op_type} {node.name} holds a subgraph, which cannot be brought to float16: export a "
+                "model without control flow"
+            )
         if not any(value in self.low for value in node.inputs):
             return
         if node.op_type == "Cast":
             value = node.inputs[0]
             if value is not None and value.dtype in (FLOAT, HALF) and node.attributes["to"].as_int() == FLOAT:
-                # It did nothing in the float32 graph; here it would leave all that follows in float32.
+                # A Cast to float32 did nothing in the float32 graph; here it would keep what follows float32.
                 node.attributes["to"] = ir.AttrInt64("to", int(HALF))
                 self._lower_outputs(node, [0])
             return
@@ -80,27 +106,38 @@ class _Halving:
                 self._lower_outputs(node, [i for i, name in enumerate(outputs) if name == variable])
 
     def _variables(self, node: ir.Node) -> tuple[list[str], list[str], set[str]]:
-        """The type variable of each input and output by the operator's schema, and those variables that may be float16."""
+        """The type variables of the inputs and of the outputs in the operator's schema.
+
+        The third item is the set of those variables that may be float16.
+        """
         try:
             schema = onnx.defs.get_schema(node.op_type, self.opset, node.domain)
         except onnx.defs.SchemaError:
-            raise GraphError(f"{node.domain}::{node.op_type} {node.name} is not an ONNX operator: lower the portable graph") from None
+            raise GraphError(
+                f"{node.domain}::{node.op_type} {node.name} is not an ONNX operator: lower the portable graph"
+            ) from None
         inputs, outputs = (
             [formal[min(i, len(formal) - 1)].type_str for i in range(len(actual))]
             for formal, actual in ((schema.inputs, node.inputs), (schema.outputs, node.outputs))
         )
-        # An operator that takes any type (Concat, Reshape, Where) passes codes on as well.
-        return inputs, outputs, {c.type_param_str for c in schema.type_constraints if "tensor(float16)" in c.allowed_type_strs}
+        # An operator that takes any type (Concat, Reshape, Where) also passes codes on.
+        return (
+            inputs,
+            outputs,
+            {c.type_param_str for c in schema.type_constraints if "tensor(float16)" in c.allowed_type_strs},
+        )
 
     def _lower_outputs(self, node: ir.Node, indices: list[int]) -> None:
         for i in indices:
             value = node.outputs[i]
             self.low.add(value)
             if value.dtype is FLOAT:
-                value.type = ir.TensorType(HALF)  # setting dtype would write to the type that the copy shares with the original
+                value.type = ir.TensorType(
+                    HALF
+                )  # setting dtype would change the type object that the copy shares with the original
 
     def _cast_input(self, node: ir.Node, index: int, value: ir.Value, to: ir.DataType) -> None:
-        """Take the value in another float type: a constant of its own, or one Cast for all who need it."""
+        """Feed the value in another float type: as a new constant, or by one Cast that consumers share."""
         if value.dtype is to:
             return
         if (value, to) not in self.casts:
@@ -109,7 +146,9 @@ class _Halving:
             if constant is not None:
                 self.casts[value, to] = self.build.const(name, to_half(constant.numpy()))
             else:
-                self.casts[value, to] = self.build.node(node, "Cast", [value], name, to, value.shape, {"to": int(to)})
+                self.casts[value, to] = self.build.node(
+                    node, "Cast", [value], name, to, value.shape, {"to": int(to)}
+                )
         node.replace_input_with(index, self.casts[value, to])
 
     def as_output(self, value: ir.Value) -> ir.Value:
@@ -121,7 +160,9 @@ class _Halving:
 
 
 def to_half(array: npt.NDArray[np.generic]) -> npt.NDArray[np.float16]:
-    """float16, finite where `array` is."""
+    """`array` in float16; finite values stay finite."""
     limit = np.finfo(np.float16).max
-    clipped = np.where(np.isfinite(array.astype(np.float32)), np.clip(array, -float(limit), float(limit)), array)
+    clipped = np.where(
+        np.isfinite(array.astype(np.float32)), np.clip(array, -float(limit), float(limit)), array
+    )
     return np.asarray(clipped, np.float16)

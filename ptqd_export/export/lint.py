@@ -1,6 +1,7 @@
-"""Checks of a finished graph: what onnx.checker accepts, and a runtime takes without a word and computes wrongly, or crashes on.
+"""Checks of a finished graph, for faults that onnx.checker accepts.
 
-Most rules are TensorRT's, found by building such graphs.
+A runtime takes such a graph without a message and computes wrongly, or crashes. Most rules are TensorRT's,
+found by building such graphs.
 """
 
 from __future__ import annotations
@@ -15,28 +16,34 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.convenience import get_const_tensor
 
+from ..core.backend import Emission
 from ..errors import GraphError
-from ..quant import Emission
-from .from_torch import OPSET
-from .graph import MACS, code_of, dequantizer, first_line
+from .dialect import MACS, OPSET
+from .graph import code_of, dequantizer, first_line
 
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
 UNSIGNED = (ir.DataType.UINT8, ir.DataType.UINT4, ir.DataType.UINT16, ir.DataType.UINT2)
 PASSING = ("Clip", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast")
-"""Operators through which codes, or what they stand for, go on to a layer."""
+"""Operators that pass codes, or the values that they stand for, on to a layer."""
 
 
 def lint(model: ir.Model | Path, emission: Emission) -> None:
-    """onnx.checker with full checks passes; scales are constant, finite and above zero; and, but for ORT_CPU, TensorRT's rules hold:
+    """Check a graph by onnx.checker, and by rules of our own and TensorRT's.
 
-    opset 21 at most, no `Attention` and no operator of another domain; codes symmetric and signed, zero points constant; activations with one
-    scale and 8 bits, weights with one scale or one per output channel; both inputs of a layer in the same codes, INT4 only where
-    weights alone are quantized; a float bias; nothing quantized that no Conv, MatMul or Gemm takes.
+    onnx.checker must pass with full checks, and scales must be constant, finite and above zero. All emissions
+    except ORT_CPU must also keep TensorRT's rules:
+
+        - opset 21 at most, no `Attention` and no operator of another domain;
+        - codes symmetric and signed, zero points constant;
+        - activations with one scale and 8 bits, weights with one scale or one per output channel;
+        - both inputs of a layer in the same codes, INT4 only where weights alone are quantized;
+        - a float bias;
+        - nothing quantized that no Conv, MatMul or Gemm takes.
 
     Args:
-        model: a model that holds its weights (below 2 GB), or the path of a saved one.
+        model: a model that holds its weights (below 2 GB), or the path of a saved model.
     Raises:
-        GraphError: a check fails; it names the node and says what to do.
+        GraphError: a check fails; the message names the node and says what to do.
     """
     try:
         if isinstance(model, Path):
@@ -44,7 +51,7 @@ def lint(model: ir.Model | Path, emission: Emission) -> None:
             model = ir.load(model)
         else:
             onnx.checker.check_model(ir.to_proto(model), full_check=True)
-    except Exception as error:  # the checker raises its own types as well as ValueError and protobuf's
+    except Exception as error:  # the checker raises types of its own, ValueError and protobuf's
         raise GraphError(f"the graph does not pass onnx.checker: {first_line(error)}") from error
     strict = emission is not Emission.ORT_CPU
     for problem in _problems(model, strict):
@@ -58,7 +65,10 @@ def _problems(model: ir.Model, strict: bool) -> Iterator[str]:
     for node in model.graph:
         where = f"{node.op_type} {node.name}"
         if strict and node.domain not in ("", "ai.onnx"):
-            yield f"{where} is of domain {node.domain}, which TensorRT does not know: lower the graph for this emission"
+            yield (
+                f"{where} is of domain {node.domain}, which TensorRT does not know: lower the graph for this "
+                "emission"
+            )
         if strict and node.op_type == "Attention":
             yield f"{where}: TensorRT does not take Attention; export at opset {OPSET}, which has none"
         if node.op_type in (Q, DQ):
@@ -72,7 +82,10 @@ def _problems(model: ir.Model, strict: bool) -> Iterator[str]:
 def _scale(node: ir.Node, where: str) -> Iterator[str]:
     scale = _constant(node.inputs[1])
     if scale is None:
-        yield f"the scale of {where} is not a constant: engines need scales that are known when they are built; TensorRT crashes on others"
+        yield (
+            f"the scale of {where} is not a constant: engines need scales that are known when they are "
+            "built; TensorRT crashes on others"
+        )
     elif not (np.isfinite(scale).all() and (scale > 0).all()):
         yield f"the scale of {where} is {scale.min()}: expected finite values above 0"
 
@@ -92,22 +105,37 @@ def _codes(node: ir.Node, where: str) -> Iterator[str]:
         if zero is None:
             yield f"the zero point of {where} is not a constant: give a constant 0"
         elif (zero.astype(np.float32) != 0).any():
-            yield f"{where} has a zero point other than 0, which TensorRT does not compute with: quantize symmetrically"
+            yield (
+                f"{where} has a zero point other than 0, which TensorRT does not compute with: quantize "
+                "symmetrically"
+            )
     if _is_constant(codes):
-        return  # weights: their axis is judged where they are used
+        return  # weights: their axis is checked where they are used
     scale = _constant(node.inputs[1])
     if scale is not None and scale.size > 1:
-        yield f"{where} has {scale.size} scales for an activation, with which TensorRT drops the layer to float: give one scale per tensor"
+        yield (
+            f"{where} has {scale.size} scales for an activation, with which TensorRT drops the layer to "
+            "float: give one scale per tensor"
+        )
     if dtype is ir.DataType.INT4:
-        yield f"{where} makes an activation INT4, which TensorRT knows for weights alone: use INT8 codes and Clip them"
+        yield (
+            f"{where} makes an activation INT4, which TensorRT knows for weights alone: use INT8 codes and "
+            "Clip them"
+        )
     if node.op_type == Q and not _feeds_layer(node.outputs[0]):
-        yield f"{where} quantizes a value that no Conv, MatMul or Gemm takes, which costs a pass over it: quantize the inputs of layers only"
+        yield (
+            f"{where} quantizes a value that no Conv, MatMul or Gemm takes, which costs a pass over it: "
+            "quantize the inputs of layers only"
+        )
 
 
 def _feeds_layer(value: ir.Value) -> bool:
     """Whether a Conv, MatMul or Gemm takes the value, or what is dequantized from it."""
     takers = value.consumers()
-    return any(node.op_type in MACS or (node.op_type in (DQ, *PASSING) and any(map(_feeds_layer, node.outputs))) for node in takers)
+    return any(
+        node.op_type in MACS or (node.op_type in (DQ, *PASSING) and any(map(_feeds_layer, node.outputs)))
+        for node in takers
+    )
 
 
 def _layer(node: ir.Node, where: str) -> Iterator[str]:
@@ -119,7 +147,10 @@ def _layer(node: ir.Node, where: str) -> Iterator[str]:
         return
     kinds = [code_of(x), code_of(weight)]
     if "int4" in kinds:
-        yield f"{where} has INT4 weights and a quantized input, which TensorRT refuses: store the weights' codes as INT8"
+        yield (
+            f"{where} has INT4 weights and a quantized input, which TensorRT refuses: store the weights' "
+            "codes as INT8"
+        )
     elif kinds[0] != kinds[1]:
         yield f"{where} has an input in {kinds[0]} and weights in {kinds[1]}: quantize both in the same codes"
 
@@ -130,10 +161,13 @@ def _weight_axis(node: ir.Node, weight: ir.Node, where: str) -> Iterator[str]:
         return
     rank = len(codes.shape)
     axis = weight.attributes.get_int("axis", 1) % rank
-    output = {"Conv": 0, "MatMul": rank - 1, "Gemm": 0 if node.attributes.get_int("transB", 0) else 1}[node.op_type]
+    output = {"Conv": 0, "MatMul": rank - 1, "Gemm": 0 if node.attributes.get_int("transB", 0) else 1}[
+        node.op_type
+    ]
     if axis != output or scale.ndim != 1:
         yield (
-            f"the weight scales of {where} lie along axis {axis} ({DQ} {weight.name}), with which TensorRT drops the layer to float: "
+            f"the weight scales of {where} lie along axis {axis} ({DQ} {weight.name}), with which TensorRT "
+            "drops the layer to float: "
             f"give one per output channel, axis {output}"
         )
 

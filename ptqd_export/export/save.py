@@ -1,7 +1,8 @@
 """Graphs on disk: one ONNX file each, and one safetensors file that holds every weight once.
 
-A safetensors file is 8 bytes of header length, a JSON header, then the raw little-endian tensors; ONNX external data is a
-file, an offset and a length. So the same file serves as both: ONNX Runtime reads it as external data, safetensors by name.
+A safetensors file is 8 bytes of header length, a JSON header, then the raw little-endian tensors. ONNX
+external data is a file, an offset and a length. So one file serves as both: ONNX Runtime reads it as external
+data, safetensors reads it by name.
 """
 
 from __future__ import annotations
@@ -20,37 +21,43 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from ..errors import GraphError
-from .graph import layer_sites, load, with_outputs
 
-WEIGHTS = "weights.safetensors"
 MIN_EXTERNAL_BYTES = 257
 """Smaller tensors (scales, shapes) stay inside the ONNX file."""
 AS_BYTES = (ir.DataType.FLOAT8E4M3FN, ir.DataType.INT4)
 
 
-def save(models: Mapping[str, ir.Model], folder: Path, weights_name: str | None = WEIGHTS) -> dict[str, str]:
-    """Write `<key>.onnx` for every model, and their weights to `weights_name` (into the ONNX files if None), into an existing folder.
+def save(models: Mapping[str, ir.Model], folder: Path, weights_name: str | None) -> dict[str, str]:
+    """Write `<key>.onnx` for every model, and their weights to `weights_name`, into an existing folder.
 
-    Every distinct tensor above 256 bytes (same dtype, shape and content) is stored once, whichever graphs use it, as
-    "<name of its first initializer>-<12 digits of its SHA-256>"; FP8 and INT4, which safetensors or numpy do not know, as the uint8
-    bytes that ONNX stores (INT4: two codes a byte, the first in the low half). The models are left as they are; the same models
-    give the same bytes. Not atomic: a reader must not see the folder before this returns.
+    With `weights_name` None, the weights go into the ONNX files. Every distinct tensor above 256 bytes (same
+    dtype, shape and content) is stored once, whichever graphs use it, as "<name of its first
+    initializer>-<12 digits of its SHA-256>". safetensors or numpy do not know FP8 and INT4: they are stored
+    as the uint8 bytes that ONNX stores (INT4: two codes per byte, the first in the low half). The models are
+    not changed, and the same models give the same bytes. Writing is not atomic: a reader must not see the
+    folder before this returns.
 
     Returns:
-        key -> SHA-256, in hex, of what the graph says and of its weights: the same graph has the same digest wherever its weights lie.
+        key -> SHA-256, in hex, of the graph and its weights; equal graphs have equal digests wherever their
+        weights are stored.
     Raises:
-        GraphError: an initializer without data, of a type that safetensors cannot hold, or a file that cannot be written.
+        GraphError: an initializer has no data or a type that safetensors cannot hold, or a file cannot be
+            written.
     """
     arrays: dict[str, npt.NDArray[Any]] = {}
     names: dict[tuple[str, tuple[int, ...], str], str] = {}
-    known: dict[int, str] = {}  # by identity: the graphs of one export share their tensors, which need to be hashed once only
+    known: dict[
+        int, str
+    ] = {}  # by identity: the graphs of one export share their tensors, so each is hashed only once
     stored: dict[int, str] = {}
     copies = {key: model.clone() for key, model in models.items()}
     for model in copies.values():
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if tensor is None:
-                raise GraphError(f"initializer {value.name!r} has no data: save graphs that hold their weights")
+                raise GraphError(
+                    f"initializer {value.name!r} has no data: save graphs that hold their weights"
+                )
             if id(tensor) in known:
                 continue
             data = tensor.tobytes()
@@ -61,7 +68,9 @@ def save(models: Mapping[str, ir.Model], folder: Path, weights_name: str | None 
             if content not in names:
                 names[content] = f"{value.name}-{digest[:12]}"
                 raw = tensor.dtype in AS_BYTES
-                arrays[names[content]] = np.frombuffer(data, np.uint8) if raw else np.ascontiguousarray(tensor.numpy())
+                arrays[names[content]] = (
+                    np.frombuffer(data, np.uint8) if raw else np.ascontiguousarray(tensor.numpy())
+                )
             stored[id(tensor)] = names[content]
     places = {} if weights_name is None else _write_weights(arrays, folder / weights_name)
     digests: dict[str, str] = {}
@@ -70,43 +79,36 @@ def save(models: Mapping[str, ir.Model], folder: Path, weights_name: str | None 
         for value in model.graph.initializers.values():
             tensor = value.const_value
             assert tensor is not None
-            contents.append([str(value.name), tensor.dtype.name, list(tensor.shape.numpy()), known[id(tensor)]])
+            contents.append(
+                [str(value.name), tensor.dtype.name, list(tensor.shape.numpy()), known[id(tensor)]]
+            )
             if weights_name is None or id(tensor) not in stored:
                 continue
             start, length = places[stored[id(tensor)]]
             value.const_value = ir.ExternalTensor(
-                weights_name, start, length, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=str(value.name), base_dir=folder
+                weights_name,
+                start,
+                length,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=str(value.name),
+                base_dir=folder,
             )
         proto = ir.to_proto(model)
         (folder / f"{key}.onnx").write_bytes(proto.SerializeToString(deterministic=True))
         if weights_name is not None:
-            shutil.copymode(folder / f"{key}.onnx", folder / weights_name)  # safetensors makes its file readable for the owner alone
+            shutil.copymode(
+                folder / f"{key}.onnx", folder / weights_name
+            )  # safetensors makes its file readable by the owner only
         proto.graph.ClearField("initializer")
-        digests[key] = hashlib.sha256(proto.SerializeToString(deterministic=True) + json.dumps(sorted(contents)).encode()).hexdigest()
+        digests[key] = hashlib.sha256(
+            proto.SerializeToString(deterministic=True) + json.dumps(sorted(contents)).encode()
+        ).hexdigest()
     return digests
 
 
-def expose_layers(source: Path, target: Path) -> dict[str, tuple[str, str]]:
-    """Copy a saved graph with the input and output of every quantized layer as further outputs.
-
-    Args:
-        target: in the folder of `source`, whose weights it refers to.
-    Returns:
-        module path -> (name of the layer's input, name of its output), see `layer_sites`.
-    Raises:
-        GraphError: `source` is not an ONNX graph, or `target` is in another folder.
-    """
-    if source.resolve().parent != target.resolve().parent:
-        raise GraphError(f"{target} is not in the folder of {source.name}: the copy shares its weights, write it beside the graph")
-    model = load(source)
-    sites = layer_sites(model)
-    exposed = with_outputs(model, dict.fromkeys(name for pair in sites.values() for name in pair))
-    target.write_bytes(ir.to_proto(exposed).SerializeToString(deterministic=True))
-    return sites
-
-
 def _write_weights(arrays: Mapping[str, npt.NDArray[Any]], path: Path) -> dict[str, tuple[int, int]]:
-    """(offset in the file, length) of every tensor, from the header."""
+    """Write the tensors; returns {name: (offset in the file, length)}, read from the header."""
     try:
         save_file(dict(arrays), path)
     except (SafetensorError, KeyError) as error:
@@ -114,4 +116,7 @@ def _write_weights(arrays: Mapping[str, npt.NDArray[Any]], path: Path) -> dict[s
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
-    return {name: (8 + size + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0]) for name, entry in header.items()}
+    return {
+        name: (8 + size + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
+        for name, entry in header.items()
+    }

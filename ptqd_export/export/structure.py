@@ -1,4 +1,7 @@
-"""What a graph file is made of: the check that layers meant to run as integers do, in the graph a runtime saved after fusion."""
+"""The operators in a graph file, to check that layers meant to run as integers do.
+
+The file to check is the graph that a runtime saved after fusion.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ import onnx
 from ..errors import GraphError
 
 FLOAT_CONVS = frozenset({"Conv", "FusedConv", "NhwcFusedConv"})
-"""Float convolutions of ONNX and of ONNX Runtime's own domains; the integer ones are QLinearConv and ConvInteger."""
+"""Float convolutions of ONNX and of ONNX Runtime's domains; integer ones are QLinearConv and ConvInteger."""
 
 
 def op_counts(path: Path) -> Counter[str]:
-    """How often each operator occurs, subgraphs and functions included, whatever its domain.
+    """How often each operator of any domain occurs, subgraphs and functions included.
 
     Raises:
         GraphError: the file is missing or is not an ONNX graph.
@@ -24,9 +27,10 @@ def op_counts(path: Path) -> Counter[str]:
 
 
 def float_convs(path: Path) -> list[str]:
-    """Names (first output, where a node has none) of the convolutions that compute in float, in graph order.
+    """Names of the convolutions that compute in float, in graph order.
 
-    Meaningful for the graph that a runtime saved: before fusion a quantized convolution is a Conv between Q and DQ.
+    A node without a name is given by its first output. The result is meaningful for the graph that a runtime
+    saved: before fusion, a quantized convolution is a Conv between Q and DQ.
 
     Raises:
         GraphError: the file is missing or is not an ONNX graph.
@@ -35,7 +39,9 @@ def float_convs(path: Path) -> list[str]:
 
 
 def quantized_convs(path: Path) -> int:
-    """How many convolutions of an emitted graph take dequantized inputs and weights: those meant to run as integers.
+    """How many convolutions of an emitted graph are meant to run as integers.
+
+    They are those that take dequantized inputs and weights.
 
     Raises:
         GraphError: the file is missing or is not an ONNX graph.
@@ -48,7 +54,7 @@ def quantized_convs(path: Path) -> int:
 def _nodes(path: Path) -> Iterator[onnx.NodeProto]:
     try:
         model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf's DecodeError or an OSError, by the protobuf build
+    except Exception as error:  # protobuf's DecodeError or an OSError, depending on the protobuf build
         raise GraphError(f"{path} cannot be read as an ONNX graph: {' '.join(str(error).split())}") from error
     if not model.graph.node:
         raise GraphError(f"{path} holds no nodes: expected an ONNX graph")

@@ -1,0 +1,53 @@
+"""build: recipe in, bundle out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..bundle.bundle import Bundle
+from ..core.backend import install_hint
+from ..errors import BackendUnavailable
+from ..recipe import Recipe
+
+
+def build(
+    recipe: Recipe | Path | str,
+    out: Path | str,
+    *,
+    resume: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> Bundle:
+    """Build the bundle of a recipe at `out`, atomically.
+
+    Args:
+        recipe: a recipe, its path, or the path of a diffusers folder (`Recipe.load`).
+        resume: reuse intermediate results of an earlier, stopped build with the same settings.
+        say: called with one line of text for each thing that is done.
+    Raises:
+        PTQDError: the build failed; the message is one line. `out` is as it was, and `<out>.work` holds
+            complete intermediate results or does not exist.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    try:
+        from .assemble import assemble
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"build needs torch, diffusers and onnx ({error}): {install_hint('build')}"
+        ) from error
+    return assemble(recipe, Path(out), resume=resume, say=say)
+
+
+def rebuild(
+    bundle: Bundle | Path | str, backend: str, say: Callable[[str], None] = lambda text: None
+) -> Bundle:
+    """Build a bundle's engines of `backend` anew, for this machine and from its own graphs.
+
+    The new bundle replaces the old one on disk in one step.
+
+    Raises:
+        PTQDError: see `assemble.engines.rebuild`.
+    """
+    from .engines import rebuild as rebuild_engines
+
+    return rebuild_engines(bundle, backend, say)

@@ -1,0 +1,133 @@
+"""Noise statistics of every precision on the simulated networks, and the corrections fitted to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from ..bundle.manifest import GateRecord
+from ..bundle.tables import Key
+from ..calibrate import Network, TorchEngine, Trajectories, measure, simulate
+from ..core.backend import Emission
+from ..core.noise import Correction, NoiseStats
+from ..core.precision import Precision
+from ..core.quant import QuantizedNetwork
+from ..core.sampling import Sampling
+from ..files import digest, writing_file
+from ..recipe import QuantizationSpec, Recipe
+
+F64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Noise of one precision and numerics: sums of single trajectories, and the correction fitted to them.
+
+    Attributes:
+        calibration, held_out: sums per trajectory.
+        correction: the correction that goes into the graph.
+        kept: which steps kept their correction, (T,).
+        drop, drop_error: mean drop of the squared error on held-out trajectories and its standard error,
+            (T,).
+    """
+
+    calibration: Sequence[NoiseStats]
+    held_out: Sequence[NoiseStats]
+    correction: Correction
+    kept: npt.NDArray[np.bool_]
+    drop: F64
+    drop_error: F64
+
+    @property
+    def pooled(self) -> NoiseStats:
+        """The sums that the correction was fitted on."""
+        return NoiseStats.pool(self.calibration)
+
+    def error(self) -> F64:
+        """Squared error against full precision, after correction, on held-out trajectories, (T,)."""
+        return NoiseStats.pool(self.held_out).mse(self.correction.gain, self.correction.offset)
+
+    def first_step_rms(self) -> float:
+        """RMS of the noise D at step 0, before correction."""
+        pooled = self.pooled
+        return float(np.sqrt(pooled.dd[0].mean() / pooled.count[0]))
+
+    def record(self) -> GateRecord:
+        """The gate's decisions, for the manifest."""
+        z = (self.drop / np.maximum(self.drop_error, 1e-300)).round(2)
+        return GateRecord(tuple(self.kept.tolist()), tuple(z.tolist()))
+
+
+def measure_all(
+    recipe: Recipe,
+    network: Network,
+    sampling: Sampling,
+    trajectories: Trajectories,
+    quantized: Mapping[Precision, QuantizedNetwork],
+    work: Path,
+    key: str,
+) -> dict[Key, Measured]:
+    """Measure the noise per precision and numerics on the simulated network, and fit gated corrections.
+
+    See PTQD, section 4.2.
+
+    Args:
+        work: folder of intermediate results, from which those of a stopped build are reused.
+        key: key of everything before quantization that decides the sums.
+    """
+    n_fit = recipe.calibration.size
+    measured: dict[Key, Measured] = {}
+    for precision, net in quantized.items():
+        if precision.is_float:
+            continue
+        for emission in dict.fromkeys(emission.numerics(precision) for emission in Emission):
+            name = digest(key, recipe.digest("quantization"), str(precision), str(emission))[:16]
+            file = work / f"stats-{name}.safetensors"
+            parts = _load_stats(file)
+            if parts is None:
+                with TorchEngine(simulate(network, net, emission), sampling) as engine:
+                    parts = measure(engine, sampling, trajectories, "all", f"noise of {precision}.{emission}")
+                _save_stats(file, parts)
+            measured[precision, emission] = conclude(recipe.quantization, parts[:n_fit], parts[n_fit:])
+    return measured
+
+
+def conclude(
+    spec: QuantizationSpec, calibration: Sequence[NoiseStats], held_out: Sequence[NoiseStats]
+) -> Measured:
+    """Fit the correction on the calibration trajectories, and gate it on the held-out ones."""
+    pooled = NoiseStats.pool(calibration)
+    correction, none = (
+        Correction.from_stats(pooled, mode, spec.clamp_k) for mode in (spec.correction, "none")
+    )
+    if spec.correction == "none" or not spec.gate:
+        n = len(correction.var)
+        kept = np.full(n, spec.correction != "none")
+        return Measured(calibration, held_out, correction, kept, np.zeros(n), np.zeros(n))
+    return Measured(calibration, held_out, *correction.gated(held_out, none))
+
+
+def _save_stats(file: Path, parts: Sequence[NoiseStats]) -> None:
+    arrays = {f.name: np.stack([getattr(part, f.name) for part in parts]) for f in fields(NoiseStats)}
+    with writing_file(file) as target:
+        target.write(save(arrays))
+
+
+def _load_stats(file: Path) -> list[NoiseStats] | None:
+    try:
+        data = load_file(file)
+        return [NoiseStats(*(data[f.name][i] for f in fields(NoiseStats))) for i in range(len(data["count"]))]
+    except (OSError, KeyError, SafetensorError):
+        return None
+
+
+def key_of(*parts: object) -> str:
+    """SHA-256 of JSON-ready values: the key of intermediate results."""
+    return digest(json.dumps(parts, sort_keys=True))

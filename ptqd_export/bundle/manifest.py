@@ -1,0 +1,326 @@
+"""Manifest: what a bundle says of itself. Dataclasses all the way down; reading one checks every type and
+every range."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..core.backend import BACKENDS, RUNNABLE, Emission
+from ..core.engine_build import EngineBuild, EngineSettings
+from ..core.figures import Figures
+from ..core.noise import Mode
+from ..core.plan import Plan
+from ..core.precision import Precision
+from ..core.sampling import Sampling
+from ..errors import BundleError, RecipeError
+from ..typed import brief, read_typed, to_plain
+from .reading import FileEntry
+
+FORMAT_VERSION = 3
+UPDATE = "update"
+"""What files and messages call the sampler's update, where they call a network by its precision."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An ONNX graph of the network.
+
+    Attributes:
+        digest: SHA-256 of what it computes, wherever its weights lie: engines are keyed by it.
+        quantized: nodes meant to run in 8 bits, and as what.
+    """
+
+    precision: Precision
+    emission: Emission
+    file: str
+    digest: str
+    quantized: Mapping[str, Literal["int8", "fp8"]]
+
+    @property
+    def name(self) -> str:
+        return f"{self.precision}.{self.emission}"
+
+
+@dataclass(frozen=True)
+class UpdateGraph:
+    """The sampler's step as an ONNX graph (`export.sampler_update`), for backends that keep the state on a
+    device."""
+
+    file: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a backend runs at a precision: a graph as it is, or an engine built from it.
+
+    Attributes:
+        lowering: what it computes with, in words.
+        runtime: name and version of the library that it was built or measured with.
+        time_ms: one measured evaluation, or None.
+        build: of a finished engine.
+    """
+
+    precision: Precision
+    backend: str
+    file: str
+    lowering: str
+    runtime: str
+    time_ms: float | None = None
+    build: EngineBuild | None = None
+
+    def __post_init__(self) -> None:
+        check_backend(self.backend)
+        if (self.build is not None) != BACKENDS[self.backend].builds_engines:
+            has = "no" if self.build is None else "a"
+            raise RecipeError(f"the artifact {brief(self.file)} of {self.backend} has {has} build")
+
+    @property
+    def name(self) -> str:
+        return f"{self.precision}.{self.backend}"
+
+
+@dataclass(frozen=True)
+class UpdateEngine:
+    """A finished engine of the sampler's update."""
+
+    backend: str
+    file: str
+    runtime: str
+    build: EngineBuild
+
+    def __post_init__(self) -> None:
+        check_backend(self.backend)
+
+    @property
+    def name(self) -> str:
+        return f"{UPDATE}.{self.backend}"
+
+
+@dataclass(frozen=True)
+class FrontRecord:
+    """A point of the Pareto front: total cost and weighted error of a plan, which is kept as its text."""
+
+    cost: float
+    error: float
+    plan: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the plan was chosen.
+
+    Attributes:
+        rule, objective, cost: of the recipe.
+        budget: total cost allowed, in the unit of `front`.
+        timed_on: backend whose times, and whose noise, the choice went by.
+        bops: bit operations of the plan's evaluations; bops_fp32 of as many at full precision.
+        seconds_per_evaluation: per precision, measured on `timed_on`.
+        snr_q: SNR_Q per precision and step, before correction; None where there is no noise.
+        error: weighted squared error per precision and step, after correction.
+        front: the Pareto front that the plan was chosen from.
+        notes: what a user should know.
+    """
+
+    rule: Literal["snr", "budget", "fixed"]
+    objective: Literal["paired", "distribution"]
+    cost: Literal["time", "bops"]
+    budget: float
+    timed_on: str
+    bops: int
+    bops_fp32: int
+    seconds_per_evaluation: Mapping[Precision, float]
+    snr_q: Mapping[Precision, tuple[float | None, ...]]
+    error: Mapping[Precision, tuple[float, ...]]
+    front: tuple[FrontRecord, ...]
+    notes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        check_backend(self.timed_on)
+        if not (self.bops >= 0 and self.bops_fp32 > 0):
+            raise RecipeError(f"bit operations {self.bops} of {self.bops_fp32}")
+
+    @property
+    def bops_share(self) -> float:
+        """Bit operations as a fraction of full precision's."""
+        return self.bops / self.bops_fp32
+
+
+@dataclass(frozen=True)
+class GateRecord:
+    """Which steps kept their correction, and the drop of the squared error over its standard error, per
+    step."""
+
+    kept: tuple[bool, ...]
+    mse_drop_over_standard_error: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class CorrectionRecord:
+    """The correction's mode, and the fidelity gate's decisions by "<precision>.<emission whose numerics>"."""
+
+    mode: Mode
+    clamp_k: bool
+    steps: Mapping[str, GateRecord]
+
+
+@dataclass(frozen=True)
+class Machine:
+    processor: str
+    cpus: int | None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a bundle comes from: the recipe as it was read, versions of what built it, machine and
+    duration."""
+
+    recipe: Mapping[str, Any]
+    seed: int
+    versions: Mapping[str, str]
+    machine: Machine
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that a runtime must know; see `Bundle.manifest`.
+
+    Attributes:
+        sampling: what the tables were measured for: model, schedule, guidance, solver.
+        recalibrate_variance: sigma' is injected in place of sigma.
+        plan: precision per step.
+        graphs: one per precision and emission.
+        update: the sampler's update.
+        artifacts: one per precision and backend that the bundle was built for.
+        update_engines: one per backend of those that runs finished engines.
+        engine_settings: how its engines were built, or would be.
+        parity: figures of the parity gate by "<precision>.<emission>".
+        bops: bit operations of one evaluation.
+        files: every other file of the bundle.
+    """
+
+    sampling: Sampling
+    recalibrate_variance: bool
+    plan: Plan
+    choice: Choice
+    graphs: tuple[Graph, ...]
+    update: UpdateGraph
+    artifacts: tuple[Artifact, ...]
+    update_engines: tuple[UpdateEngine, ...]
+    engine_settings: EngineSettings
+    correction: CorrectionRecord
+    parity: Mapping[str, Figures]
+    bops: Mapping[Precision, int]
+    provenance: Provenance
+    files: Mapping[str, FileEntry]
+
+    def __post_init__(self) -> None:
+        if not self.artifacts:
+            raise RecipeError("no artifact that a backend runs")
+        if len(self.plan) != len(self.sampling):
+            raise RecipeError(f"{len(self.plan)} plan steps for {len(self.sampling)} timesteps")
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Backends that the bundle was built for, best first."""
+        found = {artifact.backend for artifact in self.artifacts}
+        return tuple(name for name in BACKENDS if name in found)
+
+    @property
+    def engines(self) -> tuple[Artifact | UpdateEngine, ...]:
+        """The finished engines, the updates' among them."""
+        return (*(a for a in self.artifacts if a.build is not None), *self.update_engines)
+
+    def graph(self, precision: Precision, emission: Emission) -> Graph:
+        """The graph of a precision in an emission.
+
+        Raises:
+            BundleError: the bundle holds none.
+        """
+        for graph in self.graphs:
+            if graph.precision == precision and graph.emission is emission:
+                return graph
+        held = ", ".join(graph.name for graph in self.graphs)
+        raise BundleError(
+            f"the bundle has no graph {precision}.{emission}: it holds {held}; rebuild it with --precision "
+            f"{precision}"
+        )
+
+    def artifact(self, precision: Precision, backend: str) -> Artifact:
+        """What `backend` runs at `precision`. Backends that load graphs run any bundle, whatever it was built
+        for.
+
+        Raises:
+            BundleError: there is none.
+        """
+        for artifact in self.artifacts:
+            if (artifact.precision, artifact.backend) == (precision, backend):
+                return artifact
+        if backend in RUNNABLE and not BACKENDS[backend].builds_engines:
+            file = self.graph(precision, BACKENDS[backend].emission).file
+            return Artifact(precision, backend, file, "not measured here", "")
+        raise self._no_engine(str(precision), backend)
+
+    def update_engine(self, backend: str) -> UpdateEngine:
+        """The finished engine of the sampler's update.
+
+        Raises:
+            BundleError: there is none.
+        """
+        for engine in self.update_engines:
+            if engine.backend == backend:
+                return engine
+        raise self._no_engine(UPDATE, backend)
+
+    def _no_engine(self, name: str, backend: str) -> BundleError:
+        which = f"{name} engine" if backend in self.backends else "engines"
+        return BundleError(
+            f"the bundle has no {which} for backend {backend!r}: it was built for "
+            f"{', '.join(self.backends)}; build it "
+            f"here from the bundle's own graphs with `ptqd-export run ... --backend {backend} --rebuild`"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"format_version": FORMAT_VERSION, **to_plain(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
+        """From parsed JSON, which may come from anywhere.
+
+        Raises:
+            PTQDError, RecursionError: not a manifest; the text says why.
+        """
+        _check_plain(data)
+        plain = {key: value for key, value in data.items() if key not in ("format_version", "sha256")}
+        manifest: Manifest = read_typed(cls, plain, "manifest")
+        return manifest
+
+
+def check_backend(name: str) -> None:
+    """Raise RecipeError for a backend that no bundle is built for."""
+    if name not in RUNNABLE:
+        raise RecipeError(f"backend {brief(name)} is not known: expected one of {', '.join(RUNNABLE)}")
+
+
+def _check_plain(value: Any) -> None:
+    """No text that a terminal or a file system could not take, and no number that JSON does not have,
+    anywhere."""
+    if isinstance(value, str):
+        if any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
+            raise RecipeError(f"control characters in {brief(value)}")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise RecipeError(f"a number is {value}")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(key)
+            _check_plain(item)
+    elif isinstance(value, list):
+        for item in value:
+            _check_plain(item)

@@ -1,0 +1,60 @@
+"""The torch backend: a bundle's quantized network, simulated on the model that it was built from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bundle.bundle import Bundle
+from ..bundle.tables import QUANTIZATION, read_layers
+from ..core.backend import Emission
+from ..core.engine import Engine
+from ..core.precision import Precision
+from ..core.quant import QuantizedNetwork
+from ..errors import BundleError
+from ..recipe import Recipe
+from .intake import open_model
+from .simulate import simulate
+from .torch_engine import TorchEngine
+
+
+def simulated_engines(
+    bundle: Bundle, precisions: Sequence[Precision], model: Path | None
+) -> dict[Precision, Engine]:
+    """Engines that simulate what the bundle's ORT CPU graphs compute, corrections included.
+
+    fp16 is simulated in float32.
+
+    Args:
+        model: recipe or model that the bundle was built from; its weights must match the bundle's hash.
+    Raises:
+        BundleError: no model is given, it is not the bundle's, or the bundle's quantization does not fit it.
+    """
+    if model is None:
+        raise BundleError(
+            "backend torch simulates from the original weights, which a bundle does not hold: give --model "
+            "RECIPE_OR_MODEL"
+        )
+    network, sampling = open_model(Recipe.load(model)), bundle.manifest.sampling
+    if network.info.sha256 != sampling.model.sha256:
+        raise BundleError(
+            f"{model} is not the model that {bundle.path} was built from: its weights have another SHA-256"
+        )
+    data = bundle.read(QUANTIZATION)
+
+    def parameters(name: str) -> Mapping[str, npt.NDArray[np.float32]]:
+        found = network.module.get_submodule(name).named_parameters(recurse=False)
+        return {key: value.detach().numpy() for key, value in found}
+
+    engines: dict[Precision, Engine] = {}
+    for precision in precisions:
+        if precision.is_float:
+            engines[precision] = TorchEngine(network.module, sampling)
+            continue
+        layers = read_layers(data, bundle.file(QUANTIZATION), precision, parameters)
+        module = simulate(network, QuantizedNetwork(precision, layers), Emission.ORT_CPU)
+        engines[precision] = TorchEngine(module, sampling, bundle.correction(precision, Emission.ORT_CPU))
+    return engines

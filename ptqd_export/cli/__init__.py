@@ -1,0 +1,60 @@
+"""The command line: build, run, inspect, verify, sign.
+
+It composes the other parts and holds no numerics. Heavy modules are imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from .. import __version__
+from .build import build
+from .common import fail, in_one_line
+from .look import inspect, verify
+from .run import run
+from .sign import sign
+
+
+class _Group(click.Group):
+    """Raises click.Abort on Ctrl-C, without the empty line that click prints before it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise click.Abort from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ptqd-export")
+def cli() -> None:
+    """Quantize a diffusion UNet, correct it (PTQD), and sample from it with an engine per bitwidth."""
+
+
+for _command in (build, run, inspect, verify, sign):
+    cli.add_command(_command)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point: every failure prints one line on stderr and exits with code 1."""
+    argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        cli.main(argv, prog_name="ptqd-export", standalone_mode=False)
+    except click.Abort:
+        line = "nothing was changed; a build takes up where it stopped when the same command is given again"
+        fail(f"interrupted: {line}", 130)
+    except click.ClickException as error:
+        fail(" ".join(error.format_message().split()))
+    except Exception as error:  # every failure is one line
+        if "--debug" in argv:
+            traceback.print_exc()
+        fail(in_one_line(error))
+
+
+if __name__ == "__main__":
+    main()

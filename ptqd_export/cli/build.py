@@ -1,0 +1,165 @@
+"""The build command."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..core.backend import RUNNABLE
+from ..errors import RecipeError
+from ..recipe import Recipe
+from ..typed import brief, to_plain
+from .common import common, engine_notes, say, show
+
+ENGINES = Path("engines")
+"""Folder of bundles that are built without --out."""
+
+
+@click.command()
+@click.argument("recipe_or_model")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of the bundle, engines/NAME of the model if left out; an older bundle there is replaced.",
+)
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    help="fp32, fp16, w8a8, w4a8, w4a4, w8a8-fp8, w4a16, ...; repeat for several.",
+)
+@click.option("--solver", type=click.Choice(["ddim", "ddpm"]))
+@click.option("--n-steps", type=int, help="Denoising steps.")
+@click.option("--eta", type=float, help="0 is deterministic DDIM, 1 is DDPM.")
+@click.option("--guidance-scale", type=float)
+@click.option(
+    "--calib-size", type=int, help="Calibration trajectories; half as many more are held out for the gate."
+)
+@click.option("--batch-size", type=int, help="Trajectories per batch in calibration.")
+@click.option("--seed", type=int)
+@click.option("--plan", "plan", help="snr, budget, or a plan by hand such as w4a8*12,w8a8*8.")
+@click.option(
+    "--budget",
+    type=float,
+    help="Mean cost per step (--plan budget): a fraction of full precision's, or of the dearest's.",
+)
+@click.option("--cost", type=click.Choice(["time", "bops"]), help="What the budget counts.")
+@click.option("--correction", type=click.Choice(["ptqd", "affine", "none"]))
+@click.option(
+    "--recalibrate-variance/--no-recalibrate-variance",
+    default=None,
+    help="Take the residual variance off the injected noise (eta > 0).",
+)
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    type=click.Choice(RUNNABLE),
+    help="What the bundle gets engines and times for; repeat for several.",
+)
+@click.option(
+    "--compute-capability",
+    "compute_capabilities",
+    multiple=True,
+    help="GPUs of tensorrt-rtx engines, such as 8.9; all it knows but 7.5 if left out.",
+)
+@click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Take up the intermediate results of a build that was stopped.",
+)
+@common
+def build(recipe_or_model: str, out: Path | None, as_json: bool, resume: bool, **options: Any) -> None:
+    """Calibrate, correct, export and pack RECIPE_OR_MODEL.
+
+    RECIPE_OR_MODEL is a recipe, a folder with one, or a diffusers folder.
+    """
+    from ..assemble import build as build_bundle
+    from ..bundle import check_target
+
+    recipe = override(Recipe.load(Path(recipe_or_model)), **options)
+    out = default_out(recipe) if out is None else out
+    started = time.monotonic()
+    bundle = build_bundle(recipe, check_target(out), resume=resume, say=say)
+    m = bundle.manifest
+    size = sum(entry.size for entry in m.files.values())
+    result = {
+        "bundle": str(out),
+        "plan": str(m.plan),
+        "bops_of_fp32": m.choice.bops_share,
+        "engines": to_plain(m.artifacts),
+        "update_engines": to_plain(m.update_engines),
+        "parity": to_plain(m.parity),
+        "bytes": size,
+        "seconds": round(time.monotonic() - started, 1),
+        "notes": [*m.choice.notes, *engine_notes(m.engines)],
+    }
+    notes = "".join(f"\nnote: {note}" for note in result["notes"])
+    text = f"{out}: plan {m.plan}, {size / 1e6:.1f} MB, {result['seconds']:.0f} s"
+    command = shlex.join(["ptqd-export", "run", str(out), "--out", "DIR"])
+    show(result, as_json, f"{text}; sample with `{command}`{notes}")
+
+
+def default_out(recipe: Recipe) -> Path:
+    """engines/NAME, where NAME is the model's name in the recipe, or that of its source.
+
+    Raises:
+        RecipeError: the bundle of another model is there.
+    """
+    from ..bundle.bundle import model_of
+
+    file, separator, _ = recipe.model.source.rpartition(":")
+    of_function = bool(separator) and file.endswith(".py")
+    name = recipe.path(file).stem if of_function else recipe.path(recipe.model.source).name
+    name = recipe.model.name or name
+    out = ENGINES / name
+    there = model_of(out)
+    if there not in (None, name):
+        raise RecipeError(
+            f"{out} holds the bundle of another model, {brief(there)}: give --out {shlex.quote(str(out))} to "
+            "replace it, or another folder"
+        )
+    return out
+
+
+def override(recipe: Recipe, **options: Any) -> Recipe:
+    """The recipe, overridden by the command line's options.
+
+    Raises:
+        RecipeError: a value is out of range.
+    """
+    sections: dict[str, Any] = {}
+
+    def put(section: str, name: str, value: Any) -> None:
+        if value is not None:
+            sections.setdefault(section, {})[name] = value
+
+    for name in ("solver", "n_steps", "eta", "guidance_scale"):
+        put("sampler", name, options[name])
+    if options["solver"] == "ddpm" and options["eta"] is None:
+        put("sampler", "eta", 1.0)
+    if options["calib_size"] is not None:
+        put("calibration", "size", options["calib_size"])
+        put("calibration", "held_out", max(2, options["calib_size"] // 2))
+    put("calibration", "batch_size", options["batch_size"])
+    put("calibration", "seed", options["seed"])
+    put("quantization", "precisions", options["precisions"] or None)
+    put("quantization", "correction", options["correction"])
+    put("quantization", "recalibrate_variance", options["recalibrate_variance"])
+    plan = options["plan"]
+    if plan in ("snr", "budget"):
+        put("plan", "rule", plan)
+    elif plan is not None:
+        put("plan", "rule", "fixed")
+        put("plan", "steps", tuple(plan.replace(",", " ").split()))
+    put("plan", "budget", options["budget"])
+    put("plan", "cost", options["cost"])
+    put("tensorrt", "compute_capabilities", options["compute_capabilities"] or None)
+    if options["backends"]:
+        sections["backends"] = options["backends"]
+    return recipe.override(**sections)

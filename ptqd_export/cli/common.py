@@ -1,0 +1,66 @@
+"""What all commands share: options, output, and the one line that reports a failure."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import PTQDError
+
+if TYPE_CHECKING:
+    from ..bundle.manifest import Artifact, UpdateEngine
+
+
+def common(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that every command has."""
+    command = click.option(
+        "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."
+    )(command)
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one machine-readable JSON object on stdout."
+    )(command)
+
+
+def say(text: str) -> None:
+    """Print a line on what is being done, for people who watch."""
+    if sys.stderr.isatty():
+        click.echo(text, err=True)
+
+
+def show(result: dict[str, Any], as_json: bool, text: str) -> None:
+    """Print a command's result on stdout."""
+    click.echo(json.dumps(result, indent=1, allow_nan=False) if as_json else text)
+
+
+def engine_notes(engines: Iterable[Artifact | UpdateEngine]) -> list[str]:
+    """What a user should know about finished engines."""
+    return [
+        f"engine {engine.name}: {note}" for engine in engines if engine.build for note in engine.build.notes
+    ]
+
+
+def in_one_line(error: BaseException) -> str:
+    """What went wrong, on one line for people."""
+    text = " ".join(str(error).split())
+    if isinstance(error, PTQDError):
+        return text
+    if isinstance(error, OSError):
+        return (
+            f"{error.strerror or text}{f': {error.filename}' if error.filename else ''}: nothing was changed"
+        )
+    if isinstance(error, MemoryError) or "allocate memory" in text:
+        return f"out of memory ({text[:120]}): lower --batch-size, or the number of samples"
+    return (
+        f"internal error: {type(error).__name__}: {text[:300]} "
+        "(run again with --debug for the traceback; please report it)"
+    )
+
+
+def fail(line: str, code: int = 1) -> None:
+    """End the program with one line on stderr."""
+    click.echo(f"Error: {line}", err=True)
+    raise SystemExit(code)

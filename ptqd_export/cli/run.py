@@ -1,0 +1,274 @@
+"""The run command."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .. import __version__
+from ..core.backend import BACKENDS, BUILDERS
+from ..core.model import ModelInfo
+from ..errors import BackendUnavailable, RecipeError
+from ..progress import progress
+from .common import common, engine_notes, say, show
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+    from ..core.engine import Array
+    from ..runtime import Runtime
+
+AUTO = "auto"
+
+
+@click.command()
+@click.argument("bundle_dir", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the pictures.")
+@click.option("--num-samples", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option(
+    "--class-labels", help="Classes in turn, such as 3 or 0,1,2 or 0-9; all classes in turn if left out."
+)
+@click.option(
+    "--condition",
+    "conditions",
+    multiple=True,
+    metavar="NAME=FILE.npy",
+    help="A tensor condition (N, ...), e.g. text embeddings.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Processes of one thread each that split the batches.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice([AUTO, *BACKENDS]),
+    default=AUTO,
+    show_default=True,
+    help="auto: the best that works here.",
+)
+@click.option("--device", type=click.IntRange(min=0), default=0, show_default=True, help="Index of the GPU.")
+@click.option(
+    "--swap-weights",
+    is_flag=True,
+    help="Keep in the GPU's memory the weights of the engine in use alone (tensorrt-rtx).",
+)
+@click.option(
+    "--rebuild",
+    is_flag=True,
+    help="First build engines for this machine, from the bundle's own graphs; the bundle keeps them.",
+)
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="The recipe or model the bundle was built from (for --backend torch).",
+)
+@click.option("--format", "file_format", type=click.Choice(["png", "npy"]), default="png", show_default=True)
+@click.option("--n-steps", type=int, help="Checked against the bundle.")
+@click.option("--eta", type=float, help="Checked against the bundle.")
+@click.option("--guidance-scale", type=float, help="Checked against the bundle.")
+@click.option("--solver", type=click.Choice(["ddim", "ddpm"]), help="Checked against the bundle.")
+@common
+def run(
+    bundle_dir: Path,
+    out: Path,
+    num_samples: int,
+    class_labels: str | None,
+    conditions: tuple[str, ...],
+    seed: int,
+    batch_size: int,
+    workers: int,
+    backend: str,
+    device: int,
+    swap_weights: bool,
+    rebuild: bool,
+    model: Path | None,
+    file_format: str,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    """Draw samples from BUNDLE: single images and a grid, or an array and a grid."""
+    from .. import pictures
+    from ..bundle import Bundle
+    from ..runtime import check_settings
+    from ..runtime import run as run_bundle
+
+    # Engines that will be built anew may be damaged: that may be the reason for the rebuild.
+    bundle = Bundle.open(bundle_dir, without=backend if rebuild else None)
+    check_settings(bundle, **asked)
+    info = bundle.manifest.sampling.model
+    labels = None if class_labels is None else parse_labels(class_labels, info, num_samples)
+    tensors = _tensors(conditions)
+    are_pictures = info.channels in (1, 3)
+    if file_format == "png" and not are_pictures:
+        raise RecipeError(f"samples of {info.channels} channels are no pictures: give --format npy")
+    folder = pictures.check_folder(out)
+    if rebuild:
+        bundle = _rebuild(bundle, backend)
+    m = bundle.manifest
+    used: list[Runtime] = []
+    passed_over: dict[str, str] = {}
+    captures: dict[str, str] = {}
+    started = time.monotonic()
+    with progress(num_samples * len(m.sampling), f"sampling {m.plan}", "step") as bar:
+
+        def advance(steps: int) -> None:
+            bar.update(steps)
+            for runtime in used:
+                captures.update(runtime.capture_notes)
+
+        x = run_bundle(
+            bundle,
+            num_samples,
+            labels,
+            seed=seed,
+            batch_size=batch_size,
+            workers=workers,
+            backend=None if backend == AUTO else backend,
+            model=model,
+            tensors=tensors,
+            device=device,
+            resident=not swap_weights,
+            advance=advance,
+            opened=used.append,
+        )
+    seconds = time.monotonic() - started
+    for runtime in used:
+        backend, passed_over = runtime.backend, runtime.passed_over
+    files = pictures.encode_images(x) if file_format == "png" else {"samples.npy": pictures.encode_array(x)}
+    grid = {}
+    if are_pictures:
+        grid["grid.png"] = pictures.encode_png(pictures.image_grid(x, _columns(info, num_samples, labels)))
+    about = {
+        "bundle": bundle.seal,
+        "seed": seed,
+        "plan": str(m.plan),
+        "backend": backend,
+        "labels": info.labels_in_turn(range(num_samples)) if labels is None else labels,
+        "conditions": {name: _sha256(value) for name, value in tensors.items()},
+        "versions": _versions(backend),
+    }
+    pictures.write_pictures(folder, files | grid, about)
+    result = {
+        "out": str(out),
+        "files": list(files),
+        "grid": next(iter(grid), None),
+        "plan": str(m.plan),
+        "backend": backend,
+        "passed_over": passed_over,
+        "state": BACKENDS[backend].state,
+        "captures": captures,
+        "seed": seed,
+        "seconds": round(seconds, 3),
+        "seconds_per_sample": round(seconds / num_samples, 4),
+        "largest_value": float(abs(x).max()),
+    }
+    notes = engine_notes(engine for engine in m.engines if rebuild and engine.backend == backend)
+    # Only backends that the bundle was built for are worth a note.
+    notes += [f"not on {name}: {why}" for name, why in passed_over.items() if name in m.backends]
+    notes += [f"{name}: {note}" for name, note in captures.items()]
+    look = f" (look at {out / 'grid.png'})" if grid else ""
+    text = (
+        f"{num_samples} samples in {out}{look}, {seconds:.1f} s, {seconds / num_samples:.3f} s each, on "
+        f"{backend}"
+    )
+    show(result, as_json, text + "".join(f"\nnote: {note}" for note in notes))
+
+
+def _columns(info: ModelInfo, num_samples: int, labels: Sequence[int] | None) -> int:
+    """Columns of the grid: one per class where all classes go in turn, else about as many as rows."""
+    in_turn = len(info.labels) if labels is None else 0
+    return in_turn if 1 < in_turn <= 20 else round(num_samples**0.5)
+
+
+def _rebuild(bundle: Bundle, backend: str) -> Bundle:
+    """The bundle, with engines built anew for this machine.
+
+    Raises:
+        RecipeError: no backend is named.
+        BackendUnavailable: the engines were built, but cannot run here.
+    """
+    from .. import backends
+    from ..assemble import rebuild
+
+    if backend == AUTO:
+        raise RecipeError(
+            f"--rebuild builds engines of one backend: say which, as in --backend {BUILDERS[-1]}"
+        )
+    bundle = rebuild(bundle, backend, say)
+    try:
+        backends.check(backend)
+    except BackendUnavailable as error:
+        raise BackendUnavailable(
+            f"the bundle has its engines for {backend} now, but they do not run here: {error}"
+        ) from error
+    return bundle
+
+
+def _versions(backend: str) -> dict[str, str]:
+    """Versions that decide the pictures, besides the bundle."""
+    found = {"ptqd-export": __version__}
+    for name in ("numpy", *BACKENDS[backend].distributions):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _sha256(value: Array) -> str:
+    return hashlib.sha256(str((value.dtype.str, value.shape)).encode() + value.tobytes()).hexdigest()
+
+
+def parse_labels(text: str, info: ModelInfo, n: int) -> list[int]:
+    """One class for each of n samples, in turn, from text such as "3", "0,1,2" or "0-9".
+
+    Raises:
+        RecipeError: the text holds no numbers, or a number that is no class of the model.
+    """
+    known = set(info.labels)
+    if not known:
+        raise RecipeError(
+            f"class labels were given, but {info.name} has no classes: leave --class-labels out"
+        )
+    labels: list[int] = []
+    for part in text.replace(",", " ").split():
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise RecipeError(f"--class-labels {text[:100]!r}: expected numbers, such as 3 or 0,1,2 or 0-9")
+        ends = [int(number[:20]) for number in (first, last) if number]
+        bad = next((end for end in ends if end not in known), None)
+        if bad is not None:
+            raise RecipeError(
+                f"class label {bad} is out of range: {info.name} has classes {info.labels[0]} to "
+                f"{info.labels[-1]}"
+            )
+        labels += range(ends[0], ends[-1] + 1)
+    if not labels:
+        raise RecipeError(
+            f"--class-labels {text[:100]!r} names no class: give numbers, such as 3 or 0,1,2 or 0-9"
+        )
+    return [labels[i % len(labels)] for i in range(n)]
+
+
+def _tensors(conditions: Sequence[str]) -> Mapping[str, Array]:
+    import numpy as np
+
+    tensors = {}
+    for text in conditions:
+        name, _, file = text.partition("=")
+        try:
+            tensors[name] = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise RecipeError(
+                f"--condition {text}: cannot read {file or 'a file'} as .npy ({error}); give NAME=FILE.npy"
+            ) from error
+    return tensors

@@ -1,0 +1,1 @@
+"""Values and mathematics that every part shares: numpy alone."""

@@ -1,0 +1,86 @@
+"""Precision: the numerics of a network's quantized layers, not the kernel that runs them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import RecipeError
+from ..typed import brief
+
+FLOAT_BITS = 32
+HALF_BITS = 16
+
+Number = Literal["int", "fp8"]
+"""How a code represents a number: as a signed integer, or as FP8 E4M3.
+
+E4M3 is that of the OCP FP8 specification: 4 exponent bits, 3 mantissa bits, no infinity.
+"""
+
+
+@dataclass(frozen=True, order=True)
+class Precision:
+    """Bits of weights and activations.
+
+    `str` gives "w4a8", "w8a8-fp8", "w4a16" (only weights are quantized), "fp32" or "fp16". The label names
+    the numerics only. How a backend computes them (INT8 container, packed INT4, float simulation) is recorded
+    per artifact as its lowering; no speed follows from the label.
+    """
+
+    weight_bits: int
+    activation_bits: int
+    number: Number = "int"
+
+    @classmethod
+    def parse(cls, text: str) -> Precision:
+        """Parse "fp32", "fp16", "w8a8", "w4a8", "w4a4", ... (2 to 8 bits each), "w4a16" or "w8a8-fp8".
+
+        Raises:
+            RecipeError: not a precision.
+        """
+        if text in ("fp32", "fp16"):
+            bits = int(text[2:])
+            return cls(bits, bits)
+        if text == "w8a8-fp8":
+            return cls(8, 8, "fp8")
+        match = re.fullmatch(r"w([2-8])a([2-8]|16)", text)
+        if not match:
+            raise RecipeError(
+                f"precision {brief(text)} is not known: give fp32, fp16, wXaY with 2 to 8 bits each (such as "
+                "w8a8, w4a8, w4a4), "
+                "wXa16 for weights alone, or w8a8-fp8"
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    @classmethod
+    def from_plain(cls, value: object) -> Precision:
+        """From the text that `str` gives.
+
+        Raises:
+            RecipeError: anything else.
+        """
+        if not isinstance(value, str):
+            raise RecipeError(f"precision {brief(value)} is not known: give its name, such as w8a8")
+        return cls.parse(value)
+
+    def to_plain(self) -> str:
+        return str(self)
+
+    @property
+    def is_float(self) -> bool:
+        """No layer is quantized."""
+        return self.weight_bits >= HALF_BITS
+
+    @property
+    def weight_only(self) -> bool:
+        """Weights are quantized, activations are not."""
+        return not self.is_float and self.activation_bits == HALF_BITS
+
+    def __str__(self) -> str:
+        if self.is_float:
+            return f"fp{self.weight_bits}"
+        return f"w{self.weight_bits}a{self.activation_bits}" + ("-fp8" if self.number == "fp8" else "")
+
+
+FP32 = Precision(FLOAT_BITS, FLOAT_BITS)

@@ -1,0 +1,211 @@
+"""What a bundle holds, for people: one row per step, and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bundle.bundle import Bundle
+from ..core.backend import BACKENDS, Emission
+
+MB = 1e6
+SIGMA_PRIME = "sigma'"
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One denoising step under the bundle's plan; k, bias and snr_q were measured before correction."""
+
+    step: int
+    timestep: int
+    precision: str
+    corrected: bool
+    k: float
+    bias: float
+    sigma: float
+    sigma_recalibrated: float
+    snr_q: float | None
+    snr_f: float
+
+
+def per_step(bundle: Bundle) -> list[StepRow]:
+    """One row per step, for the best backend that the bundle was built for.
+
+    bias is the RMS over channels; snr_q is None where there is no noise, as at full precision.
+    """
+    m, best = bundle.manifest, bundle.manifest.backends[0]
+    schedule, emission = m.sampling.schedule, BACKENDS[best].emission
+    sigmas, recalibrated, snr_f = schedule.sigmas, bundle.sigmas(best), schedule.snr
+    rows = []
+    for i, precision in enumerate(m.plan.steps):
+        common = (i, int(schedule.timesteps[i]), str(precision))
+        tail = (float(sigmas[i]), float(recalibrated[i]))
+        if precision.is_float:
+            rows.append(StepRow(*common, False, 0.0, 0.0, *tail, None, float(snr_f[i])))
+            continue
+        stats, correction = bundle.stats(precision, emission), bundle.correction(precision, emission)
+        corrected = bool((correction.gain[i] != 1).any() or correction.offset[i].any())
+        bias = float(np.sqrt((stats.bias[i] ** 2).mean()))
+        snr_q = float(stats.snr[i]) if np.isfinite(stats.snr[i]) else None
+        rows.append(StepRow(*common, corrected, float(stats.k[i]), bias, *tail, snr_q, float(snr_f[i])))
+    return rows
+
+
+def text(bundle: Bundle, rows: Sequence[StepRow]) -> str:
+    """The bundle as a page of text."""
+    lines = [*_head(bundle), "", *_artifacts(bundle), *_engines(bundle), *_parity(bundle), *_noise(bundle)]
+    return "\n".join([*lines, "", *_steps(rows)])
+
+
+def _head(bundle: Bundle) -> list[str]:
+    m, choice = bundle.manifest, bundle.manifest.choice
+    model, schedule = m.sampling.model, m.sampling.schedule
+    shape, classes = "x".join(map(str, model.sample_shape)), len(model.labels)
+    cost = f"time on {choice.timed_on}" if choice.cost == "time" and choice.rule != "fixed" else choice.cost
+    still = " (eta 0 injects no noise: there is no variance to absorb)" if schedule.eta == 0 else ""
+    return [
+        f"{model.name}: {shape}, {f'{classes} classes' if classes else 'no classes'}, "
+        f"{schedule.prediction_type} prediction",
+        f"measured for: {m.sampling.solver}, {len(schedule)} steps, eta {schedule.eta:g}, "
+        f"guidance {m.sampling.guidance_scale:g}; "
+        f"recalibrated variance {'on' if m.recalibrate_variance else 'off'}{still}",
+        f"plan ({choice.rule}, {choice.objective} error, cost in {cost}): {m.plan}",
+        *(f"note: {note}" for note in choice.notes),
+        f"bit operations: {choice.bops_share:.3f} of fp32",
+    ]
+
+
+def _artifacts(bundle: Bundle) -> list[str]:
+    lines = [f"{'engine':<12}{'backend':<14}{'ms/eval':>9}  lowering"]
+    for a in bundle.manifest.artifacts:
+        ms = "-" if a.time_ms is None else f"{a.time_ms:.2f}"
+        lines.append(f"{a.precision!s:<12}{a.backend:<14}{ms:>9}  {a.lowering}")
+    return lines
+
+
+def _engines(bundle: Bundle) -> list[str]:
+    """Lines on the finished engines.
+
+    They say how the engines were built, which of the layers meant to run in 8 bits do, and the memory of all
+    engines together.
+    """
+    m = bundle.manifest
+    built = [(engine, engine.build) for engine in m.engines if engine.build is not None]
+    if not built:
+        return []
+    columns = f"{'8-bit layers':>13}{'kernels':>9}{'build s':>9}{'MB':>8}{'peak MB':>9}  targets"
+    lines = ["", f"{'finished engine':<26}{columns}"]
+    for engine, build in built:
+        plan, size = build.plan, m.files[engine.file].size / MB
+        taken = f"{plan.taken} of {plan.meant}" if plan.meant else "-"
+        lines.append(
+            f"{engine.name:<26}{taken:>13}{plan.kernels:>9}{build.seconds:>9.1f}{size:>8.1f}"
+            f"{build.peak_bytes / MB:>9.0f}  {', '.join(build.targets)}"
+        )
+        lines += [f"    {line}" for line in (*plan.complaints(), *build.notes)]
+    for name in m.backends:
+        mine = [build for engine, build in built if engine.backend == name]
+        if mine:
+            lines.append(
+                f"GPU memory on {name}: {_memory([(b.weight_bytes, b.scratch_bytes) for b in mine])}"
+            )
+    return lines
+
+
+def _memory(engines: Sequence[tuple[int | None, int | None]]) -> str:
+    """Memory of engines that are open together: all weights, and the largest scratch, which they share."""
+    weights, scratch = (
+        [size for size in column if size is not None] for column in zip(*engines, strict=True)
+    )
+    if len(weights) < len(engines) or len(scratch) < len(engines):
+        return "not known: the library does not tell it of every engine"
+    return (
+        f"{sum(weights) / MB:.1f} MB of weights in {len(engines)} engines, {max(scratch) / MB:.1f} MB of "
+        "shared scratch"
+    )
+
+
+def _parity(bundle: Bundle) -> list[str]:
+    figures = bundle.manifest.parity
+    return [
+        "",
+        "parity with the simulation:",
+        *(f"  {name:<19}{found.summary()}" for name, found in figures.items()),
+    ]
+
+
+def _noise(bundle: Bundle) -> list[str]:
+    """Lines on SNR_Q before correction, per precision and numerics: the mean over steps, in dB.
+
+    There are none at full precision.
+    """
+    lines = []
+    for precision in bundle.manifest.bops:
+        if not precision.is_float:
+            numerics = dict.fromkeys(emission.numerics(precision) for emission in Emission)
+            snr = {str(e): np.minimum(bundle.stats(precision, e).snr, 1e20) for e in numerics}
+            values = ", ".join(
+                f"{name} {float(np.mean(10 * np.log10(value))):.1f}" for name, value in snr.items()
+            )
+            lines.append(f"  {precision!s:<19}{values}")
+    if not lines:
+        return []
+    title = (
+        f"SNR_Q before correction, dB ({Emission.ORT_CPU} quantizes the outputs of convs as well, where "
+        "it differs):"
+    )
+    return ["", title, *lines]
+
+
+def _steps(rows: Sequence[StepRow]) -> list[str]:
+    columns = f"{'k':>9}{'bias':>10}{'sigma':>9}{SIGMA_PRIME:>9}{'SNR_Q':>10}{'SNR_F':>10}"
+    lines = [f"{'step':>4}{'t':>6}  {'precision':<10}{'corr':<5}{columns}"]
+    for r in rows:
+        snr_q = "inf" if r.snr_q is None else f"{r.snr_q:.4g}"
+        lines.append(
+            f"{r.step:>4}{r.timestep:>6}  "
+            f"{r.precision:<10}{'yes' if r.corrected else 'no':<5}{r.k:>9.4f}{r.bias:>10.5f}"
+            f"{r.sigma:>9.4f}{r.sigma_recalibrated:>9.4f}{snr_q:>10}{r.snr_f:>10.4g}"
+        )
+    return lines
+
+
+def plot_bundle(bundle: Bundle, path: Path) -> None:
+    """Draw the figures per step to `path`, and the front of plans to `<name>-pareto.png` beside it.
+
+    The plan was chosen from that front.
+    """
+    from .plots import plot_pareto, plot_steps
+
+    m, choice = bundle.manifest, bundle.manifest.choice
+    schedule, emission = m.sampling.schedule, BACKENDS[m.backends[0]].emission
+    figures: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
+    for precision in m.bops:
+        if not precision.is_float:
+            stats, correction = bundle.stats(precision, emission), bundle.correction(precision, emission)
+            recalibrated = schedule.recalibrated_sigmas(correction.var)
+            figures[str(precision)] = {
+                "snr": stats.snr,
+                "k": stats.k,
+                "bias": stats.bias,
+                "sigma": recalibrated if m.recalibrate_variance else schedule.sigmas,
+            }
+    title = f"{m.sampling.model.name}: {m.plan}"
+    steps = [str(precision) for precision in m.plan.steps]
+    plot_steps(path, figures, steps, snr_forward=schedule.snr, sigmas=schedule.sigmas, title=title)
+    if choice.front:
+        by_time = choice.cost == "time"
+        scale = 1e3 if by_time else 1.0
+        points = {point.plan: (point.cost * scale, point.error) for point in choice.front}
+        plot_pareto(
+            path.with_name(f"{path.stem}-pareto{path.suffix}"),
+            list(points.values()),
+            points.get(str(m.plan)),
+            cost_label="engine time of all steps (ms)" if by_time else "bit operations of all steps",
+            error_label=f"weighted error ({choice.objective})",
+            title=title,
+        )

@@ -1,0 +1,213 @@
+"""The parity gate: does a graph compute what was simulated?
+
+It gives one Verdict per distinct graph; a wrong graph stops the build.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ..backends.ort import OrtEngine
+from ..calibrate import Network, TorchEngine, Trajectories, measure
+from ..core.backend import Emission
+from ..core.engine import EPSILON, STEP, Engine
+from ..core.figures import Figures, FloatFigures, QuantizedFigures
+from ..core.noise import Correction, NoiseStats
+from ..core.precision import Precision
+from ..core.quant import QuantizedNetwork
+from ..core.sampling import Sampling
+from ..errors import ParityError
+from ..export import float_convs, op_counts, quantized_convs
+from ..runtime.probe import probe
+from .judgement import HALF, max_float_error
+from .layers import check_layers
+from .noise import check_noise
+
+FOLD_TOLERANCE = 1e-5
+"""Largest allowed error of a folded table, relative to the largest |epsilon|.
+
+It covers a multiplication and an addition in float32, and the division that undoes them.
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A graph, and the simulation that it is judged by.
+
+    Attributes:
+        name: the graph's name, for messages.
+        file: the graph's file.
+        quantized: the layers that the graph was made from.
+        correction: the correction folded into it; None at float precisions.
+        held_out: the simulation's sums per held-out trajectory, before correction; empty at float precisions.
+    """
+
+    name: str
+    file: Path
+    precision: Precision
+    emission: Emission
+    quantized: QuantizedNetwork
+    correction: Correction | None
+    held_out: Sequence[NoiseStats]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found about one distinct graph.
+
+    Attributes:
+        figures: what was measured.
+        epsilon: its prediction for the probe's inputs (`runtime.probe`), float32 (2, C, H, W).
+    """
+
+    figures: Figures
+    epsilon: npt.NDArray[np.float32]
+
+
+def judge_graph(case: Case, sampling: Sampling, trajectories: Trajectories, network: Network) -> Verdict:
+    """Run a graph on ONNX Runtime's CPU provider, and compare it with its simulation.
+
+    The provider optimises graphs of its own emission; the others run as they are written.
+
+    Raises:
+        ParityError: the graph does not compute what was simulated; the message says where.
+    """
+    native = case.emission is Emission.ORT_CPU
+    optimised = case.file.with_name(".optimised.onnx")
+    try:
+        with OrtEngine(case.file, optimise=native, optimised_path=optimised if native else None) as engine:
+            if case.correction is None:
+                figures: Figures = _check_float_case(case, engine, sampling, trajectories, network)
+            else:
+                if native and case.emission.numerics(case.precision) is case.emission:
+                    check_structure(case.name, case.file, optimised, case.quantized)
+                figures = _check_quantized_case(
+                    case, case.correction, engine, sampling, trajectories, network
+                )
+            return Verdict(figures, probe(engine, sampling))
+    finally:
+        for leftover in case.file.parent.glob(".optimised*"):
+            leftover.unlink()
+
+
+def _check_float_case(
+    case: Case, engine: Engine, sampling: Sampling, trajectories: Trajectories, network: Network
+) -> FloatFigures:
+    allowed = max_float_error(case.precision, case.emission)
+    with TorchEngine(network.module, sampling) as reference:
+        return check_float(case.name, engine, reference, sampling, trajectories, allowed)
+
+
+def _check_quantized_case(
+    case: Case,
+    correction: Correction,
+    engine: Engine,
+    sampling: Sampling,
+    trajectories: Trajectories,
+    network: Network,
+) -> QuantizedFigures:
+    fold = check_fold(case.name, engine, correction, sampling, trajectories)
+    layers = check_layers(
+        case.name, case.file, case.quantized, case.emission, sampling, trajectories, network
+    )
+    measured = measure(engine, sampling, trajectories, "held_out")
+    simulated = [part.corrected(correction) for part in case.held_out]
+    rounding = HALF if case.emission is Emission.HALF else 0.0
+    return QuantizedFigures(fold, layers, check_noise(case.name, measured, simulated, rounding))
+
+
+def check_fold(
+    name: str, engine: Engine, correction: Correction, sampling: Sampling, trajectories: Trajectories
+) -> float:
+    """Check that every row of the folded tables is in its place, exactly up to float rounding.
+
+    The noise plays no part: at one x and timestep only the tables depend on the input `step`, not the
+    network's raw output, so epsilon_i = gain_i raw + offset_i for all i must follow from row 0. (Prediction
+    types other than epsilon fold a term in x with the same gain; it depends on the row as well and is left to
+    the statistics.)
+
+    Returns:
+        the largest difference relative to the largest |epsilon|.
+    Raises:
+        ParityError: a row is wrong; names the step.
+    """
+    if STEP not in engine.inputs or sampling.schedule.prediction_type != "epsilon":
+        return 0.0
+    _, x, _, conditions = trajectories.first(2)
+    feeds = replace(sampling, guidance_scale=1.0).feeds(x[0], 0, conditions)
+    gain, offset = (table[:, :, None, None] for table in (correction.gain, correction.offset))
+    raw = (engine(feeds)[EPSILON].astype(np.float64) - offset[0]) / gain[0]
+    worst = 0.0
+    for step in range(len(sampling)):
+        got = engine({**feeds, STEP: np.array([step], np.int64)})[EPSILON].astype(np.float64)
+        expected = gain[step] * raw + offset[step]
+        error = float(np.abs(got - expected).max() / np.abs(expected).max())
+        if not error <= FOLD_TOLERANCE:
+            raise ParityError(
+                f"{name}: the correction of step {step} in the graph is not its table's: "
+                f"epsilon is off by {error:.2g} of its largest value"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def check_float(
+    name: str,
+    engine: Engine,
+    reference: Engine,
+    sampling: Sampling,
+    trajectories: Trajectories,
+    allowed: float,
+) -> FloatFigures:
+    """Compare a float engine with the torch model, per step, on two trajectories.
+
+    Args:
+        allowed: largest RMS difference, relative to the RMS of epsilon.
+    Raises:
+        ParityError: a step differs by more; names it.
+    """
+    _, x, _, conditions = trajectories.first(2)
+    worst = 0.0
+    for step in range(len(sampling)):
+        got, expected = (sampling.predict(e, x[step], step, conditions) for e in (engine, reference))
+        error = float(np.sqrt(((got - expected) ** 2).mean() / (expected**2).mean()))
+        if not error <= allowed:
+            raise ParityError(
+                f"{name}: step {step} differs from the torch model by {error:.2g} of its RMS (allowed: "
+                f"{allowed:g})"
+            )
+        worst = max(worst, error)
+    return FloatFigures(worst)
+
+
+def check_structure(name: str, emitted: Path, optimised: Path, quantized: QuantizedNetwork) -> None:
+    """Check that every layer that was meant to run in integers does.
+
+    Convs must run as QLinearConv, linear layers as MatMulIntegerToFloat.
+
+    Args:
+        emitted: the graph as written.
+        optimised: the graph as ONNX Runtime runs it.
+    Raises:
+        ParityError: a layer runs in float; gives the counts.
+    """
+    ops, convs = op_counts(optimised), quantized_convs(emitted)
+    advice = "this onnxruntime fuses the graph differently; install the pinned version"
+    left = len(float_convs(optimised)) - (len(float_convs(emitted)) - convs)
+    if ops["QLinearConv"] != convs or left:
+        raise ParityError(
+            f"{name}: {ops['QLinearConv']} of {convs} quantized convs run as QLinearConv, "
+            f"{left} run in float that were not meant to: {advice}"
+        )
+    linears = sum(layer.kind == "linear" for layer in quantized.layers.values())
+    if ops["MatMulIntegerToFloat"] < linears:
+        raise ParityError(
+            f"{name}: {ops['MatMulIntegerToFloat']} of {linears} quantized linear layers run as "
+            "MatMulIntegerToFloat: "
+            f"{advice}"
+        )

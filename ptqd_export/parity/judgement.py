@@ -1,0 +1,90 @@
+"""How layers are judged: on the same inputs, outputs are equal up to float rounding or a rare step apart.
+
+A rare output may be one quantization step off. Two correct executions of a whole quantized network drift
+apart: a float difference of 1e-7 flips a rounding, and more follow. So networks are judged layer by layer,
+and end to end by statistics (`parity.noise`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..core.backend import Emission
+from ..core.engine import Array
+from ..core.precision import FP32, Precision
+
+F64 = npt.NDArray[np.float64]
+
+MAX_SHARE_APART = 1e-3
+"""Largest share of a layer's outputs that may be one quantization step off: rounding ties."""
+MAX_STEPS_APART = 1.5
+"""Most quantization steps that any output may be off: one, plus rounding of the size of a step."""
+FLOAT_TOLERANCE = 2e-5
+"""Largest difference from float32 accumulation in one layer, relative to a channel's largest output."""
+HALF = 2.0**-11
+"""Largest relative error of one rounding to float16."""
+ROUNDINGS = 6.0
+"""Standard deviations of a sum of roundings that are allowed."""
+MAX_FLOAT_ERROR = 1e-4
+"""Largest RMS difference of an fp32 engine from the torch model, relative to the RMS of epsilon."""
+MAX_HALF_ERROR = 1e-2
+"""Like MAX_FLOAT_ERROR, for fp16: roundings of 2^-11 add up over some hundred operations."""
+
+
+@dataclass(frozen=True)
+class Apart:
+    """How a layer's outputs differ from the expected ones; `a + b` pools two sets.
+
+    Attributes:
+        size: number of outputs.
+        apart: number of those that differ by more than rounding explains.
+        largest_steps: the largest difference beyond that rounding, in quantization steps.
+    """
+
+    size: int = 0
+    apart: int = 0
+    largest_steps: float = 0.0
+
+    def __add__(self, other: Apart) -> Apart:
+        largest = max(self.largest_steps, other.largest_steps)
+        return Apart(self.size + other.size, self.apart + other.apart, largest)
+
+    @property
+    def share(self) -> float:
+        return self.apart / max(self.size, 1)
+
+    @property
+    def tolerable(self) -> bool:
+        """Whether only rounding ties differ; even in a small layer one output may."""
+        return self.apart <= max(MAX_SHARE_APART * self.size, 1) and self.largest_steps <= MAX_STEPS_APART
+
+
+def judge(got: Array, expected: Array, step: F64, tolerance: F64) -> Apart:
+    """How far outputs are from the expected ones.
+
+    Args:
+        step: one quantization step; broadcasts to the outputs.
+        tolerance: the difference that float rounding may make; broadcasts to the outputs.
+    """
+    beyond = np.abs(np.asarray(got, np.float64) - np.asarray(expected, np.float64)) - tolerance
+    off = beyond > 0
+    return Apart(off.size, int(off.sum()), float(np.max(beyond / step, initial=0.0, where=off)))
+
+
+def float_tolerance(expected: Array, step: F64, rounding: float) -> F64:
+    """`rounding` times a channel's largest output, or times its step if that is larger.
+
+    Args:
+        step: has the channels along its only axis that is not of size 1.
+    """
+    others = tuple(axis for axis, size in enumerate(step.shape) if size == 1)
+    largest = np.abs(np.asarray(expected, np.float64)).max(axis=others, keepdims=True)
+    return np.asarray(rounding * np.maximum(largest, step))
+
+
+def max_float_error(precision: Precision, emission: Emission) -> float:
+    """Largest RMS difference of a float graph from the torch model, relative to the RMS of epsilon."""
+    return MAX_HALF_ERROR if emission is Emission.HALF and precision != FP32 else MAX_FLOAT_ERROR

@@ -1,0 +1,94 @@
+"""verify: does a bundle compute on this machine what it computed where it was built?"""
+
+from __future__ import annotations
+
+import contextlib
+
+from .. import backends
+from ..bundle.bundle import Bundle
+from ..bundle.manifest import UPDATE, Graph
+from ..core.backend import BACKENDS, BUILDERS, ORT_CPU, RUNNABLE, Emission
+from ..core.engine import SAMPLE, STEP, TIMESTEP
+from ..errors import ParityError
+from ..runtime import check_probe, check_update, open_artifact, open_update
+
+OK = "ok"
+
+
+def verify_engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
+    """Evaluate once every graph of the bundle, and every finished engine that runs here.
+
+    Graphs run on ONNX Runtime's CPU provider: it optimises those of its own emission, and runs the others as
+    they are written. Networks are compared with their probes, the sampler's update with the schedule.
+
+    Returns:
+        names of what was evaluated; {name of what could not be evaluated: why}.
+    Raises:
+        ParityError: an engine returns NaN or a wrong shape, asks for an unknown input, or computes something
+            else than where it was built.
+        GraphError: a graph does not load.
+        BundleError: a finished engine does not fit this GPU or version.
+    """
+    m, states = bundle.manifest, backends.available()
+    names: list[str] = []
+    left_out: dict[str, str] = {}
+    if states[ORT_CPU] == OK:
+        names += [_verify_graph(bundle, graph) for graph in m.graphs]
+        names.append(_verify_update(bundle))
+    else:
+        left_out[f"{len(m.graphs) + 1} graphs"] = states[ORT_CPU]
+    for backend in (name for name in BUILDERS if name in m.backends):
+        if states[backend] == OK:
+            names += _verify_engines_of(bundle, backend)
+        else:
+            count = sum(engine.backend == backend for engine in m.engines)
+            left_out[f"{count} {backend} engines"] = states[backend]
+    return names, left_out
+
+
+def _verify_graph(bundle: Bundle, graph: Graph) -> str:
+    """Evaluate a graph on ONNX Runtime's CPU provider; returns its name."""
+    with backends.OrtEngine(bundle.file(graph.file), optimise=graph.emission is Emission.ORT_CPU) as engine:
+        known = {SAMPLE, TIMESTEP, STEP, *(spec.name for spec in bundle.manifest.sampling.model.inputs)}
+        unknown = set(engine.inputs) - known
+        if unknown:
+            raise ParityError(
+                f"{graph.file} asks for an input {min(unknown)!r} that the manifest does not know: rebuild "
+                "the bundle"
+            )
+        check_probe(bundle, graph.precision, graph.emission, engine)
+    return graph.name
+
+
+def _verify_update(bundle: Bundle) -> str:
+    m = bundle.manifest
+    with backends.OrtEngine(bundle.file(m.update.file), optimise=False) as engine:
+        check_update(engine, m.sampling, bundle.sigmas(BUILDERS[0]))
+    return UPDATE
+
+
+def _verify_engines_of(bundle: Bundle, backend: str) -> list[str]:
+    """Evaluate the finished engines of a backend; returns their names."""
+    m, names = bundle.manifest, []
+    with contextlib.closing(backends.open_device(backend)) as device:
+        for artifact in m.artifacts:
+            if artifact.backend == backend:
+                with open_artifact(bundle, artifact, device) as engine:
+                    check_probe(bundle, artifact.precision, BACKENDS[backend].emission, engine)
+                names.append(artifact.name)
+        with open_update(bundle, backend, device) as update:
+            check_update(update, m.sampling, bundle.sigmas(backend))
+        names.append(m.update_engine(backend).name)
+    return names
+
+
+def backend_states(bundle: Bundle) -> dict[str, str]:
+    """{backend: "ok", or why it cannot be compared here} for every backend that runs files."""
+    states = backends.available()
+    for name in RUNNABLE:
+        if BACKENDS[name].builds_engines and states[name] == OK and name not in bundle.manifest.backends:
+            states[name] = (
+                f"the bundle has no engines for it: `ptqd-export run ... --backend {name} --rebuild` builds "
+                "them"
+            )
+    return states

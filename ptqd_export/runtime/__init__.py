@@ -1,0 +1,18 @@
+"""Sampling from a bundle: open its engines, probe them, and switch between them across timesteps."""
+
+from .device_loop import check_update
+from .open import open_artifact, open_update
+from .probe import check_probe, probe
+from .runtime import Runtime, check_settings
+from .workers import run
+
+__all__ = [
+    "Runtime",
+    "check_probe",
+    "check_settings",
+    "check_update",
+    "open_artifact",
+    "open_update",
+    "probe",
+    "run",
+]

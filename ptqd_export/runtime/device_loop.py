@@ -1,0 +1,152 @@
+"""The sampler's loop with the state on a device: engines and the update graph pass buffers to each other.
+
+Each step is two launches: the precision's engine, sample -> epsilon, then the update, (sample, epsilon) ->
+(next sample, timestep, step). Nothing is copied back before the end. Two sets of state buffers alternate, so
+that no engine reads what it writes, and addresses repeat, as CUDA graphs need. The state is float32 here; on
+the host (`Sampling.sample`) it is float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..core.engine import (
+    EPSILON,
+    NEXT_SAMPLE,
+    NEXT_STEP,
+    NEXT_TIMESTEP,
+    NOISE,
+    SAMPLE,
+    STEP,
+    TIMESTEP,
+    Array,
+    Device,
+    DeviceEngine,
+    Engine,
+)
+from ..core.sampling import F64, NoiseSource, Sampling
+from ..errors import ParityError
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """Buffers for one batch size.
+
+    Attributes:
+        states: two alternating states, {sample, timestep, step}.
+        shared: the buffers that all steps share.
+    """
+
+    states: tuple[dict[str, Any], dict[str, Any]]
+    shared: dict[str, Any]
+
+
+class DeviceSampler:
+    """Draws samples with the state on `device`.
+
+    Args:
+        update: engine of the update graph (`export.sampler_update`), built for this sampling.
+    """
+
+    def __init__(self, device: Device, update: DeviceEngine, sampling: Sampling) -> None:
+        self._device, self._update, self._sampling = device, update, sampling
+        self._buffers: dict[int, _Buffers] = {}
+
+    def sample(
+        self,
+        engine_at: Callable[[int], DeviceEngine],
+        conditions: Mapping[str, Array],
+        indices: Sequence[int],
+        *,
+        seed: int,
+        advance: Callable[[int], None] = lambda step: None,
+    ) -> F64:
+        """Like `Sampling.sample`, with the same noise: x_0, float64 (N, C, H, W), not clamped.
+
+        Args:
+            advance: called with each step once it is launched.
+        """
+        n, sampling, write = len(indices), self._sampling, self._device.write
+        schedule, buffers = sampling.schedule, self._allocate(n)
+        source = NoiseSource(seed, indices, sampling.model.sample_shape)
+        here, there = buffers.states
+        write(here[SAMPLE], sampling.rows(source.draw().astype(np.float32)))
+        write(here[TIMESTEP], np.full(n * sampling.branches, schedule.timesteps[0], np.int64))
+        write(here[STEP], np.zeros(1, np.int64))
+        for name, value in sampling.condition_rows(conditions, n).items():
+            write(buffers.shared[name], value)
+        for step, sigma in enumerate(schedule.sigmas):
+            if sigma > 0:
+                write(buffers.shared[NOISE], sampling.rows(source.draw().astype(np.float32)))
+            _launch(engine_at(step), here | buffers.shared)
+            following = {NEXT_SAMPLE: there[SAMPLE], NEXT_TIMESTEP: there[TIMESTEP], NEXT_STEP: there[STEP]}
+            _launch(self._update, here | buffers.shared | following)
+            here, there = there, here
+            advance(step)
+        return np.asarray(self._device.read(here[SAMPLE])[:n], np.float64)
+
+    def _allocate(self, n: int) -> _Buffers:
+        if n not in self._buffers:
+            empty, model = self._device.empty, self._sampling.model
+            rows, shape = n * self._sampling.branches, model.sample_shape
+
+            def state() -> dict[str, Any]:
+                return {
+                    SAMPLE: empty((rows, *shape), "float32"),
+                    TIMESTEP: empty((rows,), "int64"),
+                    STEP: empty((1,), "int64"),
+                }
+
+            shared = {EPSILON: empty((rows, *shape), "float32"), NOISE: empty((rows, *shape), "float32")}
+            self._device.write(
+                shared[NOISE], np.zeros((rows, *shape), np.float32)
+            )  # steps without noise multiply it by 0
+            shared |= {spec.name: empty((rows, *spec.shape), spec.dtype) for spec in model.inputs}
+            self._buffers[n] = _Buffers((state(), state()), shared)
+        return self._buffers[n]
+
+
+def _launch(engine: DeviceEngine, buffers: Mapping[str, Any]) -> None:
+    engine.launch({name: buffers[name] for name in (*engine.inputs, *engine.outputs)})
+
+
+UPDATE_TOLERANCE = 1e-5
+"""Largest allowed error, relative to the largest term of an update: some ten roundings of float32."""
+
+
+def check_update(update: Engine, sampling: Sampling, sigmas: F64) -> None:
+    """Check every step of an update engine against `Sampling.guide` and `Sampling.advance`.
+
+    The inputs are random numbers.
+
+    Args:
+        sigmas: sigma' per step, (T,).
+    Raises:
+        ParityError: a step differs; names it.
+    """
+    rng, schedule = np.random.default_rng(0), sampling.schedule
+    for step in range(len(sampling)):
+        draws = rng.standard_normal((2 + sampling.branches, 1, *sampling.model.sample_shape)).astype(
+            np.float32
+        )
+        x, z, e = draws[0], draws[1], np.concatenate(list(draws[2:]))
+        got = update(
+            {SAMPLE: sampling.rows(x), EPSILON: e, STEP: np.array([step], np.int64), NOISE: sampling.rows(z)}
+        )
+        epsilon = sampling.guide(e)
+        noise = z.astype(np.float64) if schedule.sigmas[step] > 0 else None
+        expected = sampling.advance(x.astype(np.float64), epsilon, step, float(sigmas[step]), noise)
+        largest = max(np.abs(x).max(), np.abs(epsilon).max(), np.abs(z).max())
+        terms = (1 + 1 / np.sqrt(schedule.alphas_cumprod[step])) * largest
+        off = np.abs(got[NEXT_SAMPLE].astype(np.float64) - expected).max() / terms
+        following = schedule.timesteps[min(step + 1, len(sampling) - 1)]
+        right = got[NEXT_STEP].tolist() == [step + 1] and (got[NEXT_TIMESTEP] == following).all()
+        if not (off <= UPDATE_TOLERANCE and right):
+            raise ParityError(
+                f"the sampler's update does not do what the schedule says at step {step} "
+                f"(off by {off:.2g} of its terms): rebuild the bundle"
+            )

@@ -1,0 +1,255 @@
+"""Runtime: draw samples from a bundle, switching engines across timesteps as its plan says.
+
+Only the torch backend needs torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import backends
+from ..bundle.bundle import Bundle
+from ..core.backend import BACKENDS, RUNNABLE, TORCH, backend
+from ..core.engine import Array, Device, Engine
+from ..core.plan import Plan
+from ..core.precision import Precision
+from ..errors import (
+    BackendUnavailable,
+    BundleError,
+    GraphError,
+    ModelError,
+    ParityError,
+    PTQDError,
+    RecipeError,
+)
+from .device_loop import DeviceSampler, check_update
+from .open import open_artifact, open_update
+from .probe import check_probe
+
+F64 = npt.NDArray[np.float64]
+
+
+def check_settings(
+    bundle: Bundle,
+    *,
+    n_steps: int | None = None,
+    eta: float | None = None,
+    guidance_scale: float | None = None,
+    solver: str | None = None,
+) -> None:
+    """Check that the settings a caller asks for are the bundle's: its tables are valid for no others.
+
+    None asks for nothing.
+
+    Raises:
+        BundleError: another setting is asked for; the message says what the bundle holds and how to build
+            another one.
+    """
+    asked = {"n_steps": n_steps, "eta": eta, "guidance_scale": guidance_scale, "solver": solver}
+    s = bundle.manifest.sampling
+    held = {"n_steps": len(s), "eta": s.schedule.eta, "guidance_scale": s.guidance_scale, "solver": s.solver}
+    wrong = {name: value for name, value in asked.items() if value not in (None, held[name])}
+    if wrong:
+        wanted, measured = (", ".join(f"{name} {of[name]}" for name in wrong) for of in (wrong, held))
+        options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in wrong.items())
+        raise BundleError(
+            f"{wanted} was asked for, but {bundle.path} was measured for {measured}: "
+            f"leave it out, or rebuild with `ptqd-export build ... {options}`"
+        )
+
+
+class Runtime:
+    """All engines of a plan, loaded and ready to sample.
+
+    On ORT CPU the engines share one thread pool; on a GPU the state stays there. A Runtime is a context
+    manager, and belongs to the thread that opened it.
+
+    Args:
+        bundle: an opened bundle, or the folder of one.
+        backend: one of `core.backend.BACKENDS`. None is the best that the bundle has engines for and that
+            works here: its engines load, and compute what they computed where the bundle was built.
+        plan: another plan over the bundle's precisions, e.g. for comparisons; None is the bundle's own.
+        model: the recipe or model that the bundle was built from; only the torch backend needs it.
+        device: index of the GPU; backends on the CPU ignore it.
+        resident: the weights of all engines stay in the GPU's memory; else those of the engine in use alone,
+            where the library can swap them (TensorRT-RTX).
+    Attributes:
+        backend: the backend that is open.
+        passed_over: {better backend: why it is not used}, where no backend was named.
+    Raises:
+        BackendUnavailable, BundleError, GraphError: the bundle does not run here.
+        ParityError: an engine computes something else here than where the bundle was built.
+        RecipeError: there is no such backend.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle | Path | str,
+        backend: str | None = None,
+        plan: Plan | None = None,
+        model: Path | str | None = None,
+        device: int = 0,
+        resident: bool = True,
+    ) -> None:
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        self.plan = self.bundle.manifest.plan if plan is None else plan
+        if len(self.plan) != len(self.bundle.manifest.sampling):
+            raise RecipeError(
+                f"the plan has {len(self.plan)} steps, the bundle {len(self.bundle.manifest.sampling)}"
+            )
+        self.engines: dict[Precision, Engine] = {}
+        self.passed_over: dict[str, str] = {}
+        self._opened = contextlib.ExitStack()  # the device is closed after its engines
+        self._on_device: DeviceSampler | None = None
+        self._device, self._resident = device, resident
+        self._in_use: Precision | None = None
+        self._model = None if model is None else Path(model)
+        try:
+            self.backend = self._open_best() if backend is None else self._open(backend)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_best(self) -> str:
+        for name in RUNNABLE:
+            if BACKENDS[name].builds_engines and name not in self.bundle.manifest.backends:
+                continue
+            try:
+                backends.check(name)
+            except BackendUnavailable as error:
+                self.passed_over[name] = str(error)
+                continue
+            try:
+                return self._open(name)
+            except (BackendUnavailable, BundleError, GraphError, ParityError) as error:
+                if name == RUNNABLE[-1]:
+                    raise
+                self.close()
+                self.passed_over[name] = str(error)
+        reasons = "; ".join(f"{name}: {why}" for name, why in self.passed_over.items())
+        raise BackendUnavailable(f"no backend works here: {reasons}")
+
+    def _open(self, name: str) -> str:
+        try:
+            if name == TORCH:
+                self._simulate()
+            else:
+                self._open_files(name, backend(name).on_device)
+        except PTQDError:
+            self.bundle.check_unchanged()  # files that are not the bundle's any more explain all else
+            raise
+        self.bundle.check_unchanged()
+        return name
+
+    def _simulate(self) -> None:
+        try:
+            from ..calibrate.reference import simulated_engines
+        except ImportError as error:
+            raise BACKENDS[TORCH].missing(error) from error
+        self.engines.update(simulated_engines(self.bundle, self.plan.precisions, self._model))
+
+    def _open_files(self, name: str, on_device: bool) -> None:
+        """Open the engines of a backend that runs files.
+
+        On a backend with a device of its own, also open the sampler that keeps the state there.
+        """
+        m, emission = self.bundle.manifest, BACKENDS[name].emission
+        device: Device | None = None
+        if on_device:
+            device = self._opened.enter_context(contextlib.closing(backends.open_device(name, self._device)))
+        for precision in self.plan.precisions:
+            engine = self._opened.enter_context(
+                open_artifact(
+                    self.bundle, m.artifact(precision, name), device, self._device, resident=self._resident
+                )
+            )
+            self.engines[precision] = engine
+            check_probe(self.bundle, precision, emission, engine)
+        # The update graph holds sigma' of the bundle's own plan, so it serves other plans only without noise.
+        if device is not None and (self.plan == m.plan or not m.sampling.schedule.sigmas.any()):
+            update = self._opened.enter_context(open_update(self.bundle, name, device, self._device))
+            check_update(update, m.sampling, self.bundle.sigmas(name))
+            self._on_device = DeviceSampler(device, update, m.sampling)
+
+    @property
+    def capture_notes(self) -> dict[str, str]:
+        """{precision: what became of its CUDA graphs}, where the backend has any."""
+        notes = {str(p): getattr(engine, "capture_note", None) for p, engine in self.engines.items()}
+        return {name: note for name, note in notes.items() if note is not None}
+
+    def sample(
+        self,
+        indices: Sequence[int],
+        labels: Sequence[int] | None = None,
+        *,
+        seed: int = 0,
+        tensors: Mapping[str, Array] | None = None,
+        advance: Callable[[int], None] = lambda step: None,
+    ) -> F64:
+        """Draw the samples `indices` of `seed` as one batch, float64 (N, C, H, W), not clamped.
+
+        Args:
+            labels: one class per index; without them, sample i gets class i modulo the number of classes.
+            tensors: float conditions, one row per index.
+            advance: called with each step.
+        Raises:
+            ModelError: a sample is not finite.
+            RecipeError: the model does not take the labels or tensors, or the seed is out of range.
+        """
+        check_seed(seed)
+        sampling = self.bundle.manifest.sampling
+        labels = sampling.model.labels_in_turn(indices) if labels is None else labels
+        conditions = sampling.model.conditions(labels, len(indices), tensors)
+        with np.errstate(over="ignore", invalid="ignore"):  # samples that are not finite are refused below
+            if self._on_device is not None:
+                x = self._on_device.sample(self._engine_at, conditions, indices, seed=seed, advance=advance)
+            else:
+                x = sampling.sample(
+                    self._engine_at,
+                    conditions,
+                    indices,
+                    seed=seed,
+                    sigmas=self.bundle.sigmas(self.backend, self.plan),
+                    on_step=lambda step, x, epsilon: advance(step),
+                )
+        finite = np.isfinite(x).all(axis=(1, 2, 3))
+        if not finite.all():
+            bad = indices[int(np.argmin(finite))]
+            raise ModelError(
+                f"sample {bad} holds NaN or infinite values: the model or an engine computes nonsense; "
+                "try another seed, or rebuild"
+            )
+        return x
+
+    def _engine_at(self, step: int) -> Any:
+        precision = self.plan.steps[step]
+        if not self._resident and self._in_use not in (None, precision):
+            unload = getattr(self.engines[self._in_use], "unload", None)
+            if unload is not None:
+                unload()
+        self._in_use = precision
+        return self.engines[precision]
+
+    def close(self) -> None:
+        """Free the engines, then their device; a second call does nothing."""
+        self._on_device = None
+        self.engines.clear()
+        self._opened.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def check_seed(seed: int) -> None:
+    """Raise RecipeError for a seed outside 0 to 2^64 - 1."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+        raise RecipeError(f"seed is {seed!r}: give an integer from 0 to 2^64 - 1")

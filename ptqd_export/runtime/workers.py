@@ -1,0 +1,226 @@
+"""run: draw samples in batches, in this process or split between several."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import backends
+from ..bundle.bundle import Bundle
+from ..bundle.manifest import Manifest
+from ..core.backend import BACKENDS, ORT_CPU, TORCH
+from ..core.engine import Array
+from ..errors import BackendUnavailable, BundleError, RecipeError
+from .runtime import Runtime, check_seed
+
+F64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a worker opens."""
+
+    path: Path
+    seal: str
+    backend: str
+    model: Path | None
+    device: int
+    resident: bool
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A batch: sample indices and their conditions."""
+
+    indices: range
+    labels: list[int] | None
+    tensors: Mapping[str, Array]
+    seed: int
+
+
+def run(
+    bundle: Bundle | Path | str,
+    num_samples: int,
+    labels: Sequence[int] | None = None,
+    *,
+    seed: int = 0,
+    batch_size: int = 16,
+    workers: int = 1,
+    backend: str | None = None,
+    model: Path | str | None = None,
+    tensors: Mapping[str, Array] | None = None,
+    device: int = 0,
+    resident: bool = True,
+    advance: Callable[[int], None] = lambda steps: None,
+    opened: Callable[[Runtime], None] = lambda runtime: None,
+) -> F64:
+    """Draw samples 0 .. num_samples - 1 of `seed`, in batches; float64 (N, C, H, W), not clamped.
+
+    Args:
+        labels: one class per sample; None takes the classes in turn.
+        workers: number of processes that split the batches, each with one thread on the CPU; 1 samples in
+            this process, with all threads.
+        backend, model, device, resident: as for Runtime.
+        tensors: float conditions, one row per sample.
+        advance: called with the number of sample steps (samples x denoising steps) since the last call.
+        opened: called, before anything is sampled, with the runtime that this process samples with or chose
+            the backend by.
+    Raises:
+        BackendUnavailable, BundleError, GraphError, ParityError: as Runtime, or a worker died.
+        ModelError: a sample is not finite.
+        RecipeError: a number is out of range, or the model does not take the labels or tensors.
+    """
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    check_seed(seed)
+    for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("workers", workers)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise RecipeError(f"{name} is {value!r}: give an integer of at least 1")
+    m = bundle.manifest
+    if labels is not None or tensors:
+        m.sampling.model.conditions(labels, num_samples, tensors)  # refuse wrong ones before any work
+    out = np.empty((num_samples, *m.sampling.model.sample_shape))  # first: fails here if memory is short
+    batch_size = min(batch_size, -(-num_samples // workers))  # so that every worker gets a batch
+    jobs = [
+        _Job(
+            batch,
+            None if labels is None else [int(labels[i]) for i in batch],
+            {name: value[batch.start : batch.stop] for name, value in (tensors or {}).items()},
+            seed,
+        )
+        for batch in _batches(num_samples, batch_size)
+    ]
+    workers = min(workers, len(jobs))
+    if backend is not None:
+        _check_batch(m, backend, batch_size)
+    with contextlib.ExitStack() as stack:
+        if workers == 1 or backend is None:
+            runtime = stack.enter_context(
+                Runtime(bundle, backend, model=model, device=device, resident=resident)
+            )
+            _check_batch(m, runtime.backend, batch_size)
+            backend = runtime.backend
+            opened(runtime)
+        if workers == 1:
+            for job in jobs:
+                steps = functools.partial(lambda n, step: advance(n), len(job.indices))
+                out[job.indices.start : job.indices.stop] = _sample(runtime, job, steps)
+            return out
+    start = _Start(
+        bundle.path, bundle.seal, backend, None if model is None else Path(model), device, resident
+    )
+    for job, x in _in_processes(start, jobs, workers):
+        out[job.indices.start : job.indices.stop] = x
+        advance(len(job.indices) * len(m.sampling))
+    return out
+
+
+def _batches(n: int, size: int) -> list[range]:
+    return [range(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def _sample(runtime: Runtime, job: _Job, advance: Callable[[int], None]) -> F64:
+    return runtime.sample(job.indices, job.labels, seed=job.seed, tensors=job.tensors, advance=advance)
+
+
+def _in_processes(start: _Start, jobs: Sequence[_Job], workers: int) -> Iterator[tuple[_Job, F64]]:
+    """Yield every job with its samples, in the order in which they finish."""
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (start,))
+    todo, running = iter(jobs), dict[Future[F64], _Job]()
+    try:
+        while True:
+            # Submit a few at a time: CPython's pool may hang if it breaks while work is submitted.
+            with _ctrl_c_blocked():
+                for job in itertools.islice(todo, 2 * workers - len(running)):
+                    running[pool.submit(_work, job)] = job
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+    except BrokenProcessPool as error:
+        raise BackendUnavailable(
+            "a worker process died, most likely for lack of memory: lower --workers or --batch-size "
+            '(a script that calls run() with workers must do so under `if __name__ == "__main__":`)'
+        ) from error
+    except BaseException:
+        # Without this, a batch that is running would delay the end until it is done.
+        for child in set(multiprocessing.active_children()) - before:
+            child.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _check_batch(manifest: Manifest, backend: str, batch_size: int) -> None:
+    """Check that a backend's finished engines take batches of this size.
+
+    Raises:
+        BundleError: the batch is larger than they take.
+    """
+    if backend not in BACKENDS or not BACKENDS[backend].builds_engines:
+        return
+    most = manifest.update_engine(backend).build.settings.rows[2] // manifest.sampling.branches
+    if batch_size > most:
+        raise BundleError(
+            f"{batch_size} samples per batch were asked for, but the {backend} engines take at most {most}: "
+            "lower --batch-size, or rebuild with larger tensorrt.batch_sizes"
+        )
+
+
+@contextlib.contextmanager
+def _ctrl_c_blocked() -> Iterator[None]:
+    """Block Ctrl-C in workers that start meanwhile: they inherit this.
+
+    Ctrl-C reaches the whole process group; the parent alone ends the workers and reports it once.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+_start: _Start
+_worker: Runtime | None = None
+
+
+def _start_worker(start: _Start) -> None:
+    global _start
+    _start = start
+
+
+def _work(job: _Job) -> F64:
+    global _worker
+    if _worker is None:  # opened here, not when the worker starts, so that the parent gets the error itself
+        if _start.backend == TORCH:
+            try:
+                from ..calibrate import set_threads
+            except ImportError as error:
+                raise BACKENDS[TORCH].missing(error) from error
+            set_threads(1)
+        elif _start.backend == ORT_CPU:
+            backends.set_threads(1)
+        bundle = Bundle.open(_start.path)
+        if bundle.seal != _start.seal:
+            raise BundleError(
+                f"{_start.path} was replaced by another bundle during this run: run the command again"
+            )
+        _worker = Runtime(
+            bundle,
+            _start.backend,
+            model=_start.model,
+            device=_start.device,
+            resident=_start.resident,
+        )
+    return _sample(_worker, job, lambda step: None)

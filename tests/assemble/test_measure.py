@@ -1,0 +1,78 @@
+"""Corrections are fitted on some trajectories, judged on others, and their sums are kept for a stopped
+build."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ptqd_export.assemble import measure
+from ptqd_export.assemble.measure import conclude, key_of
+from ptqd_export.core.noise import NoiseStats
+from ptqd_export.recipe import QuantizationSpec
+
+T, C = 3, 2
+
+
+def stats(rng: np.random.Generator, n: int, gain: float) -> list[NoiseStats]:
+    """Trajectories whose engine predicts `gain` times the right thing, and a little noise."""
+    parts = []
+    for _ in range(n):
+        total = NoiseStats.zeros(T, C)
+        for step in range(T):
+            e = rng.standard_normal((1, C, 400))
+            total += NoiseStats.of_step(step, T, e, gain * e + 0.01 * rng.standard_normal(e.shape))
+        parts.append(total)
+    return parts
+
+
+def test_what_helps_is_kept_and_what_does_not_is_not(rng: np.random.Generator) -> None:
+    """A network that is a tenth too loud is turned down; one that is right is left alone."""
+    found = conclude(QuantizationSpec(), stats(rng, 8, 1.1), stats(rng, 8, 1.1))
+    assert found.kept.all() and (found.drop > 10 * found.drop_error).all()
+    np.testing.assert_allclose(found.correction.gain, 1 / 1.1, rtol=0.01)
+    plain = NoiseStats.pool(found.held_out).mse(np.ones((T, C)), np.zeros((T, C)))
+    assert (found.error() < 0.1 * plain).all()
+    record = found.record()
+    assert record.kept == (True,) * T and all(z > 10 for z in record.mse_drop_over_standard_error)
+    wrong = conclude(QuantizationSpec(), stats(rng, 8, 1.1), stats(rng, 8, 0.9))
+    assert not wrong.kept.any() and (wrong.correction.gain == 1).all() and not wrong.correction.offset.any()
+    assert wrong.record().kept == (False,) * T
+
+
+def test_without_a_gate_and_without_a_correction(rng: np.random.Generator) -> None:
+    calibration, held_out = stats(rng, 4, 1.1), stats(rng, 4, 0.9)
+    ungated = conclude(QuantizationSpec(gate=False), calibration, held_out)
+    assert ungated.kept.all() and (ungated.correction.gain != 1).all()
+    none = conclude(QuantizationSpec(correction="none"), calibration, held_out)
+    assert not none.kept.any() and (none.correction.gain == 1).all()
+    assert none.record().mse_drop_over_standard_error == (0.0,) * T
+
+
+def test_the_noise_of_the_first_step(rng: np.random.Generator) -> None:
+    """RMS of D = 0.1 e + 0.01 z, of unit variance both."""
+    found = conclude(QuantizationSpec(), stats(rng, 8, 1.1), stats(rng, 8, 1.1))
+    assert found.first_step_rms() == pytest.approx(np.sqrt(0.1**2 + 0.01**2), rel=0.05)
+
+
+def test_sums_come_back_and_damaged_ones_do_not(rng: np.random.Generator, tmp_path: Path) -> None:
+    parts, file = stats(rng, 3, 1.1), tmp_path / "stats.safetensors"
+    assert measure._load_stats(file) is None
+    measure._save_stats(file, parts)
+    read = measure._load_stats(file)
+    assert read is not None and len(read) == 3
+    for got, expected in zip(read, parts, strict=True):
+        for field in fields(NoiseStats):
+            np.testing.assert_array_equal(getattr(got, field.name), getattr(expected, field.name))
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:-8], b"\xff" + whole[1:]):
+        file.write_bytes(damaged)
+        assert measure._load_stats(file) is None
+
+
+def test_keys_tell_values_apart() -> None:
+    assert key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1})
+    assert len({key_of(1, 2), key_of(2, 1), key_of([1, 2]), key_of("1", 2), key_of(1)}) == 5

@@ -1,0 +1,144 @@
+"""The arrays of a bundle: what they are refused for, and that the layers come back as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import reseal
+from safetensors.numpy import load_file, save_file
+
+from ptqd_export.bundle import Bundle
+from ptqd_export.bundle.tables import (
+    QUANTIZATION,
+    TABLES,
+    Probe,
+    Tables,
+    read_layers,
+    write_layers,
+    write_tables,
+)
+from ptqd_export.core.backend import Emission
+from ptqd_export.core.noise import Correction, NoiseStats
+from ptqd_export.core.precision import FP32, Precision
+from ptqd_export.core.quant import LayerQuant, QuantizedNetwork
+from ptqd_export.errors import BundleError
+
+W8A8, W4A8 = Precision(8, 8), Precision(4, 8)
+
+
+def test_tables_that_are_none(bundle: Path) -> None:
+    good = load_file(bundle / TABLES)
+    gain = "w8a8.ort-cpu.gain"
+    for tables, message in (
+        (good | {gain: np.full_like(good[gain], np.nan)}, f"table '{gain}' holds NaN"),
+        (good | {"a": np.zeros(1)}, "an unknown table 'a'"),
+        (good | {gain: good[gain].astype(np.float32)}, rf"a table {gain} of type and shape \('F32'"),
+        ({"a": np.zeros(1)}, "no table 'w8a8.portable.probe'"),
+    ):
+        save_file(tables, bundle / TABLES)
+        reseal(bundle)
+        with pytest.raises(BundleError, match=message):
+            Bundle.open(bundle).correction(W8A8, Emission.ORT_CPU)
+
+
+def test_tables_that_do_not_fit(spoilt: Path, refused: Callable[..., str]) -> None:
+    tables = load_file(spoilt / TABLES)
+    (spoilt / TABLES).write_bytes(b"no tables")
+    reseal(spoilt)
+    assert "tables.safetensors is damaged" in refused("inspect", spoilt)
+    save_file({name: table for name, table in tables.items() if name != "w4a8.ort-cpu.var"}, spoilt / TABLES)
+    reseal(spoilt)
+    assert "has no table 'w4a8.ort-cpu.var'" in refused(
+        "run", spoilt, "--out", spoilt.parent / "x", "--format", "npy"
+    )
+    save_file({name: table[:2] for name, table in tables.items()}, spoilt / TABLES)
+    reseal(spoilt)
+    assert "shape ('F64', (2, 2)), expected ('F64', (4, 2)): rebuild" in refused("inspect", spoilt)
+
+
+def test_tables_come_back(bundle: Path, rng: np.random.Generator) -> None:
+    """By the numerics that they hold for: those of the half graphs are the portable ones."""
+    sampling = Bundle.open(bundle).manifest.sampling
+    t, c = len(sampling), sampling.model.channels
+
+    def table() -> np.ndarray:
+        return rng.standard_normal((t, c))
+
+    values = {
+        emission: (
+            Correction(table(), table(), table()[:, 0]),
+            NoiseStats(table()[:, 0], *(table() for _ in range(5))),
+        )
+        for emission in (Emission.PORTABLE, Emission.ORT_CPU)
+    }
+    probe = Probe(rng.standard_normal((2, *sampling.model.sample_shape)).astype(np.float32), 0.25)
+    write_tables(
+        bundle,
+        {(W8A8, emission): value for emission, value in values.items()},
+        {(W8A8, Emission.ORT_CPU): probe},
+    )
+    read = Tables.parse((bundle / TABLES).read_bytes(), bundle / TABLES, sampling, (W8A8, W4A8))
+    for emission in Emission:
+        correction, stats = values[emission.numerics(W8A8)]
+        for got, expected in (
+            (read.correction(W8A8, emission), correction),
+            (read.stats(W8A8, emission), stats),
+        ):
+            for name, value in vars(expected).items():
+                np.testing.assert_array_equal(getattr(got, name), value)
+    np.testing.assert_array_equal(read.probe(W8A8, Emission.ORT_CPU).epsilon, probe.epsilon)
+    assert read.probe(W8A8, Emission.ORT_CPU).allowed == 0.25
+    with pytest.raises(BundleError, match=r"no table w8a8\.portable\.probe"):
+        read.probe(W8A8, Emission.HALF)
+    assert (read.correction(FP32, Emission.PORTABLE).gain == 1).all()
+    with pytest.raises(BundleError, match=r"no table fp32\.portable"):
+        read.stats(FP32, Emission.PORTABLE)
+
+
+def layer(weight: np.ndarray, bits: int, **changes: object) -> LayerQuant:
+    made = LayerQuant(
+        name="conv",
+        kind="conv" if weight.ndim == 4 else "linear",
+        weight=weight,
+        weight_scale=np.linspace(0.1, 0.2, len(weight), dtype=np.float32),
+        weight_bits=bits,
+        input_scale=0.5,
+        activation_bits=8,
+        output_scale=0.25,
+        bias=np.ones(len(weight), np.float32),
+        macs=0,
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def test_layers_come_back(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Codes that precisions share are there once; a layer of another shape than the model's is refused."""
+    codes = rng.integers(-7, 8, (4, 2, 3, 3)).astype(np.int8)
+    networks = {
+        W8A8: QuantizedNetwork(W8A8, {"conv": layer(codes, 8)}),
+        Precision(8, 4): QuantizedNetwork(
+            Precision(8, 4), {"conv": layer(codes, 8, activation_bits=4, output_scale=None)}
+        ),
+        W4A8: QuantizedNetwork(W4A8, {"conv": layer(codes[:, :1], 4, bias=None)}),
+    }
+    write_layers(tmp_path, networks)
+    file = tmp_path / QUANTIZATION
+    assert sorted(key for key in load_file(file) if "codes" in key) == ["codes/w4/conv", "codes/w8/conv"]
+    for precision, network in networks.items():
+        expected = network.layers["conv"]
+        parameters = {"weight": expected.weight.astype(np.float32)}
+        if expected.bias is not None:
+            parameters["bias"] = expected.bias
+        (got,) = read_layers(file.read_bytes(), file, precision, lambda name, p=parameters: p).values()
+        for name, value in vars(expected).items():
+            np.testing.assert_array_equal(getattr(got, name), value)
+        with pytest.raises(
+            BundleError, match=r"does not hold the layers of this model \(ValueError: .layer conv"
+        ):
+            read_layers(
+                file.read_bytes(), file, precision, lambda name: {"weight": np.zeros((1, 1), np.float32)}
+            )

@@ -1,0 +1,54 @@
+"""The simulated network: its noise, by precision and emission."""
+
+from __future__ import annotations
+
+import numpy as np
+from cases import FP8, W4A4, W4A8, W4A16, W8A8, Case
+
+from ptqd_export.calibrate import LayerSimulator, TorchEngine, measure, quantize, simulate
+from ptqd_export.core.backend import Emission
+from ptqd_export.core.engine import Engine
+from ptqd_export.core.noise import NoiseStats
+from ptqd_export.core.precision import Precision
+
+
+def test_simulated_network(case: Case, rng: np.random.Generator) -> None:
+    recipe, network, sampling, trajectories, observed = case
+    with TorchEngine(network.module, sampling) as engine:
+        pooled: dict[str, NoiseStats] = {}
+        for precision in (W8A8, W4A8, W4A4):
+            net = quantize(network, observed, precision, recipe)
+            for emission in (Emission.PORTABLE, Emission.ORT_CPU):
+                with TorchEngine(simulate(network, net, emission), sampling) as simulated:
+                    assert isinstance(simulated, Engine) and simulated.inputs == engine.inputs
+                    parts = measure(simulated, sampling, trajectories, "held_out")
+                pooled[f"{precision}.{emission}"] = NoiseStats.pool(parts)
+    power = {name: float(s.dd.sum()) for name, s in pooled.items()}
+    assert 0 < power["w8a8.portable"] < power["w4a8.portable"] < power["w4a4.portable"]
+    assert all(
+        power[f"{p}.portable"] < power[f"{p}.ort-cpu"] for p in (W8A8, W4A8)
+    )  # quantized outputs are a noise of their own
+    assert (
+        pooled["w8a8.portable"].snr[-1] > 300
+    )  # the ranges are those of the last steps: random weights let x_t grow
+
+    layer = quantize(network, observed, W8A8, recipe).layers["down_blocks.0.resnets.0.conv1"]
+    x = rng.standard_normal((2, 16, 8, 8)).astype(np.float32)
+    output = LayerSimulator(network, layer, Emission.ORT_CPU)(x)
+    assert output.shape == (2, 16, 8, 8) and output.dtype == np.float32
+    assert layer.output_scale is not None
+    assert np.array_equal(
+        output, (np.rint(output / layer.output_scale) * layer.output_scale).astype(np.float32)
+    )
+
+
+def test_noise_of_fp8_and_of_weights_alone(case: Case) -> None:
+    recipe, network, sampling, trajectories, observed = case
+    power = {}
+    for precision in (W8A8, FP8, W4A8, W4A16, Precision.parse("w8a16")):
+        quantized = quantize(network, observed, precision, recipe)
+        with TorchEngine(simulate(network, quantized, Emission.ORT_CPU), sampling) as engine:
+            parts = NoiseStats.pool(measure(engine, sampling, trajectories, "calibration"))
+        power[str(precision)] = float(parts.dd.sum() / parts.ee.sum())
+    assert 0 < power["w8a16"] < 0.1 * power["w8a8"] and power["w8a16"] < 0.1 * power["w4a16"] < power["w4a8"]
+    assert power["w8a8-fp8"] < 1e-2  # two rounded factors of 31 dB each give 1.6e-3 per layer

@@ -1,0 +1,89 @@
+"""The page that inspect prints: a row per step, memory of engines, and no check that is none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import Built
+
+from ptqd_export.bundle import Bundle
+from ptqd_export.core.backend import Emission
+from ptqd_export.core.figures import QuantizedFigures
+from ptqd_export.evaluate.inspect import _memory, per_step, plot_bundle, text
+
+
+def test_rows_are_those_of_the_tables(rgb: Built) -> None:
+    """Of the numerics that the best backend runs; none at full precision."""
+    bundle = rgb.bundle
+    m = bundle.manifest
+    rows = per_step(bundle)
+    assert [row.precision for row in rows] == [str(p) for p in m.plan.steps]
+    assert [row.timestep for row in rows] == m.sampling.schedule.timesteps.tolist()
+    np.testing.assert_allclose([row.snr_f for row in rows], m.sampling.schedule.snr)
+    for row, precision in zip(rows, m.plan.steps, strict=True):
+        if precision.is_float:
+            assert (row.k, row.bias, row.snr_q, row.corrected) == (0.0, 0.0, None, False)
+            continue
+        stats = bundle.stats(precision, Emission.ORT_CPU)
+        correction = bundle.correction(precision, Emission.ORT_CPU)
+        assert row.k == stats.k[row.step] and row.snr_q == stats.snr[row.step]
+        assert row.bias == pytest.approx(np.sqrt((stats.bias[row.step] ** 2).mean()))
+        touched = (correction.gain[row.step] != 1).any() or correction.offset[row.step].any()
+        assert row.corrected == touched
+
+
+def test_the_page(rgb: Built, classes: Built) -> None:
+    bundle = rgb.bundle
+    page = text(bundle, per_step(bundle))
+    lines = page.splitlines()
+    assert lines[0] == "rgb: 3x16x16, no classes, epsilon prediction"
+    assert "recalibrated variance on" in lines[1] and "eta 1" in lines[1]
+    assert page.count("\nnote: ") == len(bundle.manifest.choice.notes)
+    assert sum(line.startswith("  w8a8") for line in lines) == 4  # three emissions, and SNR_Q
+    assert len([line for line in lines if line.split()[:1] in (["0"], ["1"], ["2"], ["3"])]) == 4
+    assert "5 classes" in text(classes.bundle, per_step(classes.bundle))
+
+
+def test_a_limit_that_means_nothing_is_not_shown(rgb: Built) -> None:
+    """One that does is."""
+    bundle = rgb.bundle
+    page = text(bundle, per_step(bundle))
+    assert (
+        "standard errors" not in page and page.count("noise not judged: too few held-out trajectories") == 9
+    )
+    judged = {
+        name: replace(f, noise=replace(f.noise, limit_z=5.25)) if isinstance(f, QuantizedFigures) else f
+        for name, f in bundle.manifest.parity.items()
+    }
+    other: Bundle = replace(bundle, manifest=replace(bundle.manifest, parity=judged))
+    page = text(other, per_step(other))
+    assert "not judged" not in page and page.count("standard errors (limit 5.2)") == 9
+
+
+def test_memory_of_several_engines() -> None:
+    """Weights add up, scratch is shared; where one is not known, nothing is."""
+    assert _memory([(10**6, 5 * 10**6), (2 * 10**6, 3 * 10**6)]) == (
+        "3.0 MB of weights in 2 engines, 5.0 MB of shared scratch"
+    )
+    for unknown in (None, 10**6), (10**6, None):
+        assert _memory([(10**6, 10**6), unknown]).startswith("not known: ")
+
+
+def test_plots_of_a_bundle(rgb: Built, own: Built, tmp_path: Path) -> None:
+    """Steps, and the front where there is one."""
+    for name, built in (("rgb", rgb), ("own", own)):
+        plot_bundle(built.bundle, tmp_path / f"{name}.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "own-pareto.png",
+        "own.png",
+        "rgb-pareto.png",
+        "rgb.png",
+    ]
+    choice = replace(rgb.bundle.manifest.choice, front=())
+    plot_bundle(
+        replace(rgb.bundle, manifest=replace(rgb.bundle.manifest, choice=choice)), tmp_path / "no.png"
+    )
+    assert (tmp_path / "no.png").is_file() and not (tmp_path / "no-pareto.png").exists()

@@ -1,0 +1,82 @@
+"""Plots: what they show, the same bytes twice, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from ptqd_export.errors import RecipeError
+from ptqd_export.evaluate.plots import plot_pareto, plot_steps
+
+F64 = npt.NDArray[np.float64]
+
+
+def per_step(n: int) -> dict[str, dict[str, F64]]:
+    rng = np.random.default_rng(0)
+    return {
+        "w4a8": {
+            "snr": rng.uniform(1, 1e3, n),
+            "k": rng.normal(0, 0.1, n),
+            "bias": rng.normal(0, 0.1, (n, 3)),
+            "sigma": rng.uniform(0, 1, n),
+        },
+        "w8a8": {"snr": np.full(n, np.inf), "k": np.zeros(n), "bias": np.zeros(n)},
+    }
+
+
+@pytest.mark.parametrize("n", [1, 20])
+def test_plot_steps_writes_a_png_twice_the_same(tmp_path: Path, n: int) -> None:
+    plan = ["w4a8"] * (n // 2) + ["fp32"] * (n - n // 2)
+    for name in ("a.png", "b.png"):
+        plot_steps(
+            tmp_path / name,
+            per_step(n),
+            plan,
+            snr_forward=np.geomspace(1e-4, 1e4, n),
+            sigmas=np.zeros(n),
+            title="steps",
+        )
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with Image.open(tmp_path / "a.png") as picture:
+        assert (
+            picture.format == "PNG"
+            and min(picture.size) > 500
+            and not picture.info.keys() & {"Software", "Creation Time"}
+        )
+
+
+def test_plot_steps_shows_the_plan_and_the_figures(tmp_path: Path) -> None:
+    def draw(name: str, plan: list[str], rows: dict[str, dict[str, F64]]) -> bytes:
+        plot_steps(tmp_path / name, rows, plan, snr_forward=np.ones(4), sigmas=np.ones(4))
+        return (tmp_path / name).read_bytes()
+
+    base = draw("a.png", ["w4a8", "w4a8", "w8a8", "w8a8"], per_step(4))
+    assert draw("b.png", ["w4a8", "w8a8", "w8a8", "w8a8"], per_step(4)) != base
+    for key in ("snr", "k", "bias", "sigma"):
+        changed = per_step(4)
+        changed["w4a8"][key] = changed["w4a8"][key] * 2
+        assert draw("c.png", ["w4a8", "w4a8", "w8a8", "w8a8"], changed) != base, key
+
+
+def test_plots_refuse_what_they_cannot_draw(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"snr of w4a8 has 3 steps: expected 4"):
+        plot_steps(tmp_path / "x.png", per_step(3), ["w4a8"] * 4, snr_forward=np.ones(4), sigmas=np.ones(4))
+    with pytest.raises(RecipeError, match=r"ends in \.png"):
+        plot_pareto(tmp_path / "x.svg", [(1.0, 1.0)], None)
+    with pytest.raises(RecipeError, match="empty"):
+        plot_pareto(tmp_path / "x.png", [], None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_plot_pareto_marks_the_chosen_plan(tmp_path: Path) -> None:
+    front = [(1.0, 3.0), (2.0, 1.0), (3.0, 0.0)]
+    pictures = set()
+    for i, chosen in enumerate([None, front[0], front[1]]):
+        path = tmp_path / f"{i}.png"
+        plot_pareto(path, front, chosen, uniform={"w4a8": (1.0, 3.0)}, cost_label="TBOPs")
+        pictures.add(path.read_bytes())
+    assert len(pictures) == 3

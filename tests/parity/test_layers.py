@@ -1,0 +1,39 @@
+"""Quantized layers beside their simulation: equal but for ties, and a wrong one is named."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ptqd_export.core.backend import Emission
+from ptqd_export.core.figures import LayerFigures
+from ptqd_export.core.quant import QuantizedNetwork
+from ptqd_export.errors import ParityError
+from ptqd_export.parity.judgement import MAX_SHARE_APART
+from ptqd_export.parity.layers import check_layers
+
+Case = Any
+"""That of conftest."""
+
+
+@pytest.mark.parametrize("emission", list(Emission))
+def test_layers_agree_and_a_wrong_scale_is_named(case: Case, emission: Emission) -> None:
+    def check(net: QuantizedNetwork) -> LayerFigures:
+        return check_layers(
+            "w4a4", case.graph(emission), net, emission, case.sampling, case.trajectories, case.network
+        )
+
+    found = check(case.quantized)
+    assert found.layers == len(case.quantized.layers) and found.share_apart <= MAX_SHARE_APART
+    assert found.outputs > 1000 and found.largest_steps <= 1.5
+    name = "down_blocks.1.resnets.0.conv1"
+    layer = case.quantized.layers[name]
+    wrong = dataclasses.replace(layer, input_scale=float(np.float32(layer.input_scale * 1.05)))
+    with pytest.raises(ParityError, match=rf"layer {name} at step 0"):
+        check(dataclasses.replace(case.quantized, layers={**case.quantized.layers, name: wrong}))
+    with pytest.raises(ParityError, match="not in the graph"):
+        check(dataclasses.replace(case.quantized, layers={**case.quantized.layers, "ghost": layer}))
+    assert not list(case.folder.glob(".layers*"))
