@@ -59,9 +59,9 @@ def assemble(recipe: Recipe, out: Path, *, resume: bool = True, say: Say = lambd
         with replacing(out) as folder:
             manifest = _fill(recipe, network, sampling, folder, work, held, say)
             seconds = round(time.monotonic() - started, 1)
-            write_manifest(
-                folder, replace(manifest, provenance=replace(manifest.provenance, seconds=seconds))
-            )
+            provenance = replace(manifest.provenance, seconds=seconds)
+            write_manifest(folder, replace(manifest, provenance=provenance))
+            Bundle.open(folder)  # what could not be opened takes the place of nothing
         empty_folder(work)
     return Bundle.open(out)
 

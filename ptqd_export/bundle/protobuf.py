@@ -11,11 +11,10 @@ leave their type. No exporter writes any of these, and all are refused.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any
 
-VARINT, EIGHT, BYTES, FOUR = 0, 1, 2, 5
+VARINT, BYTES, FOUR = 0, 2, 5
 """Wire types."""
 MAX_FIELD = 2**29 - 1
 LAST_BITS = 1
@@ -186,46 +185,3 @@ def _what(tag: int) -> str:
     if not 1 <= number <= MAX_FIELD or wire > FOUR:
         return "a tag that is none"
     return f"a field {number} of wire type {wire}"
-
-
-ONNX_MESSAGES = {
-    "model": {7: "graph", 20: "training", 25: "function"},
-    "graph": {1: "node", 5: "tensor", 15: "sparse"},
-    "node": {5: "attribute"},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
-    "sparse": {1: "tensor", 2: "tensor"},
-    "function": {7: "node", 11: "attribute"},
-    "training": {1: "graph", 2: "graph"},
-    "tensor": {13: "external"},
-}
-
-
-def external_files(data: memoryview, message: str) -> Iterator[str]:
-    """Locations of external data in a serialized ONNX message; `graph_check` takes its place."""
-    if message == "external":
-        fields = [(number, bytes(value).decode()) for number, value in _fields(data)]
-        if (1, "location") in fields:
-            yield from (value for number, value in fields if number == 2)
-        return
-    for number, value in _fields(data):
-        if number in ONNX_MESSAGES[message]:
-            yield from external_files(value, ONNX_MESSAGES[message][number])
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    at = 0
-    while at < len(data):
-        tag, at = varint(data, at)  # type: ignore[arg-type]
-        tag &= 0xFFFFFFFF  # as protobuf itself reads it
-        if tag & 7 == VARINT:
-            _, at = varint(data, at)  # type: ignore[arg-type]
-        elif tag & 7 in (EIGHT, FOUR):
-            at += 8 if tag & 7 == EIGHT else 4
-        elif tag & 7 == BYTES:
-            size, start = varint(data, at)  # type: ignore[arg-type]
-            at = start + size
-            if at > len(data):
-                raise ValueError("it is cut off")
-            yield tag >> 3, data[start:at]
-        else:
-            raise ValueError(f"wire type {tag & 7}")

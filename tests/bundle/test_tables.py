@@ -79,9 +79,9 @@ def test_tables_come_back(bundle: Path, rng: np.random.Generator) -> None:
     write_tables(
         bundle,
         {(W8A8, emission): value for emission, value in values.items()},
-        {(W8A8, Emission.ORT_CPU): probe},
+        {(W8A8, Emission.ORT_CPU): probe, (W8A8, Emission.PORTABLE): Probe(probe.epsilon, 0.5)},
     )
-    read = Tables.parse((bundle / TABLES).read_bytes(), bundle / TABLES, sampling, (W8A8, W4A8))
+    read = Tables.parse((bundle / TABLES).read_bytes(), bundle / TABLES, sampling, (W8A8,))
     for emission in Emission:
         correction, stats = values[emission.numerics(W8A8)]
         for got, expected in (
@@ -92,8 +92,9 @@ def test_tables_come_back(bundle: Path, rng: np.random.Generator) -> None:
                 np.testing.assert_array_equal(getattr(got, name), value)
     np.testing.assert_array_equal(read.probe(W8A8, Emission.ORT_CPU).epsilon, probe.epsilon)
     assert read.probe(W8A8, Emission.ORT_CPU).allowed == 0.25
-    with pytest.raises(BundleError, match=r"no table w8a8\.portable\.probe"):
-        read.probe(W8A8, Emission.HALF)
+    assert read.probe(W8A8, Emission.HALF).allowed == 0.5
+    with pytest.raises(BundleError, match=r"no table w4a8\.portable\.probe"):
+        read.probe(W4A8, Emission.HALF)
     assert (read.correction(FP32, Emission.PORTABLE).gain == 1).all()
     with pytest.raises(BundleError, match=r"no table fp32\.portable"):
         read.stats(FP32, Emission.PORTABLE)

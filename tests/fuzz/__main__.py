@@ -1,7 +1,8 @@
 """Long runs: `python -m tests.fuzz --bundle DIR --cases 10000 --seed 0 --workers 2 --out report.json`.
 
 The journal beside the report, `<out>.jsonl`, has a line per case; the same command takes up where it stopped.
-`--only N` runs one case and keeps it.
+`--only N` runs one case of the seed again, with the same --bundle, --whole and --kinds; with `--keep DIR` its
+bundle stays. Long runs keep numbers alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, help="the report, JSON")
     parser.add_argument("--work", type=Path, help="folder for the cases; a temporary one if left out")
-    parser.add_argument("--keep", type=Path, help="folder that gets the bundles of failures")
+    parser.add_argument(
+        "--keep", type=Path, help="with --only: folder that gets the bundle, but for files above 64 MiB"
+    )
     parser.add_argument("--only", type=int, action="append", help="run this case alone; repeat for several")
     parser.add_argument(
         "--whole", action="store_true", help="every graph of the bundle, not those of its plan alone"
@@ -48,7 +51,7 @@ def main() -> int:
         lines = run_many(
             base, root, options.seed, options.only or range(options.cases), options.workers,
             None if options.out is None or options.only else options.out.with_suffix(".jsonl"),
-            options.keep, lambda line: print(line, file=sys.stderr, flush=True),
+            options.keep if options.only else None, lambda line: print(line, file=sys.stderr, flush=True),
             options.kinds.split(",") if options.kinds else (),
         )  # fmt: skip
         found = report(

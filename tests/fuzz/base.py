@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from google.protobuf.message import DecodeError
 from safetensors.numpy import load, load_file, save
 
 MANIFEST, SEAL = "manifest.json", "sha256"
@@ -162,7 +163,10 @@ class Draft:
         return content
 
     def model(self, name: str) -> onnx.ModelProto:
-        return onnx.load_model_from_string(self.read(name))
+        try:
+            return onnx.load_model_from_string(self.read(name))
+        except DecodeError as error:
+            raise NotApplicable(f"{name} is no graph by now") from error
 
     def put_model(self, name: str, model: onnx.ModelProto) -> None:
         self.contents[name] = model.SerializeToString()

@@ -19,7 +19,7 @@ from .mutations import FAILED, draw
 
 SKIPPED = "skipped"
 TRIES = 30
-LARGE = 1 << 28
+LARGE = 1 << 26
 """Bytes of a file that is not kept."""
 EVERY = 15.0
 """Seconds between lines of progress."""
@@ -68,7 +68,7 @@ def run_one(
                 "seconds": 0.0,
                 "peak": 0,
             }
-        if keep is not None and not outcome.ok:
+        if keep is not None:
             _keep(folder, keep / f"{seed}-{index}")
         return {
             "index": index,

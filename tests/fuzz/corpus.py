@@ -7,6 +7,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import load, save
+
 from .base import GIB, QUANTIZATION, TABLES, WEIGHTS, Draft, Link, Sparse, Special
 from .mutations.engines import add
 
@@ -141,6 +144,12 @@ def the_format_before_this_one(draft: Draft) -> None:
 
 
 @known
+def one_graph_very_many_times(draft: Draft) -> None:
+    """Each was evaluated."""
+    draft.data["graphs"] = draft.data["graphs"][:1] * 5000 + draft.data["graphs"][1:]
+
+
+@known
 def graph_by_the_name_of_a_text(draft: Draft) -> None:
     draft.rename(draft.data["update"]["file"], "update.json")
 
@@ -159,6 +168,26 @@ def tables_that_overlap(draft: Draft) -> None:
     header[keys[0]]["data_offsets"] = header[keys[1]]["data_offsets"]
     text = json.dumps(header).encode()
     draft.contents[TABLES] = len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
+@bounded
+def sums_that_overflow(draft: Draft) -> None:
+    """numpy warned of it, on stderr."""
+    arrays = load(draft.read(TABLES))
+    key = next(key for key in arrays if key.endswith(".ort-cpu.e"))
+    draft.contents[TABLES] = save({**arrays, key: np.full_like(arrays[key], -1e300)})
+
+
+@bounded
+def schedule_at_the_edge(draft: Draft) -> None:
+    """numpy warned of it, on stderr."""
+    draft.data["sampling"]["schedule"]["alphas_cumprod"][-1] = 5e-324
+
+
+@bounded
+def case_of_letters_alone(draft: Draft) -> None:
+    """Two files, or one that counts as the other."""
+    draft.contents["Manifest.json"] = b"{}"
 
 
 @harmless

@@ -26,6 +26,8 @@ CHILD = Path(__file__).with_name("child.py")
 WALL, MEMORY = 10.0, 500
 """Seconds of a command; MB above the start."""
 MAX_LINE = 600
+MAX_SHOWN = 2000
+"""Characters of a line of a result."""
 TOKEN = "canary-4c9f1e"
 """In every canary file, and nowhere else."""
 GOOD = ("accepted", "refused")
@@ -213,7 +215,7 @@ def judge_run(run: dict[str, Any]) -> tuple[str, str] | None:
     for line in (out + err).splitlines():
         if not line.replace("\t", " ").isprintable():
             return "dirty line", f"control characters: {line[:200]!a}"
-        if len(line) > MAX_LINE:
+        if len(line) > (MAX_LINE if code else MAX_SHOWN):
             return "dirty line", f"{len(line)} characters: {line[:200]!a}"
     if code == 0 and err:
         return "dirty line", f"accepted, and said {err[:200]!a}"

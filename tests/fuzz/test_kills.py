@@ -251,6 +251,7 @@ def test_an_interrupt_is_one_line(
         assert done.code == 0 or (done.line or "").startswith("Error: interrupted"), (at, done)
         state = subject.state(place)
         assert state in ("old", "new") and (done.code or state == "new"), (at, done)
+        assert state == "old" or "nothing was changed" not in done.err, (at, done)
         left = {name.split("/")[0] for name in others(place, subject).keys() - theirs.keys()}
         assert all(subject.owned.fullmatch(name) for name in left), (at, left)
         assert world.server.run(words, [place]).code == 0

@@ -35,6 +35,7 @@ from ptqd_export.parity.compare import (
 )
 from ptqd_export.parity.judgement import FLOAT_TOLERANCE, Apart
 from ptqd_export.parity.machines import backend_states
+from ptqd_export.runtime import open as opening
 
 pytest.importorskip("polygraphy")
 
@@ -109,10 +110,10 @@ def test_a_wrong_scale_of_one_channel_is_named(
         return scale
 
     opened = changed(layer, ".weight.scale", tenth)
-    with pytest.raises(
-        ParityError,
-        match=rf"here: layer {layer} differs from {graph}\.onnx as it is written: \d+\.\d dB .* do not run it here",
-    ):
+    line = (
+        rf"here: layer {layer} differs from {graph}\.onnx as it is written: \d+\.\d dB .* do not run it here"
+    )
+    with pytest.raises(ParityError, match=line):
         check(rgb, feeds, graph, opened)
 
 
@@ -202,10 +203,10 @@ def test_another_network_is_refused(rgb: Built, feeds: Mapping[int, Feeds]) -> N
     assert all(snr > 100 for snr in run(FP32, FP32).values())
     assert list(run(W8A8, W8A8)) == [0, 2, 3]
     for precision, file in ((FP32, "fp32"), (W8A8, "w8a8")):
-        with pytest.raises(
-            ParityError,
-            match=rf"here: epsilon at step 0 is -?\d+\.\d dB from {file}\.ort-cpu\.onnx as it is written \(at least",
-        ):
+        line = (
+            rf"here: epsilon at step 0 is -?\d+\.\d dB from {file}\.ort-cpu\.onnx as it is written \(at least"
+        )
+        with pytest.raises(ParityError, match=line):
             run(precision, W4A4)
 
 
@@ -262,7 +263,8 @@ def test_finished_engines_are_compared_as_a_whole(guided: Built, monkeypatch: py
         == "the bundle has no engines for it: `ptqd-export run ... --backend tensorrt --rebuild` builds them"
     )
     monkeypatch.setattr(backends, "open_device", lambda name: OrtDevice())
-    monkeypatch.setattr(backends, "open_engine", lambda name, path, *rest, **about: OrtEngine(path))
+    monkeypatch.setattr(opening, "kernel_cache", lambda *key: None)
+    monkeypatch.setattr(opening, "open_engine", lambda name, path, *rest, **about: OrtEngine(path))
     (found,) = compare_backends(engines, states)
     assert (found.precision, found.emission, found.backend, found.layers, found.worst_layer) == (
         "w8a8",
@@ -273,7 +275,7 @@ def test_finished_engines_are_compared_as_a_whole(guided: Built, monkeypatch: py
     )
     assert list(found.network_snr) == [0, 1, 2]
     monkeypatch.setattr(
-        backends,
+        opening,
         "open_engine",
         lambda name, path, *rest, **about: OrtEngine(
             path if name == "ort-cpu" else bundle.file("w4a4.half.onnx")

@@ -87,6 +87,8 @@ class Injector:
                 self._operation("open", [_absolute(path)])
         elif event == "ctypes.dlsym" and args[1] in EXCHANGE:
             self._operation("exchange", self._watch)  # found, and called at once
+        elif event == "fcntl.flock":
+            self._operation("flock", [os.readlink(f"/proc/self/fd/{args[0]}")])
         elif event in PATHS:
             found = [_absolute(args[path], args[at] if at else None) for path, at in PATHS[event]]
             self._operation(event, found)

@@ -193,6 +193,7 @@ def keys(draft: Draft) -> object:
         draft.rng.choice(["missing", "renamed", "twice", "extra", "swapped", "field"]),
     )
     if kind == "twice":
+        draft.refuse = False  # the same, said again
         text = json.dumps(header).encode()
         again = json.dumps(key).encode() + b":" + json.dumps(header[key]).encode()
         draft.contents[name] = join(text[:-1] + b"," + again + b"}", body)

@@ -38,6 +38,7 @@ RIGHT = (
     "a..onnx",
     "-rf.onnx",
     "a.onnx.json.exe",
+    "Manifest.json",
 )
 
 
