@@ -1,7 +1,7 @@
 """The plan of the house: folders are floors, imports run down, and each fact has one place.
 
-architecture in docs/design.md: errors, typed, files, progress < core < recipe, bundle < calibrate | export | backends
-< runtime < parity < assemble | evaluate < the command line.
+architecture in docs/design.md: errors, typed, files, progress < core < recipe, bundle < calibrate | export |
+backends < runtime < parity < assemble | evaluate < the command line.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ FLOORS = {
     "cli": 9,
     "__main__": 10,
 }
-"""Of folders and of the modules beside them; the package's own face, `ptqd_export/__init__.py`, stands at 8."""
+"""Of folders and of the modules beside them; the package's own face, `ptqd_export/__init__.py`, stands at
+8."""
 FACE = 8
 APART = ({"calibrate", "export", "backends"}, {"assemble", "evaluate", "pictures"})
 """Rooms of one floor that never import one another: they exchange values of the core."""
@@ -145,7 +146,8 @@ def test_public_names() -> None:
 
 
 def literals(tree: ast.AST) -> Iterator[str]:
-    """Strings of the code: docstrings and the texts of messages that hold more than the word are not among them."""
+    """Strings of the code: docstrings and the texts of messages that hold more than the word are not among
+    them."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value
@@ -170,7 +172,8 @@ def test_names_of_bundle_files_stand_in_one_place() -> None:
 
 
 def test_public_functions_are_used() -> None:
-    """Each is called somewhere else than where it is defined, or is public by an `__all__`; tests do not count."""
+    """Each is called somewhere else than where it is defined, or is public by an `__all__`; tests do not
+    count."""
     words: dict[Path, set[str]] = {}
     sources = {file: (PACKAGE / file).read_text("utf-8") for file in FILES}
     for script in (*sorted((ROOT / "benchmarks").glob("*.py")), *sorted((ROOT / "calib").rglob("*.py"))):

@@ -1,4 +1,5 @@
-"""The small Fashion-MNIST classifier whose penultimate features give a Frechet distance. Importing it has no side effects."""
+"""The small Fashion-MNIST classifier whose penultimate features give a Frechet distance. Importing it has no
+side effects."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ REFERENCE = "reference_stats.safetensors"
 class Classifier(nn.Module):
     """Three convolution blocks, a 64-dimensional bottleneck, ten classes.
 
-    The bottleneck ends in BatchNorm and has no ReLU: its features have mean 0 and variance 1 over the training images and
-    none of them is dead, which suits the Gaussian fit behind the Frechet distance.
+    The bottleneck ends in BatchNorm and has no ReLU: its features have mean 0 and variance 1 over the
+    training images and none of them is dead, which suits the Gaussian fit behind the Frechet distance.
     """
 
     def __init__(self) -> None:
@@ -53,7 +54,8 @@ class Features:
         self._module, self._batch = module.eval().requires_grad_(False), batch_size
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Penultimate features, float64 (N, 64), of images float32 (N, 1, 32, 32) in [-1, 1], computed in float32.
+        """Penultimate features, float64 (N, 64), of images float32 (N, 1, 32, 32) in [-1, 1], computed in
+        float32.
 
         Raises:
             ValueError: another shape.

@@ -1,4 +1,5 @@
-"""Fashion-MNIST from its IDX files (Debian package `dataset-fashion-mnist`, or any folder that holds them)."""
+"""Fashion-MNIST from its IDX files (Debian package `dataset-fashion-mnist`, or any folder that holds
+them)."""
 
 from __future__ import annotations
 
@@ -32,12 +33,14 @@ def read_idx(path: Path) -> np.ndarray:
             shape = struct.unpack(f">{ndim}I", raw[4 : 4 + 4 * ndim])
             return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(shape)
     raise SystemExit(
-        f"{path}[.gz] not found: install the Debian package `dataset-fashion-mnist`, or name the folder of the IDX files with --data"
+        f"{path}[.gz] not found: install the Debian package `dataset-fashion-mnist`, or name the folder of "
+        "the IDX files with --data"
     )
 
 
 def load(folder: Path = DEBIAN_PATH, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (N, 32, 32), zero-padded from 28x28, and labels int64 (N,). `split` is "train" or "t10k"."""
+    """Images uint8 (N, 32, 32), zero-padded from 28x28, and labels int64 (N,). `split` is "train" or
+    "t10k"."""
     images = read_idx(folder / f"{split}-images-idx3-ubyte")
     labels = read_idx(folder / f"{split}-labels-idx1-ubyte")
     return np.pad(images, ((0, 0), (2, 2), (2, 2))), labels.astype(np.int64)

@@ -1,9 +1,12 @@
-"""Sample the trained reference model in full precision, judge the samples, and write the figures into the model card.
+"""Sample the trained reference model in full precision, judge the samples, and write the figures into the
+model card.
 
     python calib/fashion_mnist/sample_grid.py             # samples.png and sampling.json; prints the figures
-    python calib/fashion_mnist/sample_grid.py --card      # then: the figures of all .json files here into README.md
+    python calib/fashion_mnist/sample_grid.py --card      # then: the figures of all .json files here into
+                                                          README.md
 
-The sampler's settings are those of `recipe.toml`. Sample i has class i modulo 10, so the grid has a column per class.
+The sampler's settings are those of `recipe.toml`. Sample i has class i modulo 10, so the grid has a column
+per class.
 """
 
 from __future__ import annotations
@@ -20,13 +23,13 @@ from classifier import load_features, load_reference
 from data import CLASSES, DEBIAN_PATH, load
 
 from ptqd_export.calibrate import TorchEngine, open_model
-from ptqd_export.evaluate.metrics import EXCURSION_MARGIN, excursions, feature_stats, frechet_distance
-from ptqd_export.pictures import image_grid, save_png, to_uint8
-from ptqd_export.files import write_atomic
-from ptqd_export.progress import progress
-from ptqd_export.recipe import Recipe
 from ptqd_export.core.sampling import sample
 from ptqd_export.core.schedule import NoiseSchedule
+from ptqd_export.evaluate.metrics import EXCURSION_MARGIN, excursions, feature_stats, frechet_distance
+from ptqd_export.files import write_atomic
+from ptqd_export.pictures import image_grid, save_png, to_uint8
+from ptqd_export.progress import progress
+from ptqd_export.recipe import Recipe
 
 HERE = Path(__file__).parent
 GRID_ROWS = 8
@@ -69,7 +72,8 @@ def judge(x: np.ndarray, data: Path, seed: int) -> dict[str, float]:
         return frechet_distance(*feature_stats(features), *reference), features
 
     found, features = distance(to_uint8(x))
-    # What a perfect model would get with so few samples: as many training images, of the same classes in the same order.
+    # What a perfect model would get with so few samples: as many training images, of the same classes in the
+    # same order.
     images, labels = load(data)
     rng = np.random.default_rng(seed)
     of_class = [rng.permutation(np.flatnonzero(labels == c)) for c in range(len(CLASSES))]
@@ -89,7 +93,8 @@ def judge(x: np.ndarray, data: Path, seed: int) -> dict[str, float]:
 
 
 def card(folder: Path) -> str:
-    """The figures section of the model card, from the .json files that exist in `folder`; those missing are named on stderr."""
+    """The figures section of the model card, from the .json files that exist in `folder`; those missing are
+    named on stderr."""
 
     def read(name: str) -> dict | None:
         file = folder / name
@@ -142,7 +147,8 @@ def card(folder: Path) -> str:
         rows += [
             (
                 "Sampler",
-                f"{sampling['solver']}, {sampling['n_steps']} steps, eta {sampling['eta']:g}, guidance {sampling['guidance_scale']:g}",
+                f"{sampling['solver']}, {sampling['n_steps']} steps, eta {sampling['eta']:g}, guidance "
+                f"{sampling['guidance_scale']:g}",
             ),
             (f"Frechet distance of {n:,} samples to the test images", f"{sampling['frechet_distance']:.3f}"),
             (f"The same of {n:,} training images", f"{sampling['frechet_distance_of_training_images']:.3f}"),
@@ -163,7 +169,8 @@ def card(folder: Path) -> str:
             ),
             (
                 "Classifier: parameters, epochs, time",
-                f"{classifier['parameters']:,}, {classifier['epochs']}, {classifier['seconds']:.0f} s, threads: {classifier['threads']}",
+                f"{classifier['parameters']:,}, {classifier['epochs']}, {classifier['seconds']:.0f} s, "
+                f"threads: {classifier['threads']}",
             ),
         ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

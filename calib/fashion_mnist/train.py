@@ -1,9 +1,11 @@
-"""Train the reference model: a class-conditional 32x32 diffusers UNet2DModel on Fashion-MNIST, epsilon prediction.
+"""Train the reference model: a class-conditional 32x32 diffusers UNet2DModel on Fashion-MNIST, epsilon
+prediction.
 
     python calib/fashion_mnist/train.py --minutes 100        # resumes from work/checkpoint.pt if it is there
 
-Uses a GPU if there is one, else the CPU in bf16. Writes the EMA weights in the diffusers layout (`unet/`, `scheduler/`)
-beside this script, and the training figures to `training.json`. Class 10 is the null class of classifier-free guidance.
+Uses a GPU if there is one, else the CPU in bf16. Writes the EMA weights in the diffusers layout (`unet/`,
+`scheduler/`) beside this script, and the training figures to `training.json`. Class 10 is the null class of
+classifier-free guidance.
 """
 
 from __future__ import annotations
@@ -97,8 +99,16 @@ def main() -> None:
 
     def save() -> None:
         save_atomic(
-            {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-             "step": step, "seconds": seconds, "losses": losses}, checkpoint)  # fmt: skip
+            {
+                "model": model.state_dict(),
+                "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+                "seconds": seconds,
+                "losses": losses,
+            },
+            checkpoint,
+        )
 
     n, batch = len(x_all), args.batch_size
     generator = torch.Generator(device).manual_seed(args.seed + step)
@@ -165,11 +175,20 @@ def main() -> None:
     ema.to(memory_format=torch.contiguous_format).save_pretrained(HERE / "unet", safe_serialization=True)
     make_scheduler().save_pretrained(HERE / "scheduler")
     figures = {
-        "steps": step, "batch_size": batch, "samples_seen": step * batch, "epochs": round(step * batch / n, 2),
-        "minutes": round(seconds / 60, 1), "device": device.type, "threads": torch.get_num_threads(),
-        "parameters": sum(p.numel() for p in ema.parameters()), "loss_per_100_steps": [round(v, 5) for v in losses],
-        "lr": args.lr, "ema": args.ema, "seed": args.seed, "torch": torch.__version__,
-    }  # fmt: skip
+        "steps": step,
+        "batch_size": batch,
+        "samples_seen": step * batch,
+        "epochs": round(step * batch / n, 2),
+        "minutes": round(seconds / 60, 1),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in ema.parameters()),
+        "loss_per_100_steps": [round(v, 5) for v in losses],
+        "lr": args.lr,
+        "ema": args.ema,
+        "seed": args.seed,
+        "torch": torch.__version__,
+    }
     (HERE / "training.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 

@@ -2,9 +2,10 @@
 
     python calib/fashion_mnist/train_classifier.py
 
-Writes, beside this script, `classifier.safetensors` (weights), `reference_stats.safetensors` (mean and covariance of the
-penultimate features over the 10,000 test images) and `classifier.json` (figures). The last epoch is what is kept: the test
-images choose nothing. Same seed, thread count and torch version: same weights.
+Writes, beside this script, `classifier.safetensors` (weights), `reference_stats.safetensors` (mean and
+covariance of the penultimate features over the 10,000 test images) and `classifier.json` (figures). The last
+epoch is what is kept: the test images choose nothing. Same seed, thread count and torch version: same
+weights.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def main() -> None:
             order = torch.randperm(len(x_all), generator=generator)
             for index in order[: steps // args.epochs * args.batch_size].split(args.batch_size):
                 x, y = x_all[index], y_all[index]
-                # No flips, no label smoothing: features that ignore mirroring, or collapse to one point per class, would judge samples less.
+                # No flips, no label smoothing: features that ignore mirroring, or collapse to one point per
+                # class, would judge samples less.
                 x = x.contiguous(memory_format=torch.channels_last)
                 with torch.autocast("cpu", torch.bfloat16):
                     loss = torch.nn.functional.cross_entropy(model(x).float(), y)
@@ -81,10 +83,18 @@ def main() -> None:
         {"mean": features.mean(0), "covariance": np.cov(features, rowvar=False)}, args.out / REFERENCE
     )
     figures = {
-        "test_accuracy": round(accuracy, 4), "train_accuracy": round(train_accuracy, 4), "epochs": args.epochs, "steps": steps,
-        "batch_size": args.batch_size, "lr": args.lr, "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": round(seconds, 1), "threads": args.threads, "seed": args.seed, "torch": torch.__version__,
-    }  # fmt: skip
+        "test_accuracy": round(accuracy, 4),
+        "train_accuracy": round(train_accuracy, 4),
+        "epochs": args.epochs,
+        "steps": steps,
+        "batch_size": args.batch_size,
+        "lr": args.lr,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": round(seconds, 1),
+        "threads": args.threads,
+        "seed": args.seed,
+        "torch": torch.__version__,
+    }
     (args.out / "classifier.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures))
 

@@ -41,7 +41,7 @@ MANIFEST = "manifest.json"
 SEAL = "sha256"
 """First key of the manifest: the SHA-256 of its bytes, taken with zeros in its own place."""
 WEIGHTS = "weights.safetensors"
-ENGINE = ".engine"
+GRAPH, ENGINE = ".onnx", ".engine"
 MAX_ENGINE_GROWTH, SLACK = 8, 64 * MIB
 """A finished engine may hold the weights this many times over, and this much besides."""
 
@@ -208,6 +208,13 @@ def _check_files(manifest: Manifest) -> None:
     for name in loaded:
         if name not in _graph_files(manifest):
             raise BundleError(f"a backend is to load {brief(name)}, which is not one of its graphs")
+    for kind, names in ((GRAPH, _graph_files(manifest)), (ENGINE, engines)):
+        for name in names:
+            if not name.endswith(kind):
+                raise BundleError(f"it names {brief(name)}, expected a file *{kind}")
+    folded = [name.casefold() for name in (MANIFEST, *manifest.files)]
+    if len(set(folded)) < len(folded):
+        raise BundleError("it names two files alike but for the case of letters")
     for name, entry in manifest.files.items():
         check_name(name)
         most = MAX_BYTES[name.rpartition(".")[2]]

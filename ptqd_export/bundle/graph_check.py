@@ -84,6 +84,12 @@ def check_graph(data: bytes | memoryview, name: str, expected: Expected) -> int:
         raise BundleError(
             f"{shown} holds a graph that cannot be run safely ({error}): do not trust it, rebuild the bundle"
         ) from None
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
+        # A node with other inputs or attributes than its operator has.
+        raise BundleError(
+            f"{shown} holds a graph that cannot be followed ({type(error).__name__}): do not trust it, "
+            "rebuild the bundle"
+        ) from error
 
 
 class _Refused(ValueError):

@@ -4,6 +4,7 @@ every range."""
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ..typed import brief, read_typed, to_plain
 from .reading import FileEntry
 
 FORMAT_VERSION = 3
+MAX_DEPTH = 32
 UPDATE = "update"
 """What files and messages call the sampler's update, where they call a network by its precision."""
 
@@ -222,6 +224,16 @@ class Manifest:
     def __post_init__(self) -> None:
         if not self.artifacts:
             raise RecipeError("no artifact that a backend runs")
+        for what, keys in (
+            ("graphs", [(graph.precision, graph.emission) for graph in self.graphs]),
+            ("artifacts", [(artifact.precision, artifact.backend) for artifact in self.artifacts]),
+            ("update engines", [engine.backend for engine in self.update_engines]),
+        ):
+            if len(set(keys)) < len(keys):
+                raise RecipeError(f"two {what} for the same")
+        for digest in (self.update.digest, *(graph.digest for graph in self.graphs)):
+            if not re.fullmatch(r"[0-9a-f]{64}", digest):
+                raise RecipeError(f"digest {brief(digest)}: expected 64 hexadecimal digits")
         if len(self.plan) != len(self.sampling):
             raise RecipeError(f"{len(self.plan)} plan steps for {len(self.sampling)} timesteps")
 
@@ -308,9 +320,11 @@ def check_backend(name: str) -> None:
         raise RecipeError(f"backend {brief(name)} is not known: expected one of {', '.join(RUNNABLE)}")
 
 
-def _check_plain(value: Any) -> None:
-    """No text that a terminal or a file system could not take, and no number that JSON does not have,
-    anywhere."""
+def _check_plain(value: Any, depth: int = 0) -> None:
+    """Refuse text that a terminal or a file system could not take, numbers that JSON does not have, and deep
+    nesting."""
+    if depth > MAX_DEPTH:
+        raise RecipeError(f"it is nested more than {MAX_DEPTH} deep")
     if isinstance(value, str):
         if any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
             raise RecipeError(f"control characters in {brief(value)}")
@@ -319,8 +333,8 @@ def _check_plain(value: Any) -> None:
             raise RecipeError(f"a number is {value}")
     elif isinstance(value, dict):
         for key, item in value.items():
-            _check_plain(key)
-            _check_plain(item)
+            _check_plain(key, depth + 1)
+            _check_plain(item, depth + 1)
     elif isinstance(value, list):
         for item in value:
-            _check_plain(item)
+            _check_plain(item, depth + 1)

@@ -36,6 +36,8 @@ from ..typed import brief
 TABLES = "tables.safetensors"
 QUANTIZATION = "quantization.safetensors"
 
+LARGEST = 1e30
+"""Of all numbers in tables: sums over a run's elements are far below, and products of two do not overflow."""
 Arrays = Mapping[str, npt.NDArray[Any]]
 F64 = npt.NDArray[np.float64]
 Key = tuple[Precision, Emission]
@@ -87,8 +89,13 @@ class Tables:
         for name, array in arrays.items():
             if not np.isfinite(array).all():
                 raise BundleError(
-                    f"{file} is damaged (table {brief(name)} holds NaN or infinite values): rebuild the "
-                    "bundle"
+                    f"{file} is damaged (table {brief(name)} holds NaN or infinite values): "
+                    "rebuild the bundle"
+                )
+            if np.abs(array).max(initial=0) > LARGEST:
+                raise BundleError(
+                    f"{file} is damaged (table {brief(name)} holds values above {LARGEST:g}): "
+                    "rebuild the bundle"
                 )
         return cls(file, sampling, arrays)
 

@@ -18,7 +18,7 @@ from ..typed import brief
 from .engine import EPSILON, SAMPLE, STEP, TIMESTEP, Array
 
 MAX_CLASSES = 1_000_000
-MAX_ELEMENTS = 2**28
+MAX_ELEMENTS, MAX_CONDITION = 2**24, 2**22
 """Most elements of one sample or condition: far above any real model, so that no file can exhaust memory."""
 
 
@@ -27,8 +27,8 @@ def _need(ok: bool, message: str) -> None:
         raise RecipeError(message)
 
 
-def _bounded(shape: tuple[int, ...]) -> bool:
-    return all(size >= 1 for size in shape) and math.prod(shape) <= MAX_ELEMENTS
+def _bounded(shape: tuple[int, ...], most: int) -> bool:
+    return all(size >= 1 for size in shape) and math.prod(shape) <= most
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class InputSpec:
             f"the input name {brief(self.name)} holds characters that cannot be printed: use others",
         )
         _need(
-            _bounded(self.shape),
-            f"{said} has shape {brief(list(self.shape))}: expected positive sizes, at most {MAX_ELEMENTS} "
+            _bounded(self.shape, MAX_CONDITION),
+            f"{said} has shape {brief(list(self.shape))}: expected positive sizes, at most {MAX_CONDITION} "
             "elements",
         )
         if self.dtype == "float32":
@@ -99,7 +99,7 @@ class ModelInfo:
 
     def __post_init__(self) -> None:
         _need(
-            len(self.sample_shape) == 3 and _bounded(self.sample_shape),
+            len(self.sample_shape) == 3 and _bounded(self.sample_shape, MAX_ELEMENTS),
             f"sample_shape is {brief(list(self.sample_shape))}: expected [channels, height, width], "
             f"at most {MAX_ELEMENTS} elements",
         )

@@ -20,6 +20,8 @@ from ..typed import read_typed
 F64 = npt.NDArray[np.float64]
 MAX_TRAIN_TIMESTEPS = 100_000
 """Most train timesteps: far above any model's, so that no file can exhaust memory."""
+TINY = 1e-9
+"""Least distance of alphas_cumprod from 0 and 1, at which noise or signal would be nothing."""
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -124,8 +126,8 @@ class NoiseSchedule:
         for ok, message in (
             (1 <= len(t) == len(a) == len(p), f"{len(t)} timesteps, {len(a)} and {len(p)} alphas_cumprod"),
             (all(0 <= step < 2**63 for step in t), "a timestep outside [0, 2^63)"),
-            (bool(((a > 0) & (a < 1)).all()), "alphas_cumprod outside (0, 1)"),
-            (bool(((p > 0) & (p <= 1)).all()), "alphas_cumprod_prev outside (0, 1]"),
+            (bool(((a >= TINY) & (a <= 1 - TINY)).all()), f"alphas_cumprod outside [{TINY}, 1 - {TINY}]"),
+            (bool(((p >= TINY) & (p <= 1)).all()), f"alphas_cumprod_prev outside [{TINY}, 1]"),
             (0 <= plain.eta <= 1, f"eta {plain.eta}, outside [0, 1]"),
             (plain.clip_sample is None or plain.clip_sample > 0, f"clip_sample {plain.clip_sample}"),
         ):

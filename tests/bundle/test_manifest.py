@@ -74,7 +74,7 @@ def figures(**changes: object) -> Change:
         (model(name="a\n\x1b[2Jb"), "control characters"),
         (model(sample_shape=[1, 4]), "sample_shape: expected an array of 3, got 2"),
         (model(sample_shape=[1, 0, 4]), r"sample_shape is \[1, 0, 4\]: expected \[channels, height, width\]"),
-        (model(sample_shape=[1, 1 << 15, 1 << 14]), "at most 268435456 elements"),
+        (model(sample_shape=[1, 1 << 15, 1 << 14]), "at most 16777216 elements"),
         (model(sample_shape="144"), "expected an array, got '144'"),
         (model(inputs={}), "model.inputs: expected an array"),
         (labels(num_classes="x"), "num_classes: expected int, got 'x'"),
@@ -85,7 +85,7 @@ def figures(**changes: object) -> Change:
         (labels(dtype="float32"), "is float32 and has num_classes: only int64 class labels have classes"),
         (labels(name="sample"), "two inputs are called 'sample'"),
         (labels(colour="red"), "unknown key 'colour'"),
-        (tensor(name="t", shape=[1 << 29]), "at most 268435456 elements"),
+        (tensor(name="t", shape=[1 << 29]), "at most 4194304 elements"),
         (tensor(name="\u202e", shape=[1]), "holds characters that cannot be printed"),
         (
             lambda m: steps(*[[t] for t in m["sampling"]["schedule"]["timesteps"]])(m),
@@ -96,8 +96,8 @@ def figures(**changes: object) -> Change:
         (schedule(alphas_cumprod=[[0.5] * 10]), r"alphas_cumprod\[0\]: expected float"),
         (schedule(alphas_cumprod=[float("nan")] * 10), "a number is nan"),
         (schedule(alphas_cumprod=[0.5] * 9), "has 10 timesteps, 9 and 10 alphas_cumprod"),
-        (schedule(alphas_cumprod=[1.0] * 10), r"has alphas_cumprod outside \(0, 1\)"),
-        (schedule(alphas_cumprod_prev=[0.0] * 10), r"has alphas_cumprod_prev outside \(0, 1\]"),
+        (schedule(alphas_cumprod=[1.0] * 10), r"has alphas_cumprod outside"),
+        (schedule(alphas_cumprod_prev=[0.0] * 10), r"has alphas_cumprod_prev outside"),
         (schedule(timesteps=[], alphas_cumprod=[], alphas_cumprod_prev=[]), "has 0 timesteps"),
         (schedule(eta=1.5), r"has eta 1.5, outside \[0, 1\]"),
         (schedule(eta=10**400), "schedule.eta: expected a finite number"),
@@ -189,7 +189,7 @@ def test_a_manifest_of_any_depth_is_one_line(bundle: Path) -> None:
         seal(bundle, lambda m: m["provenance"]["recipe"].update(nested="here"))
         text = (bundle / MANIFEST).read_text()
         (bundle / MANIFEST).write_text(text.replace('"here"', "[" * depth + "]" * depth))
-        with pytest.raises(BundleError, match=r"SHA-256|RecursionError|not valid JSON") as caught:
+        with pytest.raises(BundleError, match=r"SHA-256|nested more than|not valid JSON") as caught:
             Bundle.open(bundle)
         refused += "SHA-256" not in str(caught.value)
         (bundle / MANIFEST).write_text(text)

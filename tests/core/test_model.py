@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ptqd_export.core.model import MAX_CLASSES, MAX_ELEMENTS, InputSpec, ModelInfo
+from ptqd_export.core.model import MAX_CLASSES, MAX_CONDITION, MAX_ELEMENTS, InputSpec, ModelInfo
 from ptqd_export.errors import RecipeError
 from ptqd_export.typed import read_typed, to_plain
 
@@ -102,8 +102,8 @@ TENSOR = {"name": "text", "dtype": "float32", "shape": [4, 2]}
         (TENSOR, {"null_class": 0}, r"null_class is 0: .*num_classes \(None\)"),
         (TENSOR, {"shape": [4, 0]}, r"input 'text' has shape \[4, 0\]: expected positive sizes"),
         (TENSOR, {"shape": [-4, -2]}, r"has shape \[-4, -2\]: expected positive sizes"),
-        (TENSOR, {"shape": [MAX_ELEMENTS + 1]}, f"at most {MAX_ELEMENTS} elements"),
-        (TENSOR, {"shape": [2**14, 2**15]}, f"at most {MAX_ELEMENTS} elements"),
+        (TENSOR, {"shape": [MAX_CONDITION + 1]}, f"at most {MAX_CONDITION} elements"),
+        (TENSOR, {"shape": [2**14, 2**15]}, f"at most {MAX_CONDITION} elements"),
     ],
 )
 def test_an_input_refuses(spec: dict[str, Any], change: dict[str, Any], message: str) -> None:
@@ -116,7 +116,7 @@ def test_an_input_refuses(spec: dict[str, Any], change: dict[str, Any], message:
 
 def test_the_bounds_of_an_input_are_allowed() -> None:
     assert InputSpec("y", num_classes=MAX_CLASSES, null_class=MAX_CLASSES - 1).shape == ()
-    assert InputSpec("x", "float32", (2**14, 2**14)).num_classes is None
+    assert InputSpec("x", "float32", (2**11, 2**11)).num_classes is None
     assert InputSpec("x", "float32", ()).shape == ()
 
 

@@ -309,9 +309,11 @@ def test_samples_that_are_not_finite_are_refused(classes: Built) -> None:
     with Runtime(classes.bundle) as runtime:
         last = len(classes.bundle.manifest.sampling.schedule) - 1
         for p, engine in list(runtime.engines.items()):
-            right = lambda f, engine=engine: engine(f)[EPSILON]  # noqa: E731
-            # noqa: E731
-            broken = lambda f, right=right: np.full_like(right(f), np.nan) if f[STEP][0] == last else right(f)
+
+            def broken(feeds: Feeds, engine: Engine = engine) -> Array:
+                right = engine(feeds)[EPSILON]
+                return np.full_like(right, np.nan) if feeds[STEP][0] == last else right
+
             runtime.engines[p] = FakeEngine(broken, engine.inputs)
         with pytest.raises(ModelError, match="sample 3 holds NaN or infinite values"):
             runtime.sample([3, 4])
