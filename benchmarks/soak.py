@@ -32,9 +32,10 @@ BATCHES = (1, 4, 2, 7, 3, 16, 5, 1, 8)
 """Sizes of batches in turn."""
 PAGE = os.sysconf("SC_PAGESIZE")
 ALLOWED = {"memory": 2 << 20, "descriptors": 0.5, "threads": 0.5}
-"""What the second half may add, by its slope. Of descriptors and threads not one. Of memory 2 MiB: an arena of
-Python's, which is 1 MiB and taken at once, may fall into it, and malloc moves by less than that again. Of 1,000
-samples, or 300 opens, it is 4 kB a sample, or 14 kB an open: less than a 28x28 sample, or than a session, takes."""
+"""What the second half may add, by its slope. Of descriptors and threads not one. Of memory 2 MiB: an arena
+of Python's, which is 1 MiB and taken at once, may fall into it, and malloc moves by less than that again. Of
+1,000 samples, or 300 opens, it is 4 kB a sample, or 14 kB an open: less than a 28x28 sample, or than an
+engine, takes."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from report import REFERENCE_BUNDLE, machine, table, write_section
 from ptqd_export.assemble.timing import launcher
 from ptqd_export.backends import available, open_device
 from ptqd_export.bundle.bundle import Bundle
-from ptqd_export.core.backend import BACKENDS, BUILDERS, RUNNABLE
+from ptqd_export.core.backend import BACKENDS, ENGINE_BACKENDS, RUNNABLE
 from ptqd_export.core.plan import Plan
 from ptqd_export.core.precision import Precision
 from ptqd_export.runtime import Runtime, open_artifact
@@ -89,7 +89,7 @@ def main() -> None:
     for backend, state in available().items():
         if options.backend not in (None, backend):
             continue
-        if state == "ok" and backend in BUILDERS and backend not in bundle.manifest.backends:
+        if state == "ok" and backend in ENGINE_BACKENDS and backend not in bundle.manifest.backends:
             state = "the bundle has no engines for it"
         if state == "ok":
             rows += measure(bundle, backend, options.samples, options.rounds)

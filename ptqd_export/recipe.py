@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .core.backend import BUILDERS, ORT_CPU, RUNNABLE
+from .core.backend import ENGINE_BACKENDS, ORT_CPU, RUNNABLE
 from .core.engine_build import CAPABILITY, EngineSettings
 from .core.model import InputSpec
 from .core.noise import Mode
@@ -281,7 +281,7 @@ def check(recipe: Recipe) -> None:
         f"tensorrt.batch_sizes is {batches}: give 1, the usual and the most, such as [1, 8, 32]; the last "
         "batch of a run may hold one sample",
     )
-    fits = p.batch_size <= batches[-1] or not set(recipe.backends) & set(BUILDERS)
+    fits = p.batch_size <= batches[-1] or not set(recipe.backends) & set(ENGINE_BACKENDS)
     need(
         fits,
         f"plan.batch_size is {p.batch_size}, but engines are built for at most {batches[-1]} "

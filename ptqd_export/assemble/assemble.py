@@ -26,7 +26,7 @@ from ..files import empty_folder, replacing, work_folder
 from ..recipe import Recipe
 from ..typed import to_plain
 from .choose import choose, fixed_plan
-from .engines import ENGINES, Builder, Held, check_builder, graph_artifact, held_engines
+from .engines import ENGINES, Builder, KnownEngines, check_builder, graph_artifact, held_engines
 from .graphs import emit, emit_update, figures_of, judge, probes_of
 from .measure import key_of, measure_all
 from .timing import time_backends
@@ -67,7 +67,13 @@ def assemble(recipe: Recipe, out: Path, *, resume: bool = True, say: Say = lambd
 
 
 def _fill(
-    recipe: Recipe, network: Network, sampling: Sampling, folder: Path, work: Path, held: Held, say: Say
+    recipe: Recipe,
+    network: Network,
+    sampling: Sampling,
+    folder: Path,
+    work: Path,
+    held: KnownEngines,
+    say: Say,
 ) -> Manifest:
     """Write everything but the manifest into `folder`; returns the manifest."""
     schedule, spec = sampling.schedule, recipe.quantization

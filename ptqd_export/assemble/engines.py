@@ -19,7 +19,7 @@ from ..backends.cuda import gpu
 from ..bundle.bundle import Bundle, check_target, write_manifest
 from ..bundle.manifest import UPDATE, Artifact, Graph, UpdateEngine, UpdateGraph
 from ..bundle.tables import MALFORMED
-from ..core.backend import BACKENDS, BUILDERS
+from ..core.backend import BACKENDS, ENGINE_BACKENDS
 from ..core.engine_build import EngineBuild, EngineSettings
 from ..core.precision import Precision
 from ..errors import BackendUnavailable, BundleError, PTQDError
@@ -29,7 +29,7 @@ from ..typed import read_typed, to_plain
 
 ENGINES = "engines"
 """Folder, inside the work folder, of the engines that a stopped build had finished."""
-Held = Mapping[str, tuple[Path, EngineBuild]]
+KnownEngines = Mapping[str, tuple[Path, EngineBuild]]
 """Finished engines that can be reused: {key: (file, how it was built)}."""
 Say = Callable[[str], None]
 
@@ -51,7 +51,7 @@ class Builder:
     backend: str
     settings: EngineSettings
     work: Path
-    held: Held
+    held: KnownEngines
     say: Say
     variants: Callable[[Path], Iterable[Path]] = lambda graph: ()
 
@@ -187,11 +187,11 @@ def check_builder(backend: str, settings: EngineSettings) -> None:
     Raises:
         BackendUnavailable, RecipeError: the engines cannot be built.
     """
-    if backend in BUILDERS:
+    if backend in ENGINE_BACKENDS:
         trt.check_build(backend, settings.compute_capabilities)
 
 
-def held_engines(path: Path) -> Held:
+def held_engines(path: Path) -> KnownEngines:
     """The engines of the bundle at `path`; none if there is no valid bundle."""
     try:
         bundle = Bundle.open(path)
@@ -215,10 +215,10 @@ def rebuild(bundle: Bundle | Path | str, backend: str, say: Say = lambda text: N
         BundleError: there is nothing to build, or the bundle cannot be written.
         BackendUnavailable, GraphError, RecipeError: as `Builder.build`.
     """
-    if backend not in BUILDERS:
+    if backend not in ENGINE_BACKENDS:
         raise BundleError(
             f"backend {backend} loads the graphs as they are: leave out --rebuild, which is for "
-            f"{' and '.join(BUILDERS)}"
+            f"{' and '.join(ENGINE_BACKENDS)}"
         )
     path = check_target(bundle.path if isinstance(bundle, Bundle) else Path(bundle))
     with work_folder(path) as work:

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import files
-from ..core.backend import BACKENDS, BUILDERS, Emission
+from ..core.backend import BACKENDS, ENGINE_BACKENDS, Emission
 from ..core.noise import Correction, NoiseStats
 from ..core.plan import Plan
 from ..core.precision import Precision
@@ -200,7 +200,7 @@ def _check_files(manifest: Manifest) -> None:
     Raises:
         BundleError: naming the file.
     """
-    loaded = [artifact.file for artifact in manifest.artifacts if artifact.backend not in BUILDERS]
+    loaded = [artifact.file for artifact in manifest.artifacts if artifact.backend not in ENGINE_BACKENDS]
     engines = [engine.file for engine in manifest.engines]
     for needed in (TABLES, QUANTIZATION, WEIGHTS, *_graph_files(manifest), *loaded, *engines):
         if needed not in manifest.files:

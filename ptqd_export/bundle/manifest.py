@@ -22,7 +22,7 @@ from ..typed import brief, read_typed, to_plain
 from .reading import FileEntry
 
 FORMAT_VERSION = 3
-MAX_DEPTH = 32
+MAX_DEPTH, MAX_TEXT = 32, 1000
 UPDATE = "update"
 """What files and messages call the sampler's update, where they call a network by its precision."""
 
@@ -326,6 +326,8 @@ def _check_plain(value: Any, depth: int = 0) -> None:
     if depth > MAX_DEPTH:
         raise RecipeError(f"it is nested more than {MAX_DEPTH} deep")
     if isinstance(value, str):
+        if len(value) > MAX_TEXT:
+            raise RecipeError(f"a text of {len(value)} characters: expected at most {MAX_TEXT}")
         if any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
             raise RecipeError(f"control characters in {brief(value)}")
     elif isinstance(value, float):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import __version__
-from ..core.backend import BACKENDS, BUILDERS
+from ..core.backend import BACKENDS, ENGINE_BACKENDS
 from ..core.model import ModelInfo
 from ..errors import BackendUnavailable, RecipeError
 from ..progress import progress
@@ -203,7 +203,7 @@ def _rebuild(bundle: Bundle, backend: str) -> Bundle:
 
     if backend == AUTO:
         raise RecipeError(
-            f"--rebuild builds engines of one backend: say which, as in --backend {BUILDERS[-1]}"
+            f"--rebuild builds engines of one backend: say which, as in --backend {ENGINE_BACKENDS[-1]}"
         )
     bundle = rebuild(bundle, backend, say)
     try:

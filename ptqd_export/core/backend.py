@@ -123,7 +123,7 @@ BACKENDS: Mapping[str, Backend] = {
 
 RUNNABLE = tuple(name for name in BACKENDS if name != TORCH)
 """Backends that run a bundle's own files; the torch backend simulates any bundle from the original model."""
-BUILDERS = tuple(name for name, backend in BACKENDS.items() if backend.builds_engines)
+ENGINE_BACKENDS = tuple(name for name, backend in BACKENDS.items() if backend.builds_engines)
 """Backends that run finished engines."""
 
 

@@ -17,7 +17,7 @@ from ..errors import RecipeError
 from ..typed import brief
 from .engine import EPSILON, SAMPLE, STEP, TIMESTEP, Array
 
-MAX_CLASSES = 1_000_000
+MAX_CLASSES, MAX_NAME = 1_000_000, 200
 MAX_ELEMENTS, MAX_CONDITION = 2**24, 2**22
 """Most elements of one sample or condition: far above any real model, so that no file can exhaust memory."""
 
@@ -102,6 +102,11 @@ class ModelInfo:
             len(self.sample_shape) == 3 and _bounded(self.sample_shape, MAX_ELEMENTS),
             f"sample_shape is {brief(list(self.sample_shape))}: expected [channels, height, width], "
             f"at most {MAX_ELEMENTS} elements",
+        )
+        _need(
+            self.name.isprintable() and len(self.name) <= MAX_NAME,
+            f"the model's name {brief(self.name)}: expected at most {MAX_NAME} characters that can be "
+            "printed",
         )
         names = [SAMPLE, TIMESTEP, STEP, EPSILON, *(spec.name for spec in self.inputs)]
         twice = next((name for name in names if names.count(name) > 1), None)

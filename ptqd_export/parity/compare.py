@@ -18,7 +18,7 @@ from .. import backends
 from ..backends import trt
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import Graph, Manifest
-from ..core.backend import BACKENDS, BUILDERS, ORT_CPU, Emission
+from ..core.backend import BACKENDS, ENGINE_BACKENDS, ORT_CPU, Emission
 from ..core.engine import EPSILON, SAMPLE, STEP, Array, Device, Engine, Feeds
 from ..core.sampling import Sampling
 from ..errors import BackendUnavailable, ParityError
@@ -301,7 +301,7 @@ def parsers(bundle: Bundle) -> dict[str, dict[str, str]]:
         {backend: {graph file: "ok", or the first thing that the parser refuses}}.
     """
     found: dict[str, dict[str, str]] = {}
-    for name in BUILDERS:
+    for name in ENGINE_BACKENDS:
         with contextlib.suppress(BackendUnavailable):
             trt.load(name)
             graphs = [graph for graph in bundle.manifest.graphs if graph.emission is BACKENDS[name].emission]

@@ -7,7 +7,7 @@ import contextlib
 from .. import backends
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import UPDATE, Graph
-from ..core.backend import BACKENDS, BUILDERS, ORT_CPU, RUNNABLE, Emission
+from ..core.backend import BACKENDS, ENGINE_BACKENDS, ORT_CPU, RUNNABLE, Emission
 from ..core.engine import SAMPLE, STEP, TIMESTEP
 from ..errors import ParityError
 from ..runtime import check_probe, check_update, open_artifact, open_update
@@ -37,7 +37,7 @@ def verify_engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
         names.append(_verify_update(bundle))
     else:
         left_out[f"{len(m.graphs) + 1} graphs"] = states[ORT_CPU]
-    for backend in (name for name in BUILDERS if name in m.backends):
+    for backend in (name for name in ENGINE_BACKENDS if name in m.backends):
         if states[backend] == OK:
             names += _verify_engines_of(bundle, backend)
         else:
@@ -63,7 +63,7 @@ def _verify_graph(bundle: Bundle, graph: Graph) -> str:
 def _verify_update(bundle: Bundle) -> str:
     m = bundle.manifest
     with backends.OrtEngine(bundle.file(m.update.file), optimise=False) as engine:
-        check_update(engine, m.sampling, bundle.sigmas(BUILDERS[0]))
+        check_update(engine, m.sampling, bundle.sigmas(ENGINE_BACKENDS[0]))
     return UPDATE
 
 

@@ -13,7 +13,7 @@ from onnx_text import save_text
 
 from ptqd_export.backends import OrtEngine, available, check, open_device, open_engine, registry, trt
 from ptqd_export.backends.cuda import CudaDevice
-from ptqd_export.core.backend import BUILDERS, ORT_CPU, RUNNABLE, TENSORRT_RTX, TORCH
+from ptqd_export.core.backend import ENGINE_BACKENDS, ORT_CPU, RUNNABLE, TENSORRT_RTX, TORCH
 from ptqd_export.core.engine import Engine
 from ptqd_export.errors import BackendUnavailable, BundleError
 
@@ -72,7 +72,7 @@ def test_a_device_of_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda()
     cuda.devices = 2
     monkeypatch.setattr("ptqd_export.backends.cuda.runtime", lambda: cuda)
-    for name in BUILDERS:
+    for name in ENGINE_BACKENDS:
         with open_device(name, 1) as device:
             assert isinstance(device, CudaDevice) and device.index == 1
     with open_device(ORT_CPU, 0):

@@ -69,7 +69,7 @@ def figures(**changes: object) -> Change:
     [
         (lambda m: m["files"].update({"a\x00b": FILE}), r"control characters in 'a\\x00b'"),
         (lambda m: m["files"].update({"a\ud800b": FILE}), r"control characters in 'a\\ud800b'"),
-        (lambda m: m["files"].update({"a" * 5000: FILE}), "which no bundle holds"),
+        (lambda m: m["files"].update({"a" * 900: FILE}), "which no bundle holds"),
         (lambda m: m["files"].update(x=3), r"files\.x: expected a table, got 3"),
         (model(name="a\n\x1b[2Jb"), "control characters"),
         (model(sample_shape=[1, 4]), "sample_shape: expected an array of 3, got 2"),
@@ -159,7 +159,8 @@ def figures(**changes: object) -> Change:
         (lambda m: m.update(bops={"w8a8": None}), "bops.w8a8: expected int"),
         (lambda m: m.update(bops={"int8": 3}), "precision 'int8' is not known"),
         (lambda m: m.update(files=[]), "files: expected a table"),
-        (entry("artifacts", file="x" * 10**6), "names 'x{99}... but has no hash"),
+        (entry("artifacts", file="x" * 10**6), "a text of 1000000 characters"),
+        (entry("artifacts", file="x" * 1000), "names 'x{99}... but has no hash"),
         (lambda m: m.update(colour="red"), "unknown key 'colour'"),
     ],
 )

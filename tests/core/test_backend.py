@@ -12,7 +12,7 @@ import pytest
 import ptqd_export
 from ptqd_export.core.backend import (
     BACKENDS,
-    BUILDERS,
+    ENGINE_BACKENDS,
     ORT_CPU,
     ORT_CUDA,
     RUNNABLE,
@@ -51,10 +51,10 @@ def test_the_table() -> None:
     assert all(name == entry.name for name, entry in BACKENDS.items())
     assert tuple(BACKENDS) == (TENSORRT, TENSORRT_RTX, ORT_CUDA, ORT_CPU, TORCH)
     assert RUNNABLE == (TENSORRT, TENSORRT_RTX, ORT_CUDA, ORT_CPU)
-    assert BUILDERS == (TENSORRT, TENSORRT_RTX)
-    assert {name for name, entry in BACKENDS.items() if entry.on_device} == {*BUILDERS, ORT_CUDA}
+    assert ENGINE_BACKENDS == (TENSORRT, TENSORRT_RTX)
+    assert {name for name, entry in BACKENDS.items() if entry.on_device} == {*ENGINE_BACKENDS, ORT_CUDA}
     assert {name for name, entry in BACKENDS.items() if entry.emission is Emission.HALF} == {
-        *BUILDERS,
+        *ENGINE_BACKENDS,
         ORT_CUDA,
     }
     assert backend(ORT_CUDA).state == "float32 on the device" and not backend(ORT_CUDA).eight_bit

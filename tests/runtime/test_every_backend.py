@@ -11,7 +11,7 @@ from helpers import Built, Invoke
 from ptqd_export.backends import OrtEngine, check
 from ptqd_export.bundle.bundle import Bundle
 from ptqd_export.calibrate import collect, measure, open_model
-from ptqd_export.core.backend import BACKENDS, BUILDERS, RUNNABLE
+from ptqd_export.core.backend import BACKENDS, ENGINE_BACKENDS, RUNNABLE
 from ptqd_export.core.noise import Correction
 from ptqd_export.errors import BackendUnavailable, ParityError
 from ptqd_export.parity.judgement import HALF
@@ -32,7 +32,7 @@ def bundle(request: pytest.FixtureRequest, rgb: Built, tmp_path: Path, invoke: I
         check(backend)
     except BackendUnavailable as error:
         pytest.skip(str(error))
-    if backend not in BUILDERS:
+    if backend not in ENGINE_BACKENDS:
         return rgb.bundle
     result = invoke("build", rgb.recipe, "--out", tmp_path / "bundle", *rgb.options, "--backend", backend)
     assert result.code == 0, result

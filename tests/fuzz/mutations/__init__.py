@@ -68,4 +68,15 @@ def draw(rng: random.Random, only: Sequence[str] = ()) -> list[Mutation]:
 
 
 # They enter themselves.
-from . import arrays, bombs, engines, graphs, manifest, names, operators, serialized, stored, values  # noqa: E402, F401  # noqa: E402, F401
+from . import (  # noqa: E402
+    arrays,  # noqa: F401
+    bombs,  # noqa: F401
+    engines,  # noqa: F401
+    graphs,  # noqa: F401
+    manifest,  # noqa: F401
+    names,  # noqa: F401
+    operators,  # noqa: F401
+    serialized,  # noqa: F401
+    stored,  # noqa: F401
+    values,  # noqa: F401
+)
