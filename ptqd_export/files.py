@@ -111,13 +111,24 @@ def write_file(path: Path, data: bytes) -> None:
         ) from error
 
 
-def check_target(path: Path, what: str, in_the_way: Callable[[list[Path]], str | None]) -> Path:
+InTheWay = Callable[[list[Path]], str | None]
+"""Given what a folder holds, says what of it is not to be removed; None where all of it may be."""
+
+
+def check_inside(folder: Path, name: Path, in_the_way: InTheWay) -> None:
+    """Raise RecipeError, calling the folder `name`, where something in it is not to be removed."""
+    inside = sorted(folder.iterdir())
+    other = in_the_way(inside) if inside else None
+    if other is not None:
+        raise RecipeError(f"{name} is a folder with other things in it: {other}")
+
+
+def check_target(path: Path, what: str, in_the_way: InTheWay) -> Path:
     """Refuse, before any work, a folder that cannot or must not be replaced. Leaves nothing behind.
 
     Args:
         what: that the folder is for: "a bundle".
-        in_the_way: given what the folder holds, says what of it is not to be replaced; None where all of it
-            may be.
+        in_the_way: of the folder, if it stands.
     Returns:
         the target, absolute and without links.
     Raises:
@@ -134,11 +145,8 @@ def check_target(path: Path, what: str, in_the_way: Callable[[list[Path]], str |
         if path.exists() and not path.is_dir():
             raise RecipeError(f"{path} is a file: give a folder for {what}")
         if path.is_dir():
-            inside = sorted(path.iterdir())
-            other = in_the_way(inside) if inside else None
-            if other is not None:
-                raise RecipeError(f"{path} is a folder with other things in it: {other}")
-            if inside and not os.access(path, os.W_OK):
+            check_inside(path, path, in_the_way)
+            if any(path.iterdir()) and not os.access(path, os.W_OK):
                 raise RecipeError(f"{path} is read-only: make it writable, or give another folder")
         parent = next(folder for folder in path.parents if folder.exists())
     except (OSError, RuntimeError, ValueError) as error:
@@ -265,13 +273,16 @@ def _remove_if_empty(work: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, in_the_way: InTheWay = lambda inside: None) -> Iterator[Path]:
     """A folder to fill; on success it becomes `path` in one step, replacing an older one; on failure it is
     removed.
 
     A kill leaves the old folder, or none; what killed writers left beside it is removed by the next one.
 
+    Args:
+        in_the_way: as of `check_target`; asked again of what was replaced, before that is removed.
     Raises:
+        RecipeError: the old folder holds something by now that is not to be removed; it stands as it was.
         PTQDError: the file system cannot put one folder in the place of another in one step.
     """
     path = path.resolve()
@@ -290,16 +301,31 @@ def replacing(path: Path) -> Iterator[Path]:
             for file in tmp.rglob("*"):
                 fsync(file)
             fsync(tmp)
-            if path.exists():
-                _exchange(tmp, path)
-            else:
-                os.rename(tmp, path)
+            _put(tmp, path, in_the_way)
             fsync(path.parent)
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
             for folder in made:
                 with contextlib.suppress(OSError):  # what holds something stays
                     folder.rmdir()
+
+
+def _put(new: Path, path: Path, in_the_way: InTheWay) -> None:
+    """Put a folder at `path`; an older one that stands there goes to `new`, if all of it may be removed."""
+    if not path.exists():
+        try:
+            os.rename(new, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
+    _exchange(new, path)
+    try:
+        check_inside(new, path, in_the_way)
+    except RecipeError:
+        _exchange(new, path)
+        raise
 
 
 def _exchange(a: Path, b: Path) -> None:

@@ -109,15 +109,16 @@ def check_folder(folder: Path) -> Path:
         RecipeError: something is in the way; names it.
     """
 
-    def in_the_way(inside: list[Path]) -> str | None:
-        own = _listed(inside[0].parent)
-        inside = [file for file in inside if not LEFTOVER.fullmatch(file.name)]
-        other = next((file.name for file in inside if not (file.name in own and file.is_file())), None)
-        if other is None:
-            return None
-        return f"{brief(other)} is not of an earlier run (by its {RUN}): give another --out for the pictures"
+    return check_target(folder, "a set of pictures", _in_the_way)
 
-    return check_target(folder, "a set of pictures", in_the_way)
+
+def _in_the_way(inside: list[Path]) -> str | None:
+    own = _listed(inside[0].parent)
+    inside = [file for file in inside if not LEFTOVER.fullmatch(file.name)]
+    other = next((file.name for file in inside if not (file.name in own and file.is_file())), None)
+    if other is None:
+        return None
+    return f"{brief(other)} is not of an earlier run (by its {RUN}): give another --out for the pictures"
 
 
 def _listed(folder: Path) -> set[str]:
@@ -142,12 +143,11 @@ def write_pictures(folder: Path, pictures: Mapping[str, bytes], about: Mapping[s
         PTQDError: the folder cannot be written.
     """
     try:
-        with replacing(folder) as part:
+        with replacing(folder, _in_the_way) as part:
             for name, data in pictures.items():
                 (part / name).write_bytes(data)
             text = json.dumps({**about, "files": list(pictures)}, indent=1)
             (part / RUN).write_bytes(text.encode() + b"\n")
-            check_folder(folder)  # again: it may have changed while sampling ran
     except OSError as error:
         raise PTQDError(
             f"cannot write {folder}: {error.strerror}: choose another place or free some space"

@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 
-from ..bundle.bundle import Bundle, check_target, write_manifest
+from ..bundle.bundle import Bundle, check_target, in_the_way, write_manifest
 from ..bundle.manifest import CorrectionRecord, Machine, Manifest, Provenance
 from ..bundle.tables import write_layers, write_tables
 from ..calibrate import Network, collect, observe, open_model, quantize
@@ -56,7 +56,7 @@ def assemble(recipe: Recipe, out: Path, *, resume: bool = True, say: Say = lambd
         fixed_plan(recipe)  # refuse a wrong one before any work
     with work_folder(out, resume) as work:
         held = held_engines(out)
-        with replacing(out) as folder:
+        with replacing(out, in_the_way) as folder:
             manifest = _fill(recipe, network, sampling, folder, work, held, say)
             seconds = round(time.monotonic() - started, 1)
             provenance = replace(manifest.provenance, seconds=seconds)

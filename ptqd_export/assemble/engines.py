@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..backends import trt
 from ..backends.cuda import gpu
-from ..bundle.bundle import Bundle, check_target, write_manifest
+from ..bundle.bundle import Bundle, check_target, in_the_way, write_manifest
 from ..bundle.manifest import UPDATE, Artifact, Graph, UpdateEngine, UpdateGraph
 from ..bundle.tables import MALFORMED
 from ..core.backend import BACKENDS, ENGINE_BACKENDS
@@ -229,7 +229,7 @@ def rebuild(bundle: Bundle | Path | str, backend: str, say: Say = lambda text: N
         graphs = [graph for graph in m.graphs if graph.emission is emission and graph.precision in precisions]
         old = {engine.file for engine in m.engines if engine.backend == backend}
         builder = Builder(backend, _for_this_gpu(m.engine_settings), work / ENGINES, {}, say)
-        with replacing(path) as tmp:
+        with replacing(path, in_the_way) as tmp:
             for name in m.files.keys() - old:
                 target = tmp / name
                 target.parent.mkdir(parents=True, exist_ok=True)

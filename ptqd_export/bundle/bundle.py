@@ -269,15 +269,17 @@ def check_target(path: Path) -> Path:
             permission.
     """
 
-    def in_the_way(inside: list[Path]) -> str | None:
-        advice = "give an empty or new folder, or an older bundle to replace"
-        held = _listed(inside[0].parent)
-        if held is None:
-            return advice
-        other = next((file.name for file in inside if file.name not in {MANIFEST, *held}), None)
-        return None if other is None else f"{brief(other)} is not of the bundle that stands there; {advice}"
-
     return files.check_target(path, "a bundle", in_the_way)
+
+
+def in_the_way(inside: list[Path]) -> str | None:
+    """Says what of a folder's content is not a bundle's; None where all of it is."""
+    advice = "give an empty or new folder, or an older bundle to replace"
+    held = _listed(inside[0].parent)
+    if held is None:
+        return advice
+    other = next((file.name for file in inside if file.name not in {MANIFEST, *held}), None)
+    return None if other is None else f"{brief(other)} is not of the bundle that stands there; {advice}"
 
 
 def _listed(path: Path) -> set[str] | None:

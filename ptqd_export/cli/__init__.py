@@ -5,9 +5,12 @@ It composes the other parts and holds no numerics. Heavy modules are imported in
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -40,20 +43,57 @@ for _command in (build, run, inspect, verify, sign):
     cli.add_command(_command)
 
 
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Signals that ask for the end, SIGINT and SIGTERM, as KeyboardInterrupt; the list is of those that came.
+
+    Libraries may swallow the exception, or make another of it.
+    """
+    came: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = threading.current_thread() is threading.main_thread()
+    try:
+        if ours:
+            for number, handler in before.items():
+                if handler is not signal.SIG_IGN:
+                    signal.signal(number, interrupt)
+        yield came
+    finally:
+        if ours:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: every failure prints one line on stderr and exits with code 1."""
     argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    try:
-        cli.main(argv, prog_name="ptqd-export", standalone_mode=False)
-    except click.Abort:
-        line = "nothing was changed; a build takes up where it stopped when the same command is given again"
-        fail(f"interrupted: {line}", 130)
-    except click.ClickException as error:
-        fail(" ".join(error.format_message().split()))
-    except Exception as error:  # every failure is one line
-        if "--debug" in argv:
-            traceback.print_exc()
-        fail(in_one_line(error))
+    with _interrupts() as came:
+        try:
+            cli.main(argv, prog_name="ptqd-export", standalone_mode=False)
+        except click.Abort:
+            _fail_interrupted(came)
+        except click.ClickException as error:
+            fail(" ".join(error.format_message().split()))
+        except Exception as error:  # every failure is one line
+            if "--debug" in argv:
+                traceback.print_exc()
+            if came:
+                _fail_interrupted(came)
+            fail(in_one_line(error))
+
+
+def _fail_interrupted(came: Sequence[int]) -> None:
+    number = came[0] if came else signal.SIGINT
+    fail(
+        "interrupted: the old files stand, or the new ones, whole; a build takes up where it stopped when "
+        "the same command is given again",
+        128 + number,
+    )
 
 
 if __name__ == "__main__":
