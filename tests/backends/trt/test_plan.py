@@ -11,16 +11,16 @@ from ptqd_export.core.engine_build import PlanReport
 from ptqd_export.typed import read_typed, to_plain
 
 FULL = """Engine Layer Information:
-Name: Reformatting CopyNode for Input Tensor 0 to a, LayerType: Reformat, Inputs: [ { Name: x, Location:
-    Device, Dimensions: [1,8], Format/Datatype: Row major linear FP32 format }], Outputs: [], ParameterType:
-    Reformat, Metadata: [ONNX Layer: a]
-Name: a + b[0], LayerType: CaskConvolution, Inputs: [ { Name: q[1], Location: Device, Dimensions: [1,8],
-    Format/Datatype: Thirty-two wide channel vectorized row major Int8 format }, { Name: r, Format/Datatype:
-    Channel major FP16 format where channel % 8 == 0 }], Outputs: [ { Name: y, Format/Datatype: Row major
-    linear FP16 format }], Weights: {"Type": "Int8", "Count": 64}, Metadata: [ONNX Layer: a]\x1e[ONNX Layer:
-    b[0]]\x1e[ONNX Layer: relu]
-Name: c, LayerType: CaskConvolution, Inputs: [ { Name: y, Format/Datatype: Channel major FP16 format where
-    channel % 8 == 0 }], Outputs: [], Metadata: [ONNX Layer: c]
+Name: Reformatting CopyNode for Input Tensor 0 to a, LayerType: Reformat, Inputs: [ { Name: x, Location: \
+Device, Dimensions: [1,8], Format/Datatype: Row major linear FP32 format }], Outputs: [], ParameterType: \
+Reformat, Metadata: [ONNX Layer: a]
+Name: a + b[0], LayerType: CaskConvolution, Inputs: [ { Name: q[1], Location: Device, Dimensions: [1,8], \
+Format/Datatype: Thirty-two wide channel vectorized row major Int8 format }, { Name: r, Format/Datatype: \
+Channel major FP16 format where channel % 8 == 0 }], Outputs: [ { Name: y, Format/Datatype: Row major \
+linear FP16 format }], Weights: {"Type": "Int8", "Count": 64}, Metadata: [ONNX Layer: a]\x1e[ONNX Layer: \
+b[0]]\x1e[ONNX Layer: relu]
+Name: c, LayerType: CaskConvolution, Inputs: [ { Name: y, Format/Datatype: Channel major FP16 format where \
+channel % 8 == 0 }], Outputs: [], Metadata: [ONNX Layer: c]
 Name: w, LayerType: wait, Inputs: [], Outputs: [], Metadata:
 """
 """The wording of TensorRT 8 to 10 as quoted in NVIDIA/TensorRT#4020 and #3583."""
