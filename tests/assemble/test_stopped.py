@@ -50,7 +50,7 @@ def test_a_stopped_build_leaves_the_old_bundle_and_is_taken_up(
     chunks, statistics = "trajectories-*/[!.]*.safetensors", "stats-*.safetensors"
     code, printed, error = stop(start(), lambda: bool(finished(chunks)), signal.SIGINT)
     assert (code, printed) == (130, "")
-    assert error.startswith("Error: interrupted: nothing was changed") and error.count("\n") == 1
+    assert error.startswith("Error: interrupted: the old files stand") and error.count("\n") == 1
     unharmed()
     first = finished(chunks)
     assert first and not list(work.glob("trajectories-*/*.tmp"))
