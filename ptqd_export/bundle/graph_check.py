@@ -4,7 +4,7 @@ own weights, with operators that this package writes, and in sizes that are know
 A runtime follows whatever a graph says: it opens files, runs loops, allocates. So nothing is searched for
 that would be wrong; the file is read strictly, and everything in it must be as the exporter writes it.
 
-    sizes      of the file and of what is in it, by kind               read_graph, _check_size
+    sizes      of the file and of what is in it, by kind               read_graph, _check
     reading    no byte that two parsers could take for two things      protobuf, graph.onnx_file
     interface  inputs and outputs by the manifest                      _check_interface
     weights    inside the one file of the bundle, of their own size    _check_initializers

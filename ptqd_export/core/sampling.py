@@ -6,7 +6,7 @@ The state x is float64; engines receive it as float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -95,6 +95,11 @@ class Sampling:
     def branches(self) -> int:
         """Rows that one sample takes in an engine call."""
         return 2 if self.guided else 1
+
+    @property
+    def conditional(self) -> Sampling:
+        """The same without guidance: the feeds of the conditional branch alone, for a graph as it is."""
+        return replace(self, guidance_scale=1.0)
 
     def guide(self, epsilon: Floats) -> F64:
         """The guided prediction, float64 (N, ...), of an engine's rows (branches * N, ...).

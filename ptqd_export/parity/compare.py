@@ -162,7 +162,7 @@ def _compare(
 
 def layer_feeds(sampling: Sampling, points: Mapping[int, Feeds]) -> list[Feeds]:
     """Feeds of the conditional branch only, for a graph itself."""
-    single = Sampling(sampling.model, sampling.schedule)
+    single = sampling.conditional
     return [single.feeds(np.asarray(p[SAMPLE], np.float32), step, p) for step, p in points.items()]
 
 

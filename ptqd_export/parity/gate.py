@@ -6,7 +6,7 @@ It gives one Verdict per distinct graph; a wrong graph stops the build.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +139,7 @@ def check_fold(
     if STEP not in engine.inputs or sampling.schedule.prediction_type != "epsilon":
         return 0.0
     _, x, _, conditions = trajectories.first(2)
-    feeds = replace(sampling, guidance_scale=1.0).feeds(x[0], 0, conditions)
+    feeds = sampling.conditional.feeds(x[0], 0, conditions)
     gain, offset = (table[:, :, None, None] for table in (correction.gain, correction.offset))
     raw = (engine(feeds)[EPSILON].astype(np.float64) - offset[0]) / gain[0]
     worst = 0.0

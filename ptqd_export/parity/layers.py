@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +59,7 @@ def check_layers(
         # The portable graph is an interchange form, so it is judged as written, without a runtime's fusions.
         with OrtEngine(debug, optimise=emission is Emission.ORT_CPU) as engine:
             for step in sorted({0, len(sampling) // 2, len(sampling) - 1}):
-                values = engine(replace(sampling, guidance_scale=1.0).feeds(x[step], step, conditions))
+                values = engine(sampling.conditional.feeds(x[step], step, conditions))
                 for layer_name, (source, target) in sites.items():
                     layer = quantized.layers[layer_name]
                     simulator = LayerSimulator(network, layer, emission)

@@ -3,22 +3,21 @@ named."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from helpers import Built
-from onnx import numpy_helper
+from wrong_layers import Open, changed
 
 from ptqd_export import backends
 from ptqd_export.backends import OrtDevice, OrtEngine
 from ptqd_export.bundle.manifest import Artifact
 from ptqd_export.core.backend import Emission
-from ptqd_export.core.engine import Engine, Feeds
+from ptqd_export.core.engine import Feeds
 from ptqd_export.core.engine_build import EngineBuild, PlanReport
 from ptqd_export.core.precision import Precision
 from ptqd_export.errors import ParityError
@@ -44,24 +43,6 @@ FP32, FP16 = Precision(32, 32), Precision(16, 16)
 
 
 # --- a backend's layers
-
-
-Open = Callable[[Path], Engine]
-
-
-def changed(layer: str, constant: str, change: Callable[[np.ndarray], np.ndarray]) -> Open:
-    """Opens a layer's graph, of one layer with a constant changed: what a wrong kernel would compute."""
-
-    def opened(file: Path) -> Engine:
-        if not file.stem.endswith(f"-{layer}"):
-            return OrtEngine(file)
-        model = onnx.load(file)
-        (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name.endswith(constant)]
-        tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor).copy()), tensor.name))
-        onnx.save(model, file.with_name("changed.onnx"))
-        return OrtEngine(file.with_name("changed.onnx"))
-
-    return opened
 
 
 @pytest.fixture(scope="module")

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 from helpers import PRECISIONS, RTX, Built, Invoke, reseal
-from onnx import numpy_helper
+from wrong_layers import changed
 
 from ptqd_export import backends, parity
 from ptqd_export.backends import OrtEngine
 from ptqd_export.bundle import Bundle
 from ptqd_export.core.backend import Emission
-from ptqd_export.core.engine import Engine
 from ptqd_export.errors import ParityError
 from ptqd_export.parity import machines
 from ptqd_export.parity.machines import backend_states, verify_engines
@@ -74,24 +71,6 @@ def test_what_cannot_run_here_is_said(several: Built, monkeypatch: pytest.Monkey
 
 
 # --- the command, with --against
-
-
-Open = Callable[[Path], Engine]
-
-
-def changed(layer: str, constant: str, change: Callable[[np.ndarray], np.ndarray]) -> Open:
-    """Opens a layer's graph, of one layer with a constant changed: what a wrong kernel would compute."""
-
-    def opened(file: Path) -> Engine:
-        if not file.stem.endswith(f"-{layer}"):
-            return OrtEngine(file)
-        model = onnx.load(file)
-        (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name.endswith(constant)]
-        tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor).copy()), tensor.name))
-        onnx.save(model, file.with_name("changed.onnx"))
-        return OrtEngine(file.with_name("changed.onnx"))
-
-    return opened
 
 
 def test_verify_against(guided: Built, invoke: Invoke) -> None:
