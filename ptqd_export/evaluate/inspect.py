@@ -147,7 +147,7 @@ def _noise(bundle: Bundle) -> list[str]:
     for precision in bundle.manifest.bops:
         if not precision.is_float:
             numerics = dict.fromkeys(emission.numerics(precision) for emission in Emission)
-            snr = {str(e): np.minimum(bundle.stats(precision, e).snr, 1e20) for e in numerics}
+            snr = {str(e): np.clip(bundle.stats(precision, e).snr, 1e-20, 1e20) for e in numerics}
             values = ", ".join(
                 f"{name} {float(np.mean(10 * np.log10(value))):.1f}" for name, value in snr.items()
             )

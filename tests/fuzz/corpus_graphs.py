@@ -136,7 +136,7 @@ def update_with_a_loop(draft: Draft) -> None:
 @known
 def file_of_two_formats(draft: Draft) -> None:
     """Protobuf to the check, ONNX Runtime's own format to the runtime."""
-    content = b"\0\0ORTM" + ort_format(draft.base.read(draft.data["update"]["file"]))[8:]
+    content = b"\0\0ORTM" + ort_format(draft.base.read(draft.base.manifest["update"]["file"]))[8:]
     size = varint(len(content))
     content = content[len(size) - 1 :]
     draft.contents[graph(draft)] = b"\x12" + varint(len(content)) + content + draft.read(graph(draft))
@@ -144,7 +144,7 @@ def file_of_two_formats(draft: Draft) -> None:
 
 @known
 def graph_in_the_format_of_the_runtime(draft: Draft) -> None:
-    draft.contents[graph(draft)] = ort_format(draft.base.read(draft.data["update"]["file"]))
+    draft.contents[graph(draft)] = ort_format(draft.base.read(draft.base.manifest["update"]["file"]))
 
 
 def _wide_input(model: onnx.ModelProto) -> None:
