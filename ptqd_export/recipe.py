@@ -80,6 +80,10 @@ class QuantizationSpec:
     `rounding`: how weights below 8 bits are rounded.
     `weight_scales`: one scale per output "channel", or one for the whole "tensor".
     `skip`: globs of module paths left in float.
+    `input_grids`: grids of inputs between two ends of their own, or about zero.
+    `conv_outputs`: on ORT CPU, 8-bit grids of conv outputs per "channel", or one for the whole "tensor".
+    `smoothing`: how much of the inputs' differences between channels goes into the weights of convs: alpha of
+        SmoothQuant, 0 for none.
     """
 
     precisions: tuple[str, ...] = ("w8a8", "w4a8", "w4a4")
@@ -87,6 +91,9 @@ class QuantizationSpec:
     rounding: Literal["gptq", "nearest"] = "gptq"
     weight_scales: Literal["channel", "tensor"] = "channel"
     skip: tuple[str, ...] = ()
+    input_grids: Literal["asymmetric", "symmetric"] = "asymmetric"
+    conv_outputs: Literal["channel", "tensor"] = "channel"
+    smoothing: float = 0.5
     correction: Mode = "ptqd"
     clamp_k: bool = False
     gate: bool = True
@@ -255,6 +262,7 @@ def check(recipe: Recipe) -> None:
         f"model.sample_shape is {list(shape)}: give [channels, height, width]",
     )
     need(50 < c.percentile <= 100, f"calibration.percentile is {c.percentile}: give a value in (50, 100]")
+    need(0 <= q.smoothing <= 1, f"quantization.smoothing is {q.smoothing}: give a value in [0, 1]")
     need(bool(q.precisions), "quantization.precisions is empty: give at least one, such as w8a8")
     precisions = [Precision.parse(text) for text in q.precisions]
     need(

@@ -7,7 +7,10 @@ tables.safetensors, keys "<precision>.<emission whose numerics>.<name>":
 quantization.safetensors, which the torch backend simulates from:
     codes/<grid>/<layer>             weight codes that precisions share; "<precision>/<layer>/codes" where one
                                      has its own
-    <precision>/<layer>/weight_scale, input_scale, output_scale, bits
+    <precision>/<layer>/weight_scale, bits
+    <precision>/<layer>/input_scale, input_codes     where the input is quantized: `Grid`
+    <precision>/<layer>/output_scale, output_zero    `OutputGrid`, where there is one
+    <precision>/<layer>/smooth                       where there is one
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from safetensors.numpy import save
 from ..core.backend import Emission
 from ..core.noise import Correction, NoiseStats
 from ..core.precision import Precision
-from ..core.quant import LayerQuant, QuantizedNetwork
+from ..core.quant import Grid, LayerQuant, OutputGrid, QuantizedNetwork
 from ..core.sampling import Sampling
 from ..errors import BundleError
 from ..typed import brief
@@ -225,10 +228,15 @@ def write_layers(folder: Path, networks: Mapping[Precision, QuantizedNetwork]) -
     for precision, network in networks.items():
         for layer in network.layers.values():
             head = f"{precision}/{layer.name}"
-            output_scale = np.nan if layer.output_scale is None else layer.output_scale
             arrays[f"{head}/weight_scale"] = np.ascontiguousarray(layer.weight_scale)
-            arrays[f"{head}/input_scale"] = np.array([layer.input_scale], np.float32)
-            arrays[f"{head}/output_scale"] = np.array([output_scale], np.float32)
+            if layer.input is not None:
+                arrays[f"{head}/input_scale"] = np.array([layer.input.scale], np.float32)
+                arrays[f"{head}/input_codes"] = np.array([layer.input.lo, layer.input.hi], np.int64)
+            if layer.output is not None:
+                arrays[f"{head}/output_scale"] = np.ascontiguousarray(layer.output.scale)
+                arrays[f"{head}/output_zero"] = np.ascontiguousarray(layer.output.zero_point)
+            if layer.smooth is not None:
+                arrays[f"{head}/smooth"] = np.ascontiguousarray(layer.smooth)
             shared = _shared_codes(layer.name, layer.number, layer.weight_bits)
             codes = np.ascontiguousarray(layer.weight)
             # Precisions with the same weights share their codes, unless a bias made one of them take other
@@ -279,17 +287,38 @@ def _layer(
     dtype = np.uint8 if precision.number == "fp8" else np.int8
     if weight.shape != parameters["weight"].shape or weight.dtype != dtype:
         raise ValueError(f"layer {name} has weights of shape {weight.shape} and type {weight.dtype}")
-    output_scale = float(arrays[f"{head}/output_scale"][0])
+    channels = np.float32, (len(weight),)
+    weight_scale = _vector(arrays, f"{head}/weight_scale", *channels)
+    grid = output = smooth = None
+    if f"{head}/input_scale" in arrays:
+        scale = _vector(arrays, f"{head}/input_scale", np.float32, (1,))
+        lo, hi = (int(code) for code in arrays[f"{head}/input_codes"])
+        grid = Grid(float(scale[0]), lo, hi)
+        if not (grid.scale > 0 and -448 <= lo <= 0 <= hi <= 448):
+            raise ValueError(f"layer {name} has an input grid of {lo} to {hi} in steps of {grid.scale}")
+    if f"{head}/output_scale" in arrays:
+        zero = _vector(arrays, f"{head}/output_zero", np.uint8, (len(weight),))
+        output = OutputGrid(_vector(arrays, f"{head}/output_scale", *channels), zero)
+    if f"{head}/smooth" in arrays:
+        smooth = _vector(arrays, f"{head}/smooth", np.float32, (weight.shape[1],))
     return LayerQuant(
         name=name,
         kind="conv" if weight.ndim == 4 else "linear",
         weight=weight,
-        weight_scale=arrays[f"{head}/weight_scale"],
+        weight_scale=weight_scale,
         weight_bits=weight_bits,
-        input_scale=float(arrays[f"{head}/input_scale"][0]),
+        input=grid,
         activation_bits=activation_bits,
-        output_scale=None if np.isnan(output_scale) else output_scale,
+        output=output,
         bias=parameters.get("bias"),
         macs=0,
         number=precision.number,
+        smooth=smooth,
     )
+
+
+def _vector(arrays: Arrays, key: str, dtype: type, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    array = arrays[key]
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(f"{key} is {array.dtype} {array.shape}")
+    return array

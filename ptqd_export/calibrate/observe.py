@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.precision import Number
-from ..core.quant import I8, U8
+from ..core.quant import F32, I8, U8
 from ..core.sampling import Sampling
 from ..errors import ModelError
 from ..progress import progress
 from ..recipe import Recipe
 from .network import Network
-from .ranges import AbsHistogram
+from .ranges import ChannelRanges, Histogram
 from .torch_engine import TorchEngine
 from .trajectories import Trajectories
 
 OBSERVED_TRAJECTORIES = 8
 """Trajectories to observe, at all steps and in both guidance branches: millions of values per layer."""
+SMOOTHED_STEPS = 4
+MAX_SMOOTHING = 64.0
+"""Largest smoothing factor, and the reciprocal of the smallest."""
 HESSIAN_SAMPLES = 4
 HESSIAN_ROWS = 1024
 """Most samples, and most input vectors of them, that enter a layer's Hessian per call.
@@ -45,7 +50,10 @@ class ObservedLayer:
         kind: "conv" or "linear".
         macs: multiply-accumulates per sample.
         vector: the input is 2-D, one vector per sample (time and class embeddings); such a layer stays float.
-        input, output: histograms of the absolute values.
+        channels: ranges of the input x per channel.
+        smooth: factors m per input channel, float32 (I,); None for 1. Histogram and Hessians are of x / m.
+        input: histogram.
+        output: ranges per channel.
         hessians: float32 (groups, K, K), sums of x x^T over the inputs x that are multiplied with a flattened
             weight row of K values; None where GPTQ is not used.
         codes: weight codes by (rounding, number, bits, scales), so that precisions with the same weights
@@ -55,25 +63,34 @@ class ObservedLayer:
     kind: str
     macs: int = 0
     vector: bool = False
-    input: AbsHistogram = field(default_factory=AbsHistogram)
-    output: AbsHistogram = field(default_factory=AbsHistogram)
+    channels: ChannelRanges = field(default_factory=ChannelRanges)
+    smooth: F32 | None = None
+    input: Histogram = field(default_factory=Histogram)
+    output: ChannelRanges = field(default_factory=ChannelRanges)
     hessians: Tensor | None = None
     codes: dict[tuple[str, Number, int, bytes], I8 | U8] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Observed layers by module path, in call order."""
+    """What calibration saw of a network.
+
+    Attributes:
+        layers: by module path, in call order.
+        product_macs: multiply-accumulates per sample outside of them (`QuantizedNetwork`).
+    """
 
     layers: Mapping[str, ObservedLayer]
+    product_macs: int
 
 
 def observe(network: Network, sampling: Sampling, recipe: Recipe, trajectories: Trajectories) -> Observed:
     """Observe every Conv2d and Linear on full-precision trajectories.
 
-    Each gets histograms of its input and output, and Hessians where GPTQ will round its weights. Up to
-    OBSERVED_TRAJECTORIES of the calibration trajectories are used, evenly spaced, at all steps and in the
-    guidance branches that the sampler uses.
+    Each gets a histogram of its input and ranges of its output, and Hessians where GPTQ will round its
+    weights. Up to OBSERVED_TRAJECTORIES of the calibration trajectories are used, evenly spaced, at all steps
+    and in the guidance branches that the sampler uses. Before that, inputs are looked at once per channel, at
+    every SMOOTHED_STEPS-th step, for the factors that even them out (`smoothing`).
 
     Raises:
         ModelError: a layer's values are not finite, or the network has no Conv2d or Linear.
@@ -84,26 +101,67 @@ def observe(network: Network, sampling: Sampling, recipe: Recipe, trajectories: 
     hessians = recipe.quantization.rounding == "gptq" and any(
         p.weight_bits < GPTQ_BITS for p in recipe.precisions
     )
+    alpha = recipe.quantization.smoothing
+    smoothed = range(0, steps, SMOOTHED_STEPS) if alpha else ()
     with (
         TorchEngine(network.module, sampling) as engine,
-        progress(len(chosen) * steps, "activation ranges", "step") as bar,
+        progress(len(chosen) * (steps + len(smoothed)), "activation ranges", "step") as bar,
     ):
-        for indices, x, _, conditions in trajectories:
-            rows = chosen[(chosen >= indices.start) & (chosen < indices.stop)] - indices.start
-            if not len(rows):
-                continue
-            own = {name: value[rows] for name, value in conditions.items()}
-            for step in range(steps):
-                # MACs are counted in the first call only, and divided by its number of samples.
-                batch = 0 if layers else len(rows) * sampling.branches
-                with _watching(network, layers, step, hessians, count_macs=batch > 0):
-                    sampling.predict(engine, x[step][rows], step, own)
-                for layer in layers.values() if batch else ():
-                    layer.macs = round(layer.macs / batch)
-                bar.update(len(rows))
+
+        def look(at: Sequence[int], watch: Watch) -> None:
+            for indices, x, _, conditions in trajectories:
+                rows = chosen[(chosen >= indices.start) & (chosen < indices.stop)] - indices.start
+                own = {name: value[rows] for name, value in conditions.items()}
+                for step in at if len(rows) else ():
+                    with _watching(network, layers, step, watch):
+                        sampling.predict(engine, x[step][rows], step, own)
+                    bar.update(len(rows))
+
+        if alpha:
+            look(smoothed, _see_channels)
+            for name, layer in layers.items():
+                layer.smooth = smoothing(layer, network.module.get_submodule(name), alpha)
+        look(range(steps), partial(_see_values, hessians=hessians))
+        macs, total = _count_macs(network, engine, sampling, trajectories)
+    for name, layer in layers.items():
+        layer.macs = macs[name]
     if not layers:
         raise ModelError(f"{network.info.name} calls no Conv2d and no Linear: there is nothing to quantize")
-    return Observed(layers)
+    return Observed(layers, total - sum(macs.values()))
+
+
+def smoothing(layer: ObservedLayer, module: Any, alpha: float) -> F32 | None:
+    """Factors m_c = max|x_c|^alpha / max|W_c|^(1 - alpha), with geometric mean 1 (SmoothQuant, eq. 4).
+
+    None for linear layers, whose inputs others share, and for convs with groups.
+    """
+    if layer.kind != "conv" or module.groups != 1:
+        return None
+    seen = layer.channels.largest.astype(np.float64)
+    weight = module.weight.detach().abs().amax((0, 2, 3)).numpy().astype(np.float64)
+    used = (seen > 0) & (weight > 0)
+    if not used.any():
+        return None
+    factors = np.ones(len(seen))
+    factors[used] = seen[used] ** alpha / weight[used] ** (1 - alpha)
+    factors[used] /= np.exp(np.log(factors[used]).mean())
+    return np.clip(factors, 1 / MAX_SMOOTHING, MAX_SMOOTHING).astype(np.float32)
+
+
+def _count_macs(
+    network: Network, engine: TorchEngine, sampling: Sampling, trajectories: Trajectories
+) -> tuple[dict[str, int], int]:
+    """Multiply-accumulates per sample, of each layer and of the whole network."""
+    counted: dict[str, ObservedLayer] = {}
+
+    def count(layer: ObservedLayer, module: Any, x: Tensor, output: Tensor, step: int) -> None:
+        layer.macs += output.numel() * module.weight[0].numel()
+
+    _, x, _, conditions = trajectories.first(1)
+    with FlopCounterMode(display=False) as counter, _watching(network, counted, 0, count):
+        engine(sampling.conditional.feeds(x[0], 0, conditions))
+    macs = {name: layer.macs for name, layer in counted.items()}
+    return macs, max(counter.get_total_flops() // 2, sum(macs.values()))
 
 
 def _layer_kind(module: nn.Module) -> str | None:
@@ -114,27 +172,24 @@ def _layer_kind(module: nn.Module) -> str | None:
     return "linear" if forward is nn.Linear.forward else None
 
 
+Watch = Callable[[ObservedLayer, Any, Tensor, Tensor, int], None]
+"""What is done at each call of a layer: (layer, module, input, output, step)."""
+
+
 @contextmanager
-def _watching(
-    network: Network, layers: dict[str, ObservedLayer], step: int, hessians: bool, count_macs: bool
-) -> Iterator[None]:
+def _watching(network: Network, layers: dict[str, ObservedLayer], step: int, watch: Watch) -> Iterator[None]:
     def hook_of(name: str, kind: str) -> Any:
         def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
             layer = layers.setdefault(name, ObservedLayer(kind))
             x = args[0] if args else kwargs["input"]
             layer.vector = x.ndim == 2
-            if count_macs:
-                layer.macs += output.numel() * module.weight[0].numel()
             try:
-                layer.input.add(x)
-                layer.output.add(output)
+                watch(layer, module, x, output, step)
             except ValueError as error:
                 raise ModelError(
                     f"layer {name} computes {error} at step {step}: check the model's weights and scheduler "
                     "config"
                 ) from error
-            if hessians and not layer.vector and module.weight[0].numel() <= MAX_HESSIAN_SIZE:
-                _add_products(layer, module, x, step)
 
         return hook
 
@@ -148,6 +203,26 @@ def _watching(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _channel_axis(layer: ObservedLayer, x: Tensor) -> int:
+    return 1 if layer.kind == "conv" else x.ndim - 1
+
+
+def _see_channels(layer: ObservedLayer, module: Any, x: Tensor, output: Tensor, step: int) -> None:
+    layer.channels.add(x, _channel_axis(layer, x))
+
+
+def _see_values(
+    layer: ObservedLayer, module: Any, x: Tensor, output: Tensor, step: int, hessians: bool
+) -> None:
+    layer.channels.add(x, _channel_axis(layer, x))
+    if layer.smooth is not None:
+        x = x / torch.from_numpy(layer.smooth)[:, None, None]
+    layer.input.add(x)
+    layer.output.add(output, _channel_axis(layer, output))
+    if hessians and not layer.vector and module.weight[0].numel() <= MAX_HESSIAN_SIZE:
+        _add_products(layer, module, x, step)
 
 
 def _add_products(layer: ObservedLayer, module: Any, x: Tensor, step: int) -> None:

@@ -6,15 +6,15 @@ import fnmatch
 from typing import Any
 
 import numpy as np
+import torch
 
-from ..core.backend import Emission
 from ..core.precision import Precision
-from ..core.quant import E4M3_MAX, F32, OUTPUT_BITS, LayerQuant, QuantizedNetwork
+from ..core.quant import E4M3_MAX, F32, Grid, LayerQuant, OutputGrid, QuantizedNetwork
 from ..errors import ModelError
 from ..recipe import Recipe
 from .network import Network
 from .observe import GPTQ_BITS, Observed, ObservedLayer
-from .ranges import weight_scales
+from .ranges import ChannelRanges, weight_scales
 from .rounding import gptq, nearest
 
 EDGE_BITS = 8
@@ -61,7 +61,7 @@ def quantize(network: Network, observed: Observed, precision: Precision, recipe:
             f"{network.info.name} has no layer left to quantize at {precision}: check quantization.skip and "
             "edge_layers, or ask for fp32 or fp16"
         )
-    return QuantizedNetwork(precision, layers, float_macs)
+    return QuantizedNetwork(precision, layers, float_macs, observed.product_macs)
 
 
 def _edge(precision: Precision) -> Precision:
@@ -74,45 +74,66 @@ def _edge(precision: Precision) -> Precision:
 def _quantize_layer(
     name: str, module: Any, seen: ObservedLayer, precision: Precision, recipe: Recipe
 ) -> LayerQuant:
-    spec = recipe.calibration
+    spec = recipe.quantization
+    integers = not precision.weight_only and precision.number == "int"
+    smooth = seen.smooth if integers else None
     weight: F32 = np.ascontiguousarray(module.weight.detach().numpy(), np.float32)
+    if smooth is not None:
+        weight = weight * smooth[:, None, None]
     bias: F32 | None = None if module.bias is None else module.bias.detach().numpy().astype(np.float32)
-    cpu = Emission.ORT_CPU.numerics(precision) is Emission.ORT_CPU
-    if precision.weight_only:
-        input_scale = 1.0
-    elif precision.number == "fp8":
-        input_scale = float(np.float32(seen.input.range("minmax", precision.activation_bits) / E4M3_MAX))
-    else:
-        input_scale = seen.input.scale(spec.activation_range, precision.activation_bits, spec.percentile)
+    grid = _input_grid(seen, precision, recipe)
     scale = _weight_scales(weight, precision, recipe)
-    if bias is not None and cpu:
-        smallest = np.abs(bias) / np.float32(input_scale * MAX_BIAS_CODE)
-        scale = np.maximum(
-            scale, smallest if recipe.quantization.weight_scales == "channel" else smallest.max()
-        ).astype(np.float32)
+    if bias is not None and grid is not None and integers:
+        smallest = np.abs(bias) / np.float32(grid.scale * MAX_BIAS_CODE)
+        scale = np.maximum(scale, smallest if spec.weight_scales == "channel" else smallest.max()).astype(
+            np.float32
+        )
     scale = np.where(scale > 0, scale, np.float32(1.0)).astype(np.float32)
-    rounding = recipe.quantization.rounding
-    key = (rounding, precision.number, precision.weight_bits, scale.tobytes())
+    key = (spec.rounding, precision.number, precision.weight_bits, scale.tobytes())
     if key not in seen.codes:
-        if rounding == "nearest" or seen.hessians is None or precision.weight_bits >= GPTQ_BITS:
+        if spec.rounding == "nearest" or seen.hessians is None or precision.weight_bits >= GPTQ_BITS:
             seen.codes[key] = nearest(weight, scale, precision.weight_bits, precision.number)
         else:
-            seen.codes[key] = gptq(weight, scale, precision.weight_bits, seen.hessians)
+            hessians = seen.hessians
+            if smooth is None and seen.smooth is not None:  # they are of x / m
+                factors = torch.from_numpy(np.repeat(seen.smooth, weight[0, 0].size))
+                hessians = hessians * factors * factors[:, None]
+            seen.codes[key] = gptq(weight, scale, precision.weight_bits, hessians)
     return LayerQuant(
         name,
         seen.kind,
         seen.codes[key],
         scale,
         precision.weight_bits,
-        input_scale,
+        grid,
         precision.activation_bits,
-        seen.output.scale(spec.activation_range, OUTPUT_BITS, spec.percentile)
-        if seen.kind == "conv" and cpu
-        else None,
+        _output_grid(seen.output, recipe) if seen.kind == "conv" and integers else None,
         bias,
         seen.macs,
         precision.number,
+        smooth,
     )
+
+
+def _input_grid(seen: ObservedLayer, precision: Precision, recipe: Recipe) -> Grid | None:
+    """The grid of a layer's input; None where weights alone are quantized."""
+    spec, bits = recipe.calibration, precision.activation_bits
+    if precision.weight_only:
+        return None
+    if precision.number == "fp8":
+        largest = float(seen.channels.largest.max()) or 1.0
+        return Grid(float(np.float32(largest / E4M3_MAX)), -int(E4M3_MAX), int(E4M3_MAX))
+    asymmetric = recipe.quantization.input_grids == "asymmetric"
+    make = seen.input.window if asymmetric else seen.input.symmetric
+    return make(spec.activation_range, bits, spec.percentile)
+
+
+def _output_grid(seen: ChannelRanges, recipe: Recipe) -> OutputGrid:
+    """The grid of a conv's output on ORT CPU, where each channel, or the tensor, keeps all that was seen."""
+    low, high = seen.low, seen.high
+    if recipe.quantization.conv_outputs == "tensor":
+        low, high = np.full_like(low, low.min()), np.full_like(high, high.max())
+    return OutputGrid.window(low, high)
 
 
 def _weight_scales(weight: F32, precision: Precision, recipe: Recipe) -> F32:

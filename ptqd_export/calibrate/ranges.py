@@ -1,7 +1,7 @@
-"""Ranges: how far a symmetric grid should reach.
+"""Ranges: how far a grid should reach.
 
-Activations are measured by streaming histograms, weights as whole tensors. real = code * scale with codes in
-[qmin(bits), qmax(bits)]; a range r gives scale = r / qmax(bits).
+Activations are measured by streaming histograms, weights as whole tensors. real = code * scale; a symmetric
+grid has codes in [qmin(bits), qmax(bits)], and a range r gives scale = r / qmax(bits).
 """
 
 from __future__ import annotations
@@ -13,59 +13,68 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..core.quant import F32, qmax, qmin
+from ..core.quant import F32, Grid, qmax, qmin
 
 F64 = npt.NDArray[np.float64]
 BINS = 2048
 SUBDIVISIONS = 4
 """Points per bin at which the quantization error is taken: at 8 bits a bin is nearly as wide as a step."""
 ACTIVATION_RATIOS = np.geomspace(0.01, 1.0, 160)
+WINDOW_RATIOS = np.geomspace(0.02, 1.0, 60)
 WEIGHT_RATIOS = np.linspace(0.2, 1.0, 81)
 _SMALLEST = -100
 """Exponent of the limit of an empty histogram; BINS / limit still fits a float32."""
 
 
-class AbsHistogram:
-    """Streaming histogram of |x|: BINS equal bins on [0, limit), limit a power of two.
+class Histogram:
+    """Streaming histogram: BINS equal bins of magnitude on [0, limit) for either sign, limit a power of two.
 
     A larger value doubles the limit, and bins are merged in pairs. Because limits are powers of two, this
     equals binning everything at the final limit: the result depends neither on order nor on grouping.
 
     Attributes:
-        counts: int64 (BINS,).
+        counts: int64 (2, BINS): values below zero, and from zero on.
         exponent: limit = 2^exponent.
-        largest: largest |x| seen, exactly.
+        low, high: smallest and largest value seen, exactly; 0 is between them.
     """
 
     def __init__(self) -> None:
-        self.counts: npt.NDArray[np.int64] = np.zeros(BINS, np.int64)
+        self.counts: npt.NDArray[np.int64] = np.zeros((2, BINS), np.int64)
         self.exponent = _SMALLEST
-        self.largest = 0.0
+        self.low = self.high = 0.0
 
     @property
     def limit(self) -> float:
         return math.ldexp(1.0, self.exponent)
 
     @property
+    def largest(self) -> float:
+        """Largest |x| seen."""
+        return max(-self.low, self.high)
+
+    @property
     def total(self) -> int:
         return int(self.counts.sum())
 
     def add(self, values: Tensor) -> None:
-        """Count |values| (any shape, float32, finite).
+        """Count values (any shape, float32, finite).
 
         Raises:
             ValueError: NaN or infinite values.
         """
         if values.numel() == 0:
             return
-        magnitudes = values.detach().float().flatten().abs()
-        largest = float(magnitudes.max())
-        if not math.isfinite(largest):
+        flat = values.detach().float().flatten()
+        low, high = (float(v) for v in torch.aminmax(flat))
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError("NaN or infinite values")
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        largest = max(-low, high)
         self._grow(math.frexp(largest)[1] if largest > 0 else _SMALLEST)  # largest < 2^exponent
-        self.largest = max(self.largest, largest)
-        bins = magnitudes.mul_(BINS / self.limit).to(torch.int32)
-        self.counts += torch.bincount(bins, minlength=BINS).numpy()
+        # floor puts -0.5 bins into bin -1: mirrored, that is bin 0 of the values below zero.
+        bins = flat.mul(BINS / self.limit).floor_().clamp_(-BINS, BINS - 1).to(torch.int32).add_(BINS)
+        both = torch.bincount(bins, minlength=2 * BINS).numpy()
+        self.counts += np.stack([both[BINS - 1 :: -1], both[BINS:]])
 
     def _grow(self, exponent: int) -> None:
         if exponent > self.exponent:
@@ -85,38 +94,94 @@ class AbsHistogram:
         if method == "minmax":
             return self.largest
         if method == "percentile":
-            return self._percentile(percentile)
-        return self._least_error(bits)
+            return min(_quantile(self.counts.sum(0), percentile / 100) * self.limit / BINS, self.largest)
+        points, weights = self._points()
+        ranges = self.largest * ACTIVATION_RATIOS
+        grids = [Grid.symmetric(float(r) / qmax(bits), bits) for r in ranges]
+        return float(ranges[int(np.argmin([_error(points, weights, grid) for grid in grids]))])
 
-    def _percentile(self, percentile: float) -> float:
-        wanted = percentile / 100 * self.total
-        cumulative = np.cumsum(self.counts)
-        i = int(np.searchsorted(cumulative, wanted))
-        before = int(cumulative[i] - self.counts[i])
-        value = (i + (wanted - before) / self.counts[i]) * self.limit / BINS
-        return float(min(value, self.largest))
+    def symmetric(self, method: str, bits: int, percentile: float = 100.0) -> Grid:
+        """The symmetric grid with that range."""
+        return Grid.symmetric(float(np.float32(self.range(method, bits, percentile) / qmax(bits))), bits)
 
-    def _least_error(self, bits: int) -> float:
-        used = np.flatnonzero(self.counts)
+    def window(self, method: str, bits: int, percentile: float = 100.0) -> Grid:
+        """The grid of `bits` bits between two ends of its own.
+
+        minmax: smallest and largest value.
+        percentile: the window that leaves out half of the rest on either side.
+        mse: the ends with the least expected squared error over the histogram: both moved together, then
+            each alone, by the ratios of WINDOW_RATIOS.
+        """
+        if self.largest == 0.0:
+            return Grid.symmetric(1.0 / qmax(bits), bits)
+        low, high = self.low, self.high
+        if method == "percentile":
+            below, above = (
+                _quantile(side, 1 - min(1.0, (100 - percentile) / 200 * self.total / max(side.sum(), 1)))
+                for side in self.counts
+            )
+            low, high = max(low, -below * self.limit / BINS), min(high, above * self.limit / BINS)
+        if method == "mse":
+            points, weights = self._points()
+            for a, b in ((1, 1), (0, 1), (1, 0)):  # which ends move
+                ends = [(low * r**a, high * r**b) for r in WINDOW_RATIOS]
+                grids = [Grid.window(*pair, bits) for pair in ends]
+                low, high = ends[int(np.argmin([_error(points, weights, grid) for grid in grids]))]
+        return Grid.window(low, high, bits)
+
+    def _points(self) -> tuple[F64, F64]:
+        """SUBDIVISIONS values in each bin that holds any, and its count, both (N, SUBDIVISIONS) or (N, 1)."""
+        sign, used = np.nonzero(self.counts)
         offsets = (np.arange(SUBDIVISIONS) + 0.5) / SUBDIVISIONS
-        points = np.minimum((used[:, None] + offsets) * (self.limit / BINS), self.largest)
-        weights = self.counts[used]
-        errors = []
-        for ratio in ACTIVATION_RATIOS:
-            scale = self.largest * ratio / qmax(bits)
-            error = points - np.clip(np.rint(points / scale), qmin(bits), qmax(bits)) * scale
-            errors.append(float(weights @ (error**2).sum(1)))
-        return float(self.largest * ACTIVATION_RATIOS[int(np.argmin(errors))])
+        points = np.where(sign, 1, -1)[:, None] * (used[:, None] + offsets) * (self.limit / BINS)
+        return np.clip(points, self.low, self.high), self.counts[sign, used][:, None].astype(np.float64)
 
-    def scale(self, method: str, bits: int, percentile: float = 100.0) -> float:
-        """The scale of that grid, range / qmax(bits): a float32 value."""
-        return float(np.float32(self.range(method, bits, percentile) / qmax(bits)))
+
+def _error(points: F64, weights: F64, grid: Grid) -> float:
+    error = points - np.clip(np.rint(points / grid.scale), grid.lo, grid.hi) * grid.scale
+    return float((weights * error**2).sum())
+
+
+def _quantile(counts: npt.NDArray[np.int64], share: float) -> float:
+    """The place in bins below which that share of the counts lies; 0 without counts."""
+    if not counts.any():
+        return 0.0
+    wanted, cumulative = share * counts.sum(), np.cumsum(counts)
+    i = min(int(np.searchsorted(cumulative, wanted)), len(counts) - 1)
+    if not counts[i]:
+        return float(i)
+    return float(i + (wanted - (cumulative[i] - counts[i])) / counts[i])
+
+
+class ChannelRanges:
+    """Streaming smallest and largest value per channel.
+
+    Attributes:
+        low, high: float32 (C,); 0 is between them.
+    """
+
+    def __init__(self) -> None:
+        self.low: F32 = np.zeros(0, np.float32)
+        self.high: F32 = np.zeros(0, np.float32)
+
+    def add(self, values: Tensor, axis: int) -> None:
+        """Take in `values`, whose channels lie along `axis`; they are finite."""
+        rows = values.detach().float().movedim(axis, 0).flatten(1)
+        low, high = (v.numpy() for v in torch.aminmax(rows, dim=1))
+        if not len(self.low):
+            self.low, self.high = np.zeros_like(low), np.zeros_like(high)
+        self.low, self.high = np.minimum(self.low, low), np.maximum(self.high, high)
+
+    @property
+    def largest(self) -> F32:
+        """Largest |x| per channel."""
+        return np.maximum(-self.low, self.high)
 
 
 def _coarsened(counts: npt.NDArray[np.int64], doublings: int) -> npt.NDArray[np.int64]:
     width = min(1 << min(doublings, 11), BINS)
-    merged = np.zeros(BINS, np.int64)
-    merged[: BINS // width] = counts.reshape(-1, width).sum(1)
+    merged = np.zeros_like(counts)
+    merged[:, : BINS // width] = counts.reshape(2, -1, width).sum(2)
     return merged
 
 

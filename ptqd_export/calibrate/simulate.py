@@ -5,16 +5,17 @@ The float32 numbers hold codes. Products and sums of integer codes are exact in 
 and precision. Sums of FP8 products (8 significant bits each, from 2^-18 to 448^2) and of products of float
 inputs are rounded, and their last bits depend on the order of summation: two correct executions differ there.
 
-Input, all emissions: codes = clamp(round_half_even(x / input_scale)), float32 division, rounded to integers
-    or to FP8 E4M3; x itself where weights alone are quantized. Padding is code 0, value 0.
+Input, all emissions: codes = clamp(round_half_even(x / input scale), lo, hi), float32 division, rounded to
+    integers or to FP8 E4M3; x itself where weights alone are quantized. Padding is code 0, value 0. Smoothed
+    inputs (`LayerQuant.smooth`): x * (1 / m) takes the place of x, on ORT_CPU input scale * m that of the
+    input scale.
 PORTABLE, and FP8 and weights alone in every emission (Emission.numerics): conv or matmul of dequantized
     values + float bias. (Here the scales are multiplied into the weight codes.)
-ORT_CPU conv (QLinearConv):
+ORT_CPU conv (QLinearConv; `LayerQuant.fused`, `OutputGrid`):
     accumulator = conv(codes, weight codes) + bias codes
-    output code = clamp(round_half_even(
-        float32(accumulator) * (input_scale * weight_scale / output_scale)))
-    value = output code * output_scale
-ORT_CPU linear (MatMulIntegerToFloat): accumulator * (input_scale * weight_scale) + float bias; the output is
+    output code = clamp(round_half_even(float32(accumulator) * (input scale * weight scale / common))) + 128
+    value = (output code - zero point) * output scale, per channel
+ORT_CPU linear (MatMulIntegerToFloat): accumulator * (input scale * weight_scale) + float bias; the output is
     not quantized.
 """
 
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from ..core.backend import Emission
 from ..core.engine import Array
 from ..core.precision import Precision
-from ..core.quant import E4M3_MAX, F32, OUTPUT_BITS, LayerQuant, QuantizedNetwork, qmax, qmin
+from ..core.quant import E4M3_MAX, F32, OUTPUT_MIDDLE, LayerQuant, QuantizedNetwork
 from .network import Network
 from .rounding import per_channel
 from .torch_engine import as_tensor
@@ -55,19 +56,26 @@ class SimulatedLayer:
         self._geometry = (
             (module.stride, module.padding, module.dilation, module.groups) if layer.kind == "conv" else None
         )
-        acc_scale = layer.bias_scale()
+        scale = layer.accumulator_scale()
         weight = layer.weight_values()
-        self._input_scale = float(np.float32(layer.input_scale))
+        grid = layer.input
         self._bias = None if layer.bias is None else torch.from_numpy(layer.bias.copy())
-        self._scale = torch.from_numpy(acc_scale)
+        self._scale = torch.from_numpy(scale)
+        self._divisor: Tensor | float = 1.0 if grid is None else float(np.float32(grid.scale))
+        self._smooth: Tensor | None = None
+        if layer.smooth is not None and self._portable:
+            self._smooth = _channels(torch.from_numpy(np.float32(1) / layer.smooth))
+        elif layer.smooth is not None:
+            self._divisor = _channels(torch.from_numpy(layer.smooth * np.float32(layer.input_scale)))
         if self._portable:
-            weight = weight * per_channel(acc_scale, weight.ndim)
-        elif layer.kind == "conv":
-            assert layer.output_scale is not None  # every conv with integer codes has one (LayerQuant)
-            self._output_scale = float(np.float32(layer.output_scale))
-            self._scale = _channels(torch.from_numpy(acc_scale / np.float32(layer.output_scale)))
-            codes = layer.bias_codes()
-            self._bias = None if codes is None else _channels(torch.from_numpy(codes.astype(np.float32)))
+            weight = weight * per_channel(scale, weight.ndim)
+        elif layer.output is not None:
+            out, fused = layer.output, layer.fused()
+            factor = np.float32(layer.input_scale) * fused.weight_scale / out.common
+            self._scale = _channels(torch.from_numpy(factor))
+            self._bias = _channels(torch.from_numpy(fused.bias.astype(np.float32)))
+            self._middle = _channels(torch.from_numpy(OUTPUT_MIDDLE - out.zero_point.astype(np.float32)))
+            self._output_scale = _channels(torch.from_numpy(out.scale.copy()))
         self._weight = torch.from_numpy(weight)
         if layer.kind == "conv":
             self._weight = self._weight.to(memory_format=torch.channels_last)
@@ -82,24 +90,19 @@ class SimulatedLayer:
         if self._geometry is None:
             acc = acc.mul_(self._scale)
             return acc if self._bias is None else acc.add_(self._bias)
-        if self._bias is not None:
-            acc = acc.add_(self._bias)
-        return (
-            acc.mul_(self._scale)
-            .round_()
-            .clamp_(qmin(OUTPUT_BITS), qmax(OUTPUT_BITS))
-            .mul_(self._output_scale)
-        )
+        assert self._bias is not None  # of every conv with an output grid
+        acc = acc.add_(self._bias).mul_(self._scale).round_()
+        return acc.clamp_(-OUTPUT_MIDDLE, 255 - OUTPUT_MIDDLE).add_(self._middle).mul_(self._output_scale)
 
     def _codes(self, x: Tensor) -> Tensor:
         """What the weight codes are multiplied with: codes of the input, or `x` where it is not quantized."""
-        if self._layer.weight_only:
+        grid = self._layer.input
+        if grid is None:
             return x
-        ratio = x / self._input_scale
+        ratio = (x if self._smooth is None else x * self._smooth) / self._divisor
         if self._layer.number == "fp8":
             return ratio.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
-        bits = self._layer.activation_bits
-        return ratio.round_().clamp_(qmin(bits), qmax(bits))
+        return ratio.round_().clamp_(grid.lo, grid.hi)
 
     def _multiply(self, codes: Tensor, bias: Tensor | None) -> Tensor:
         if self._geometry is None:

@@ -1,25 +1,27 @@
 """Values of a quantized network: what calibration hands to the exporters and to the simulation.
 
-Quantization is symmetric throughout: real = code * scale, zero_point 0. Codes are integers in
-[qmin(bits), qmax(bits)], or FP8 numbers in [-448, 448].
+real = code * scale throughout, so zero always has a code of its own, 0. Codes of weights are integers in
+[qmin(bits), qmax(bits)], or FP8 numbers in [-448, 448]; those of an input lie in a window [lo, hi] that need
+not be symmetric: after SiLU a tensor lives in [-0.28, max], and a symmetric grid of 4 bits would use 9 of its
+16 codes there. ONNX's zero_point is where a container of 8 bits puts code 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from .precision import FLOAT_BITS, HALF_BITS, Number, Precision
+from .precision import FLOAT_BITS, Number, Precision
 
 F32 = npt.NDArray[np.float32]
 I8 = npt.NDArray[np.int8]
 U8 = npt.NDArray[np.uint8]
 
-OUTPUT_BITS = 8
-"""Bits of the quantized conv outputs in the ORT CPU emission, at every precision: QLinearConv has them."""
+OUTPUT_MIDDLE = 128
+"""Zero point that QLinearConv works with; those of single channels go into its bias (`OutputGrid`)."""
 
 
 def qmin(bits: int) -> int:
@@ -71,6 +73,80 @@ def from_e4m3(codes: U8) -> F32:
     return np.asarray(np.where(codes >= 128, -_E4M3[codes & 127], _E4M3[codes & 127]), np.float32)
 
 
+LEAST_SCALE = 2.0**-126
+"""Of a grid: the smallest normal float32 number."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The codes of an input: real = code * scale, code in [lo, hi], lo <= 0 <= hi.
+
+    Attributes:
+        scale: a float32 value.
+        lo, hi: integers; -448 and 448 for FP8.
+    """
+
+    scale: float
+    lo: int
+    hi: int
+
+    @classmethod
+    def symmetric(cls, scale: float, bits: int) -> Grid:
+        """The signed grid of `bits` bits."""
+        return cls(scale, qmin(bits), qmax(bits))
+
+    @classmethod
+    def window(cls, low: float, high: float, bits: int) -> Grid:
+        """2^bits codes over [low, high], moved by less than a step so that zero is one of them."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        last = (1 << bits) - 1
+        scale = float(np.float32(max((high - low) / last, LEAST_SCALE)))
+        lo = max(-last, min(0, round(low / scale)))
+        return cls(scale, lo, lo + last)
+
+    def zero_point(self, container: npt.DTypeLike) -> int:
+        """The code 0 in a container: int8 holds the codes as they are where they fit."""
+        info = np.iinfo(np.dtype(container))
+        return 0 if info.min <= self.lo and self.hi <= info.max else int(info.min) - self.lo
+
+
+@dataclass(frozen=True)
+class OutputGrid:
+    """The 8-bit codes of a conv's output on ORT CPU, per channel: real = (code - zero_point) * scale.
+
+    Attributes:
+        scale: float32 (O,).
+        zero_point: uint8 (O,).
+    """
+
+    scale: F32
+    zero_point: U8
+
+    @classmethod
+    def window(cls, low: F32, high: F32) -> OutputGrid:
+        """256 codes over [low, high] of each channel, both (O,)."""
+        low64, high64 = np.minimum(low, 0).astype(np.float64), np.maximum(high, 0).astype(np.float64)
+        scale = (high64 - low64) / 255
+        # A channel that hardly moves would need a bias beyond int32.
+        scale = np.maximum(scale, max(scale.max(initial=0.0), 1e-30) * LEAST_OUTPUT_SCALE)
+        zero = np.clip(np.rint(-low64 / scale), 0, 255)
+        return cls(scale.astype(np.float32), zero.astype(np.uint8))
+
+    @property
+    def common(self) -> np.float32:
+        """The one scale that QLinearConv quantizes with: the largest."""
+        return np.float32(self.scale.max())
+
+    @property
+    def shift(self) -> npt.NDArray[np.float64]:
+        """What is added to an output so that its codes lie about OUTPUT_MIDDLE, float64 (O,)."""
+        return (self.zero_point.astype(np.float64) - OUTPUT_MIDDLE) * self.scale.astype(np.float64)
+
+
+LEAST_OUTPUT_SCALE = 2.0**-12
+"""Least scale of an output channel, relative to the largest."""
+
+
 @dataclass(frozen=True)
 class LayerQuant:
     """One quantized Conv2d or Linear.
@@ -83,13 +159,15 @@ class LayerQuant:
         weight_scale: float32 (O,), one per output channel (all equal where one scale serves the whole
             tensor).
         weight_bits: bits of the weight grid.
-        input_scale: scale of the input, per tensor; meaningless where the input is not quantized.
+        input: grid of the input, one per tensor; None where the input is not quantized.
         activation_bits: bits of the input grid; 16 where the input is not quantized.
-        output_scale: scale of the 8-bit output in the ORT CPU emission; None for "linear", and where that
-            emission has no numerics of its own.
+        output: grid of the 8-bit output in the ORT CPU emission; None for "linear", and where that emission
+            has no numerics of its own.
         bias: float32 (O,) or None.
         macs: multiply-accumulates for one sample.
         number: how the codes of weights and input represent numbers.
+        smooth: factors m per input channel, float32 (I,): the codes are those of x / m and of W m
+            (SmoothQuant, Xiao et al. 2023, eq. 4); None for 1.
     """
 
     name: str
@@ -97,17 +175,23 @@ class LayerQuant:
     weight: I8 | U8
     weight_scale: F32
     weight_bits: int
-    input_scale: float
+    input: Grid | None
     activation_bits: int
-    output_scale: float | None
+    output: OutputGrid | None
     bias: F32 | None
     macs: int
     number: Number = "int"
+    smooth: F32 | None = None
 
     @property
     def weight_only(self) -> bool:
         """The input is not quantized."""
-        return self.activation_bits == HALF_BITS
+        return self.input is None
+
+    @property
+    def input_scale(self) -> float:
+        """Scale of the input; 1 where it is not quantized."""
+        return 1.0 if self.input is None else self.input.scale
 
     def weight_values(self) -> F32:
         """The weight codes as float32 numbers, not scaled."""
@@ -120,16 +204,35 @@ class LayerQuant:
         """Bit operations for one sample: macs * weight_bits * activation_bits."""
         return self.macs * self.weight_bits * self.activation_bits
 
-    def bias_codes(self) -> npt.NDArray[np.int32] | None:
-        """The int32 bias of the ORT CPU emission: round(bias / (input_scale * weight_scale)), saturated."""
-        if self.bias is None:
-            return None
-        codes = np.rint(self.bias.astype(np.float64) / self.bias_scale().astype(np.float64))
-        return np.clip(codes, -(2**31) + 1, 2**31 - 1).astype(np.int32)
-
-    def bias_scale(self) -> F32:
-        """The scale of the accumulator, float32 (O,): input_scale * weight_scale."""
+    def accumulator_scale(self) -> F32:
+        """The scale of sums of products of codes, float32 (O,): input scale * weight_scale."""
         return np.asarray(np.float32(self.input_scale) * self.weight_scale, np.float32)
+
+    def fused(self) -> FusedConv:
+        """The numbers that QLinearConv takes on ORT CPU, where the layer has an output grid.
+
+        It quantizes outputs with one scale Y and one zero point. Channel c gets its own scale s_c and zero
+        point z_c all the same: with weight scale w_c Y / s_c and the bias moved by (z_c - 128) s_c, the code
+        is that of the channel's own grid, which DequantizeLinear then reads with vectors.
+        """
+        assert self.output is not None
+        scale = (self.weight_scale * (self.output.common / self.output.scale)).astype(np.float32)
+        bias = self.output.shift + (0.0 if self.bias is None else self.bias.astype(np.float64))
+        codes = np.rint(bias / self.accumulator_scale().astype(np.float64))
+        return FusedConv(scale, np.clip(codes, -(2**31) + 1, 2**31 - 1).astype(np.int32))
+
+
+@dataclass(frozen=True)
+class FusedConv:
+    """See `LayerQuant.fused`.
+
+    Attributes:
+        weight_scale: float32 (O,).
+        bias: int32 (O,), in units of the accumulator.
+    """
+
+    weight_scale: F32
+    bias: npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -137,38 +240,46 @@ class QuantizedNetwork:
     """A network at one precision.
 
     Attributes:
-        precision: nominal precision; individual layers may differ (edge layers at 8 bits).
+        precision: nominal precision; single layers may differ (edge layers at 8 bits, layers that carry most
+            of the noise at more bits than the rest).
         layers: quantized layers by module path, in call order.
         float_macs: multiply-accumulates per sample of the Conv2d and Linear layers that stay float, by
             module path.
+        product_macs: multiply-accumulates per sample outside such layers, which stay float: Q K^T and
+            softmax(..) V of attention.
     """
 
     precision: Precision
     layers: Mapping[str, LayerQuant]
     float_macs: Mapping[str, int] = field(default_factory=dict)
+    product_macs: int = 0
 
     def only(self, names: Collection[str]) -> QuantizedNetwork:
         """The network with every other layer left in float."""
         dropped = {name: layer.macs for name, layer in self.layers.items() if name not in names}
-        return QuantizedNetwork(
-            self.precision,
-            {n: v for n, v in self.layers.items() if n in names},
-            {**self.float_macs, **dropped},
+        return replace(
+            self,
+            layers={n: v for n, v in self.layers.items() if n in names},
+            float_macs={**self.float_macs, **dropped},
         )
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one network evaluation for one sample, in Conv2d and Linear layers.
-
-        The products of attention itself are not counted.
-        """
-        return sum(layer.macs for layer in self.layers.values()) + sum(self.float_macs.values())
+        """Multiply-accumulates of one network evaluation for one sample."""
+        layers = sum(layer.macs for layer in self.layers.values())
+        return layers + sum(self.float_macs.values()) + self.product_macs
 
     @property
     def bops(self) -> int:
-        """Bit operations of one network evaluation for one sample, over the layers that `macs` counts.
+        """`bops_at` 32 bits."""
+        return self.bops_at(FLOAT_BITS)
 
-        Float layers count 32 x 32 bits, at fp16 16 x 16.
+    def bops_at(self, float_bits: int) -> int:
+        """Bit operations of one network evaluation for one sample: a product counts its factors' widths.
+
+        Args:
+            float_bits: width of the float parts, 32 or 16; fp16 counts 16 whatever is given.
         """
-        bits = self.precision.weight_bits if self.precision.is_float else FLOAT_BITS
-        return sum(layer.bops for layer in self.layers.values()) + sum(self.float_macs.values()) * bits**2
+        bits = min(float_bits, self.precision.weight_bits) if self.precision.is_float else float_bits
+        floats = sum(self.float_macs.values()) + self.product_macs
+        return sum(layer.bops for layer in self.layers.values()) + floats * bits**2

@@ -8,6 +8,7 @@ float32:
     - QuantizeLinear and DequantizeLinear, whose scales must stay float32: in float16 a weight scale below
       6e-5 is subnormal. x -> Cast(float32) -> Q -> DQ -> Cast(float16) has the codes of the float32 graph,
       and TensorRT still runs it in 8 bits;
+    - what prepares an input for QuantizeLinear (smoothing, moving): a rounding there would change codes;
     - sums and powers (WIDE), which leave the range of float16, up to where they join the sample again: a
       normalisation's variance;
     - inputs that the operators' schemas want in float32 whatever the rest is (Resize's scales);
@@ -25,6 +26,7 @@ import onnx_ir as ir
 from onnx_ir.convenience import get_const_tensor
 
 from ..errors import GraphError
+from .dialect import LAYER_INPUT
 from .graph import Builder, prune
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
@@ -96,7 +98,8 @@ class _Halving:
         inputs, outputs, halves = self._variables(node)
         for variable in {inputs[i] for i, value in enumerate(node.inputs) if value in self.low}:
             quantizes = node.op_type in ("QuantizeLinear", "DequantizeLinear")
-            float_only = quantizes or node.op_type in WIDE or variable not in halves
+            prepares = LAYER_INPUT in node.metadata_props and node.op_type in ("Mul", "Sub")
+            float_only = quantizes or prepares or node.op_type in WIDE or variable not in halves
             for i, value in enumerate(node.inputs):
                 if value is not None and inputs[i] == variable and value.dtype in (FLOAT, HALF):
                     self._cast_input(node, i, value, FLOAT if float_only else HALF)

@@ -1,17 +1,29 @@
 """Quantized graphs: one rewrite of the full-precision graph per precision and emission.
 
-Quantization is symmetric throughout (see ptqd_export.core.quant). For a layer y = W x + b with codes q_W,
-scales s_W (per output channel) and s_x:
+See ptqd_export.core.quant for grids. For a layer y = W x + b with codes q_W, scales s_W (per output channel)
+and an input grid (s_x, lo, hi) with zero point z_x in a container of 8 bits:
 
-    portable   x -> QuantizeLinear(s_x, int8 0) [-> Clip] -> DequantizeLinear -> Conv | MatMul, with
+    portable   x -> QuantizeLinear(s_x, z_x) [-> Clip] -> DequantizeLinear -> Conv | MatMul, in int8, with
                W = DequantizeLinear(q_W, s_W) and b in float
-    half       the same; `lower` puts float16 in between
-    ort-cpu    the same codes as uint8 with zero point 128; a Conv also gets b = DequantizeLinear(int32 codes,
-               s_x s_W) and -> QuantizeLinear(s_y, uint8 128) -> DequantizeLinear, so that ONNX Runtime fuses
-               it into a QLinearConv; a MatMul has no output scale and becomes MatMulIntegerToFloat
+    half       the same; `lower` puts float16 in between, and z_x is 0 (see below)
+    ort-cpu    the same codes as uint8; a Conv also gets b = DequantizeLinear(int32 codes) and ->
+               QuantizeLinear(Y, uint8 128) -> DequantizeLinear(s_y, z_y), so that ONNX Runtime fuses it into
+               a QLinearConv (`LayerQuant.fused`); a MatMul has no output scale and becomes
+               MatMulIntegerToFloat
 
-Clip narrows the codes to [qmin, qmax] where the activation has fewer than 8 bits. The container stays 8 bits
-wide, for the weights too: TensorRT refuses INT4 weights where the activation is INT8.
+Clip narrows the codes to [lo, hi] where they are fewer than 256. The container stays 8 bits wide, for the
+weights too: TensorRT refuses INT4 weights where the activation is INT8.
+
+Smoothing. A smoothed layer's input is x / m with a factor m per channel: x is multiplied with 1 / m, or, on
+ORT CPU, QuantizeLinear has the scales s_x m along the channels, and DequantizeLinear has s_x.
+
+Vectors of scales for activations stand between Reshapes from (B, C, H, W) to (B, C, H W) and back, which cost
+nothing. Without them ONNX Runtime lays the values out channels last, where its kernels for scales along the
+last axis are 4 (DequantizeLinear) to 170 times (QuantizeLinear) slower.
+
+Zero points on TensorRT. It computes with zero point 0 alone, and codes of [lo, hi] fit into int8 as they are
+below 8 bits. At 8 bits the half emission quantizes x - m with m = -(z_x) s_x, and adds what is missing, W m,
+after the layer: per output channel, or, where a Conv pads with zeros, as a constant map.
 
 FP8 graphs are the same with E4M3 in place of int8. Where weights alone are quantized, x has no Q and DQ, and
 codes that fit are packed INT4. Both compute the same numbers as portable in every emission. ONNX Runtime's
@@ -30,7 +42,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ..core.backend import Emission
-from ..core.quant import OUTPUT_BITS, LayerQuant, QuantizedNetwork, qmax, qmin
+from ..core.quant import F32, OUTPUT_MIDDLE, LayerQuant, OutputGrid, QuantizedNetwork
 from ..errors import GraphError
 from .dialect import LAYER, LAYER_INPUT, LAYER_OUTPUT
 from .graph import Builder, prune, static_dims, take_over
@@ -78,15 +90,15 @@ class _Rewriter:
     """The state of one rewrite.
 
     `fused` writes the arithmetic of ORT CPU's integer kernels; `spelled` writes FP8, and weights that alone
-    are quantized, without Q and DQ.
+    are quantized, without Q and DQ; `centred` keeps all zero points at 0.
     """
 
     def __init__(self, graph: ir.Graph, emission: Emission, fused: bool) -> None:
         self.build = Builder(graph)
         self.fused, self.spelled = fused, emission is Emission.ORT_CPU
-        self.zero = 128 if fused else 0
+        self.centred = emission is Emission.HALF
         self.container = np.dtype(np.uint8) if fused else np.dtype(np.int8)
-        self.shared: dict[tuple[ir.Value, float, int, str], ir.Value] = {}
+        self.shared: dict[object, ir.Value] = {}
         self.consts: dict[str, ir.Value] = {}
 
     def conv(self, node: ir.Node, layer: LayerQuant) -> None:
@@ -96,17 +108,25 @@ class _Rewriter:
             self._input(node, layer),
             self._weight(node, layer, _codes(layer), axis=0),
         ]
-        if layer.bias is not None:
-            inputs.append(self._bias(node, layer))
+        moved = self._moved(layer)
+        shift = None if moved is None else _shift(node, layer, moved)
+        if self.fused:
+            inputs.append(self._fused_bias(node, layer))
+        elif layer.bias is not None or (shift is not None and shift.ndim == 1):
+            total = _sum(layer.bias, shift if shift is not None and shift.ndim == 1 else None)
+            inputs.append(self._const(f"{layer.name}.bias.float", total))
         new = self.build.node(node, "Conv", inputs, f"{old.name}.conv", FLOAT, old.shape, node.attributes)
         self._call(new, layer)
+        if shift is not None and shift.ndim > 1:
+            map_ = self.build.const(f"{layer.name}.shift", shift)
+            new = self.build.node(node, "Add", [new, map_], f"{old.name}.shifted", FLOAT, old.shape)
         if self.fused:
-            if layer.output_scale is None:
+            if layer.output is None:
                 raise GraphError(
-                    f"conv {layer.name!r} has no output_scale, which the {Emission.ORT_CPU} emission needs: "
-                    "calibrate its output"
+                    f"conv {layer.name!r} has no grid for its output, which the {Emission.ORT_CPU} emission "
+                    "needs: calibrate its output"
                 )
-            new = self._quantize_dequantize(node, new, str(old.name), layer.output_scale, OUTPUT_BITS, {})
+            new = self._output(node, new, str(old.name), layer.output)
         _note(new, LAYER_OUTPUT, layer.name)
         take_over(old, new)
 
@@ -125,13 +145,16 @@ class _Rewriter:
         inputs = [self._input(node, layer), self._weight(node, layer, _codes(layer).T, axis=1)]
         new = self.build.node(last, "MatMul", inputs, f"{old.name}.matmul", FLOAT, old.shape)
         self._call(new, layer)
-        if layer.bias is not None:
+        moved = self._moved(layer)
+        shift = None if moved is None else _shift(node, layer, moved)
+        if layer.bias is not None or shift is not None:
+            total = _sum(layer.bias, shift)
             # y - (-b) equals y + b bit for bit; ONNX Runtime would fuse a 2-D MatMul and Add into a Gemm,
             # which then runs in float.
             op, word, bias = (
-                ("Sub", "negative", -layer.bias)
+                ("Sub", "negative", -total)
                 if self.fused and len(static_dims(old)) == 2
-                else ("Add", "float", layer.bias)
+                else ("Add", "float", total)
             )
             new = self.build.node(
                 last,
@@ -175,44 +198,104 @@ class _Rewriter:
         assert value is not None
         if layer.weight_only:
             return value
-        key = (value, float(np.float32(layer.input_scale)), layer.activation_bits, layer.number)
+        smooth = None if layer.smooth is None else layer.smooth.tobytes()
+        key = (value, layer.input, layer.number, smooth)
         if key not in self.shared:
-            name, scale, marks = str(value.name), key[1], {LAYER_INPUT: "1"}
             if layer.number == "fp8":
-                self.shared[key] = self._fp8(node, value, name, scale, marks)
+                scale, marks = float(np.float32(layer.input_scale)), {LAYER_INPUT: "1"}
+                self.shared[key] = self._fp8(node, value, str(value.name), scale, marks)
             else:
-                self.shared[key] = self._quantize_dequantize(
-                    node, value, name, scale, layer.activation_bits, marks
-                )
+                self.shared[key] = self._integers(node, value, layer)
         return self.shared[key]
 
-    def _quantize_dequantize(
-        self, before: ir.Node, value: ir.Value, name: str, scale: float, bits: int, marks: dict[str, str]
-    ) -> ir.Value:
-        build, code_type = self.build, ir.DataType.from_numpy(self.container)
-        zero = self._const("ptqd.zero_point", np.array(self.zero, self.container))
-        step = build.const(f"{name}.scale", np.array(scale, np.float32))
-        codes = _mark(
-            build.node(
-                before, "QuantizeLinear", [value, step, zero], f"{name}.codes", code_type, value.shape
-            ),
-            marks,
+    def _integers(self, before: ir.Node, value: ir.Value, layer: LayerQuant) -> ir.Value:
+        """[Mul ->] [Sub ->] QuantizeLinear [-> Clip] -> DequantizeLinear, see the module's docstring."""
+        grid, name, shape = layer.input, str(value.name), value.shape
+        assert grid is not None
+
+        def then(op: str, inputs: list[ir.Value | None], word: str, dtype: ir.DataType = FLOAT) -> ir.Value:
+            new = self.build.node(before, op, inputs, f"{name}.{word}", dtype, shape)
+            return _mark(new, {LAYER_INPUT: "1"})
+
+        zero, moved = grid.zero_point(self.container), self._moved(layer)
+        point = self._const(
+            f"ptqd.zero_point_{zero if moved is None else 0}",
+            np.array(zero if moved is None else 0, self.container),
         )
-        if bits < 8:
-            low, high = (
-                self._const(f"ptqd.{word}_{bits}", np.array(self.zero + limit, self.container))
-                for word, limit in (("min", qmin(bits)), ("max", qmax(bits)))
+        scale = self.build.const(f"{name}.scale", np.array(grid.scale, np.float32))
+        code_type = ir.DataType.from_numpy(self.container)
+        if layer.smooth is not None and self.fused:
+            factors = layer.smooth * np.float32(grid.scale)
+            codes = self._by_channel(
+                before, value, name, "QuantizeLinear", factors, np.full(len(factors), zero, self.container)
             )
-            codes = _mark(
-                build.node(before, "Clip", [codes, low, high], f"{name}.clipped", code_type, value.shape),
+        else:
+            if layer.smooth is not None:
+                factor = self.build.const(f"{name}.smooth", (np.float32(1) / layer.smooth)[:, None, None])
+                value = then("Mul", [value, factor], "smoothed")
+            if moved is not None:
+                value = then(
+                    "Sub", [value, self.build.const(f"{name}.middle", np.array(moved, np.float32))], "moved"
+                )
+            codes = then("QuantizeLinear", [value, scale, point], "codes", code_type)
+        if grid.hi - grid.lo < 255:
+            limits = [
+                self._const(f"ptqd.code_{zero + limit}", np.array(zero + limit, self.container))
+                for limit in (grid.lo, grid.hi)
+            ]
+            codes = then("Clip", [codes, *limits], "clipped", code_type)
+        return then("DequantizeLinear", [codes, scale, point], "dequantized")
+
+    def _moved(self, layer: LayerQuant) -> float | None:
+        """m of the module's docstring; None where the zero point may stay."""
+        if not self.centred or layer.input is None or layer.number == "fp8":
+            return None
+        zero = layer.input.zero_point(self.container)
+        return float(np.float32(-zero * layer.input.scale)) if zero else None
+
+    def _output(self, before: ir.Node, value: ir.Value, name: str, grid: OutputGrid) -> ir.Value:
+        """QuantizeLinear -> DequantizeLinear of a conv's output, by `LayerQuant.fused`."""
+        scale = self.build.const(f"{name}.scale", np.array(grid.common, np.float32))
+        zero = self._const(f"ptqd.zero_point_{OUTPUT_MIDDLE}", np.array(OUTPUT_MIDDLE, self.container))
+        code_type = ir.DataType.from_numpy(self.container)
+        codes = self.build.node(
+            before, "QuantizeLinear", [value, scale, zero], f"{name}.codes", code_type, value.shape
+        )
+        return self._by_channel(before, codes, name, "DequantizeLinear", grid.scale, grid.zero_point)
+
+    def _by_channel(
+        self,
+        before: ir.Node,
+        value: ir.Value,
+        name: str,
+        op: str,
+        scale: npt.NDArray[np.float32],
+        zero: npt.NDArray[np.generic],
+    ) -> ir.Value:
+        """A QuantizeLinear or DequantizeLinear along the channels of (B, C, H, W), between two Reshapes."""
+        quantizes = op == "QuantizeLinear"
+        dtype = ir.DataType.from_numpy(self.container) if quantizes else FLOAT
+        marks = {LAYER_INPUT: "1"} if quantizes else {}
+        dims = static_dims(value)
+        inputs = [self.build.const(f"{name}.scales", scale), self.build.const(f"{name}.zero_points", zero)]
+        word = "codes" if quantizes else "dequantized"
+        whole = value.shape
+        flat = len(dims) == 4 and None not in dims[1:]
+        if flat:
+            assert whole is not None
+            ends = [int(dim) for dim in dims[1:] if dim is not None]
+            row = self._const(f"ptqd.shape_{ends[0]}", np.array([0, ends[0], -1], np.int64))
+            back = self._const("ptqd.shape_" + "x".join(map(str, ends)), np.array([0, *ends], np.int64))
+            shape = ir.Shape([whole[0], ends[0], ends[1] * ends[2]])
+            value = _mark(
+                self.build.node(before, "Reshape", [value, row], f"{name}.rows", value.dtype or FLOAT, shape),
                 marks,
             )
-        return _mark(
-            build.node(
-                before, "DequantizeLinear", [codes, step, zero], f"{name}.dequantized", FLOAT, value.shape
-            ),
-            marks,
-        )
+        new = self.build.node(before, op, [value, *inputs], f"{name}.{word}", dtype, value.shape, {"axis": 1})
+        _mark(new, marks)
+        if flat:
+            new = _mark(self.build.node(before, "Reshape", [new, back], f"{name}.image", dtype, whole), marks)
+        return new
 
     def _fp8(
         self, before: ir.Node, value: ir.Value, name: str, scale: float, marks: dict[str, str]
@@ -258,7 +341,7 @@ class _Rewriter:
                 FLOAT,
                 shape,
             )
-        scale = layer.weight_scale
+        scale = layer.fused().weight_scale if self.fused and layer.output else layer.weight_scale
         if not self.fused and (scale == scale[0]).all():  # one scale for the tensor
             inputs = [values, self._const(f"{layer.name}.weight.scale", scale[0])]
             return build.node(
@@ -275,15 +358,12 @@ class _Rewriter:
             {"axis": axis},
         )
 
-    def _bias(self, before: ir.Node, layer: LayerQuant) -> ir.Value:
-        assert layer.bias is not None
-        if not self.fused:
-            return self._const(f"{layer.name}.bias.float", layer.bias)
-        codes = layer.bias_codes()
-        assert codes is not None
+    def _fused_bias(self, before: ir.Node, layer: LayerQuant) -> ir.Value:
+        fused = layer.fused()
+        scale = np.asarray(np.float32(layer.input_scale) * fused.weight_scale, np.float32)
         inputs = [
-            self._const(f"{layer.name}.bias.codes", codes),
-            self._const(f"{layer.name}.bias.scale", layer.bias_scale()),
+            self._const(f"{layer.name}.bias.codes", fused.bias),
+            self._const(f"{layer.name}.bias.scale", scale),
         ]
         return self.build.node(
             before,
@@ -291,7 +371,7 @@ class _Rewriter:
             inputs,
             f"{layer.name}.bias.dequantized",
             FLOAT,
-            ir.Shape(codes.shape),
+            ir.Shape(fused.bias.shape),
             {"axis": 0},
         )
 
@@ -311,6 +391,36 @@ def _codes(layer: LayerQuant) -> npt.NDArray[np.generic]:
         if layer.weight_only and layer.weight_bits <= PACKED_BITS
         else layer.weight
     )
+
+
+def _sum(bias: npt.NDArray[np.float32] | None, shift: npt.NDArray[np.float64] | None) -> F32:
+    """The sum of what there is, in float32."""
+    return np.asarray((0.0 if bias is None else bias) + (0.0 if shift is None else shift), np.float32)
+
+
+def _shift(node: ir.Node, layer: LayerQuant, moved: float) -> npt.NDArray[np.float64]:
+    """W (moved * 1), what a layer's result lacks if `moved` was taken off its input.
+
+    Float64 (O,), or float32 (1, O, H, W) for a Conv that pads with zeros, which were not moved.
+    """
+    scale = layer.weight_scale.astype(np.float64).reshape(-1, *[1] * (layer.weight.ndim - 1))
+    weight = layer.weight_values() * scale * moved
+    if layer.kind == "linear":
+        return np.asarray(weight.sum(1))
+    taps = weight.sum(1)  # (O, kh, kw)
+    pads = node.attributes.get_ints("pads", [0, 0, 0, 0])
+    if not any(pads):
+        return np.asarray(taps.sum((1, 2)))
+    strides, dilations = (node.attributes.get_ints(key, [1, 1]) for key in ("strides", "dilations"))
+    sizes, results = static_dims(node.inputs[0])[2:], static_dims(node.outputs[0])[2:]
+    inside = []
+    for axis, (size, count) in enumerate(zip(sizes, results, strict=True)):
+        if size is None or count is None:
+            raise GraphError(f"conv {layer.name!r} has an input of unknown size: export it with a fixed size")
+        at = np.arange(count)[:, None] * strides[axis] - pads[axis]
+        at = at + np.arange(taps.shape[1 + axis])[None, :] * dilations[axis]
+        inside.append(((at >= 0) & (at < size)).astype(np.float64))
+    return np.asarray(np.einsum("okl,hk,wl->ohw", taps, *inside)[None], np.float32)
 
 
 def _note(value: ir.Value, key: str, text: str) -> ir.Node:

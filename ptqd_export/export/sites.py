@@ -161,7 +161,12 @@ def _step(graph: ir.Graph) -> F64:
     assert weight is not None
     scale = _array(weight.inputs[1]).reshape(-1)
     last = next(node for node in graph if LAYER_OUTPUT in node.metadata_props)
-    quantizer = next((node for node in graph if LAYER_INPUT in node.metadata_props), None)
+    quantizer = next(
+        (n for n in graph if LAYER_INPUT in n.metadata_props and n.op_type in ("DequantizeLinear", "Div")),
+        None,
+    )
+    if last.op_type == "Reshape":
+        last = producer(last.inputs[0], "DequantizeLinear") or last
     if last.op_type == "DequantizeLinear":
         step = np.broadcast_to(_array(last.inputs[1]), scale.shape)
     elif quantizer is None:

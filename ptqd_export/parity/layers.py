@@ -88,8 +88,12 @@ def _compare(
     if target.dtype == np.float16:
         # Every weight and input is rounded to float16, then the sum, then the bias.
         others = tuple(i for i in range(got.ndim) if i != axis)
-        largest = np.abs(simulated).max(axis=others, keepdims=True)
-        spread = _spread(layer, np.asarray(source, np.float64), got.ndim, axis)
+        moved = 0.0 if layer.input is None else -layer.input.zero_point(np.int8) * layer.input.scale
+        weight = layer.weight_values().reshape(len(layer.weight), -1).sum(1) * layer.weight_scale
+        largest = np.abs(simulated).max(axis=others, keepdims=True) + _along(
+            np.abs(moved * weight.astype(np.float64)), got.ndim, axis
+        )
+        spread = _spread(layer, np.asarray(source, np.float64) - moved, got.ndim, axis)
         return judge(got, simulated, step, np.asarray(2 * HALF * largest + ROUNDINGS * HALF * spread))
     return judge(got, simulated, step, float_tolerance(simulated, step, FLOAT_TOLERANCE))
 
@@ -99,8 +103,8 @@ def _step(layer: LayerQuant, emission: Emission, ndim: int, axis: int) -> F64:
 
     For FP8 it is the step at the largest numbers; where only weights are quantized, the step of a weight.
     """
-    if emission is Emission.ORT_CPU and layer.output_scale is not None:
-        steps = np.full(len(layer.weight_scale), layer.output_scale, np.float64)
+    if emission is Emission.ORT_CPU and layer.output is not None:
+        steps = layer.output.scale.astype(np.float64)
     else:
         codes = np.abs(layer.weight_values().reshape(len(layer.weight), -1).astype(np.float64)).max(1)
         step = 1.0 if layer.weight_only else layer.input_scale * (32 if layer.number == "fp8" else 1)
