@@ -84,6 +84,9 @@ class QuantizationSpec:
     `conv_outputs`: on ORT CPU, 8-bit grids of conv outputs per "channel", or one for the whole "tensor".
     `smoothing`: how much of the inputs' differences between channels goes into the weights of convs: alpha of
         SmoothQuant, 0 for none.
+    `layer_budget`: bit operations that the layers of a precision such as w4a4+ may take, relative to w4a4.
+    `layer_bits`: layers of such a precision whose bits are given, as "glob=precision"; the rest is chosen by
+        measured sensitivity.
     """
 
     precisions: tuple[str, ...] = ("w8a8", "w4a8", "w4a4")
@@ -94,6 +97,8 @@ class QuantizationSpec:
     input_grids: Literal["asymmetric", "symmetric"] = "asymmetric"
     conv_outputs: Literal["channel", "tensor"] = "channel"
     smoothing: float = 0.5
+    layer_budget: float = 1.15
+    layer_bits: tuple[str, ...] = ()
     correction: Mode = "ptqd"
     clamp_k: bool = False
     gate: bool = True
@@ -263,6 +268,18 @@ def check(recipe: Recipe) -> None:
     )
     need(50 < c.percentile <= 100, f"calibration.percentile is {c.percentile}: give a value in (50, 100]")
     need(0 <= q.smoothing <= 1, f"quantization.smoothing is {q.smoothing}: give a value in [0, 1]")
+    need(1 <= q.layer_budget <= 16, f"quantization.layer_budget is {q.layer_budget}: give a value in [1, 16]")
+    for text in q.layer_bits:
+        glob, _, given = text.rpartition("=")
+        need(
+            bool(glob),
+            f"quantization.layer_bits holds {brief(text)}: give glob=precision, such as *.conv2=w4a8",
+        )
+        bits = Precision.parse(given)
+        need(
+            not (bits.is_float or bits.weight_only or bits.mixed) and bits.number == "int",
+            f"quantization.layer_bits holds {brief(text)}: give integers of 2 to 8 bits, such as w4a8",
+        )
     need(bool(q.precisions), "quantization.precisions is empty: give at least one, such as w8a8")
     precisions = [Precision.parse(text) for text in q.precisions]
     need(

@@ -18,8 +18,10 @@ from pathlib import Path
 from ..bundle.bundle import Bundle, check_target, in_the_way, write_manifest
 from ..bundle.manifest import CorrectionRecord, Machine, Manifest, Provenance
 from ..bundle.tables import write_layers, write_tables
-from ..calibrate import Network, collect, observe, open_model, quantize
+from ..calibrate import Network, collect, observe, open_model
 from ..core.backend import BACKENDS, Emission
+from ..core.precision import HALF_BITS
+from ..core.quant import QuantizedNetwork
 from ..core.sampling import Sampling
 from ..export import export_fp, exported_layers, write_variants
 from ..files import empty_folder, replacing, work_folder
@@ -28,6 +30,7 @@ from ..typed import to_plain
 from .choose import choose, fixed_plan
 from .engines import ENGINES, Builder, KnownEngines, check_builder, graph_artifact, held_engines
 from .graphs import emit, emit_update, figures_of, judge, probes_of
+from .layers import quantize_all
 from .measure import key_of, measure_all
 from .timing import time_backends
 
@@ -86,7 +89,7 @@ def _fill(
     paths = collect(network, sampling, recipe, work / f"trajectories-{key[:16]}")
     seen = observe(network, sampling, recipe, paths)
     exported = exported_layers(base)
-    quantized = {p: quantize(network, seen, p, recipe).only(exported) for p in recipe.precisions}
+    quantized, sensitivities = quantize_all(recipe, network, seen, sampling, paths, exported, work, key, say)
     if lost := sorted(set(seen.layers) - exported):
         say(
             f"{len(lost)} layers are not in the exported graph as themselves (such as {lost[0]}): they stay "
@@ -140,6 +143,9 @@ def _fill(
         ),
         parity=figures_of(graphs, verdicts),
         bops={p: net.bops for p, net in quantized.items()},
+        half_bops={p: net.bops_at(HALF_BITS) for p, net in quantized.items()},
+        layers={p: _layer_bits(net) for p, net in quantized.items() if not p.is_float},
+        sensitivity=sensitivities,
         provenance=Provenance(
             recipe.to_dict(),
             recipe.calibration.seed,
@@ -149,6 +155,15 @@ def _fill(
         ),
         files={},
     )
+
+
+def _layer_bits(network: QuantizedNetwork) -> dict[str, tuple[str, ...]]:
+    """Layers by their bits, such as {"w4a8": (...)}; "float" for those that are not quantized."""
+    found: dict[str, list[str]] = {}
+    for name, layer in network.layers.items():
+        found.setdefault(f"w{layer.weight_bits}a{layer.activation_bits}", []).append(name)
+    found["float"] = list(network.float_macs)
+    return {bits: tuple(names) for bits, names in found.items()}
 
 
 def _versions() -> dict[str, str]:

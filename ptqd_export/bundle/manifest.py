@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..core.backend import BACKENDS, RUNNABLE, Emission
+from ..core.bits import Sensitivity
 from ..core.engine_build import EngineBuild, EngineSettings
 from ..core.figures import Figures
 from ..core.noise import Mode
@@ -21,7 +22,7 @@ from ..errors import BundleError, RecipeError
 from ..typed import brief, read_typed, to_plain
 from .reading import FileEntry
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MAX_DEPTH, MAX_TEXT = 32, 1000
 UPDATE = "update"
 """What files and messages call the sampler's update, where they call a network by its precision."""
@@ -202,7 +203,10 @@ class Manifest:
         update_engines: one per backend of those that runs finished engines.
         engine_settings: how its engines were built, or would be.
         parity: figures of the parity gate by "<precision>.<emission>".
-        bops: bit operations of one evaluation.
+        bops: bit operations of one evaluation, float parts at 32 bits.
+        half_bops: the same with float parts at 16 bits, as the half emission runs them.
+        layers: module paths by their bits ("w4a8", "float"), per precision that is not float.
+        sensitivity: what the bits of mixed precisions were chosen by.
         files: every other file of the bundle.
     """
 
@@ -218,6 +222,9 @@ class Manifest:
     correction: CorrectionRecord
     parity: Mapping[str, Figures]
     bops: Mapping[Precision, int]
+    half_bops: Mapping[Precision, int]
+    layers: Mapping[Precision, Mapping[str, tuple[str, ...]]]
+    sensitivity: Mapping[Precision, Sensitivity]
     provenance: Provenance
     files: Mapping[str, FileEntry]
 

@@ -5,6 +5,7 @@ from .measure import measure
 from .network import Network
 from .observe import Observed, observe
 from .quantize import quantize
+from .sensitivity import given_layers, sensitivity
 from .simulate import LayerSimulator, SimulatedLayer, simulate
 from .torch_engine import TorchEngine, set_threads
 from .trajectories import Batch, Trajectories, collect
@@ -18,10 +19,12 @@ __all__ = [
     "TorchEngine",
     "Trajectories",
     "collect",
+    "given_layers",
     "measure",
     "observe",
     "open_model",
     "quantize",
+    "sensitivity",
     "set_threads",
     "simulate",
 ]

@@ -9,10 +9,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..core.precision import Number
 from ..core.quant import F32, I8, U8
@@ -26,8 +27,9 @@ from .torch_engine import TorchEngine
 from .trajectories import Trajectories
 
 OBSERVED_TRAJECTORIES = 8
-"""Trajectories to observe, at all steps and in both guidance branches: millions of values per layer."""
-SMOOTHED_STEPS = 4
+"""What is observed, in whole trajectories: millions of values per layer. It is spread over all of them."""
+SMOOTHED_SHARE = 4
+"""One in so many of the observed steps also gives the ranges per channel that inputs are smoothed by."""
 MAX_SMOOTHING = 64.0
 """Largest smoothing factor, and the reciprocal of the smallest."""
 HESSIAN_SAMPLES = 4
@@ -88,46 +90,57 @@ def observe(network: Network, sampling: Sampling, recipe: Recipe, trajectories: 
     """Observe every Conv2d and Linear on full-precision trajectories.
 
     Each gets a histogram of its input and ranges of its output, and Hessians where GPTQ will round its
-    weights. Up to OBSERVED_TRAJECTORIES of the calibration trajectories are used, evenly spaced, at all steps
-    and in the guidance branches that the sampler uses. Before that, inputs are looked at once per channel, at
-    every SMOOTHED_STEPS-th step, for the factors that even them out (`smoothing`).
+    weights. Every calibration trajectory is seen, each at some of the steps (`_rows`), in the guidance
+    branches that the sampler uses: rare large values decide, and a class that is left out may have them.
+    Before that, a share of the steps gives the factors that even out the channels of inputs (`smoothing`).
 
     Raises:
         ModelError: a layer's values are not finite, or the network has no Conv2d or Linear.
     """
-    size, steps = recipe.calibration.size, len(sampling)
-    chosen = np.unique(np.linspace(0, size - 1, min(OBSERVED_TRAJECTORIES, size)).round().astype(int))
+    steps, size = len(sampling), recipe.calibration.size
+    stride = max(1, size // OBSERVED_TRAJECTORIES)
     layers: dict[str, ObservedLayer] = {}
     hessians = recipe.quantization.rounding == "gptq" and any(
         p.weight_bits < GPTQ_BITS for p in recipe.precisions
     )
     alpha = recipe.quantization.smoothing
-    smoothed = range(0, steps, SMOOTHED_STEPS) if alpha else ()
     with (
         TorchEngine(network.module, sampling) as engine,
-        progress(len(chosen) * (steps + len(smoothed)), "activation ranges", "step") as bar,
+        progress(size * steps * (2 if alpha else 1), "activation ranges", "step") as bar,
     ):
 
-        def look(at: Sequence[int], watch: Watch) -> None:
+        def look(stride: int, watch: Watch) -> None:
             for indices, x, _, conditions in trajectories:
-                rows = chosen[(chosen >= indices.start) & (chosen < indices.stop)] - indices.start
-                own = {name: value[rows] for name, value in conditions.items()}
-                for step in at if len(rows) else ():
-                    with _watching(network, layers, step, watch):
-                        sampling.predict(engine, x[step][rows], step, own)
-                    bar.update(len(rows))
+                if indices.stop > size:
+                    return
+                for step in range(steps):
+                    rows = _rows(indices, step, stride)
+                    if len(rows):
+                        own = {name: value[rows] for name, value in conditions.items()}
+                        with _watching(network, layers, step, watch):
+                            sampling.predict(engine, x[step][rows], step, own)
+                    bar.update(len(indices))
 
         if alpha:
-            look(smoothed, _see_channels)
+            look(stride * SMOOTHED_SHARE, _see_channels)
             for name, layer in layers.items():
                 layer.smooth = smoothing(layer, network.module.get_submodule(name), alpha)
-        look(range(steps), partial(_see_values, hessians=hessians))
+        look(stride, partial(_see_values, hessians=hessians))
         macs, total = _count_macs(network, engine, sampling, trajectories)
     for name, layer in layers.items():
         layer.macs = macs[name]
     if not layers:
         raise ModelError(f"{network.info.name} calls no Conv2d and no Linear: there is nothing to quantize")
     return Observed(layers, total - sum(macs.values()))
+
+
+def _rows(indices: range, step: int, stride: int) -> npt.NDArray[np.int64]:
+    """Which trajectories of a batch are seen at a step: each at every stride-th, beginning anywhere.
+
+    Where they begin is spread by the golden ratio, which has no period in common with that of the classes.
+    """
+    begin = (np.asarray(indices) * 0.6180339887498949 % 1 * stride).astype(np.int64)
+    return np.flatnonzero((begin + step) % stride == 0)
 
 
 def smoothing(layer: ObservedLayer, module: Any, alpha: float) -> F32 | None:
@@ -148,6 +161,14 @@ def smoothing(layer: ObservedLayer, module: Any, alpha: float) -> F32 | None:
     return np.clip(factors, 1 / MAX_SMOOTHING, MAX_SMOOTHING).astype(np.float32)
 
 
+def _attention_flops(query: Any, key: Any, value: Any, *others: Any, **more: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+"""What the counter of this torch does not know by itself."""
+
+
 def _count_macs(
     network: Network, engine: TorchEngine, sampling: Sampling, trajectories: Trajectories
 ) -> tuple[dict[str, int], int]:
@@ -158,7 +179,10 @@ def _count_macs(
         layer.macs += output.numel() * module.weight[0].numel()
 
     _, x, _, conditions = trajectories.first(1)
-    with FlopCounterMode(display=False) as counter, _watching(network, counted, 0, count):
+    with (
+        FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter,
+        _watching(network, counted, 0, count),
+    ):
         engine(sampling.conditional.feeds(x[0], 0, conditions))
     macs = {name: layer.macs for name, layer in counted.items()}
     return macs, max(counter.get_total_flops() // 2, sum(macs.values()))

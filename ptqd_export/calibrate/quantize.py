@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,13 @@ MAX_BIAS_CODE = 1 << 30
 """Largest int32 bias code allowed; channels with tiny weights get a scale that keeps their bias below it."""
 
 
-def quantize(network: Network, observed: Observed, precision: Precision, recipe: Recipe) -> QuantizedNetwork:
+def quantize(
+    network: Network,
+    observed: Observed,
+    precision: Precision,
+    recipe: Recipe,
+    assigned: Mapping[str, Precision] | None = None,
+) -> QuantizedNetwork:
     """The network's layers at one precision: scales and weight codes.
 
     These layers stay in float: embedding layers (see ObservedLayer.vector), convs with a padding mode other
@@ -35,6 +42,8 @@ def quantize(network: Network, observed: Observed, precision: Precision, recipe:
     with the value, so clipping only costs: 0.9 dB of an input's signal-to-noise ratio at the 99.99th
     percentile, while the best scale of the octave below gains less than 0.2 dB.
 
+    Args:
+        assigned: precisions of single layers, where they differ.
     Raises:
         ModelError: nothing is left to quantize.
     """
@@ -54,7 +63,7 @@ def quantize(network: Network, observed: Observed, precision: Precision, recipe:
         if stays:
             float_macs[name] = seen.macs
         else:
-            used = _edge(precision) if name in edges else precision
+            used = _edge(precision) if name in edges else (assigned or {}).get(name, precision.levels[0])
             layers[name] = _quantize_layer(name, module, seen, used, recipe)
     if not layers and not precision.is_float:
         raise ModelError(

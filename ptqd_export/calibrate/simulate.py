@@ -67,6 +67,10 @@ class SimulatedLayer:
             self._smooth = _channels(torch.from_numpy(np.float32(1) / layer.smooth))
         elif layer.smooth is not None:
             self._divisor = _channels(torch.from_numpy(layer.smooth * np.float32(layer.input_scale)))
+        # In the half emission the zero point becomes 0 by moving the input (`export.insert_qdq`).
+        self._zero = (
+            grid.zero_point(np.int8) if grid and emission is Emission.HALF and layer.number == "int" else 0
+        )
         if self._portable:
             weight = weight * per_channel(scale, weight.ndim)
         elif layer.output is not None:
@@ -99,10 +103,15 @@ class SimulatedLayer:
         grid = self._layer.input
         if grid is None:
             return x
-        ratio = (x if self._smooth is None else x * self._smooth) / self._divisor
+        if self._smooth is not None:
+            x = x * self._smooth
+        if self._zero:
+            x = x - float(np.float32(-self._zero * grid.scale))
+        ratio = x / self._divisor
         if self._layer.number == "fp8":
             return ratio.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
-        return ratio.round_().clamp_(grid.lo, grid.hi)
+        codes = ratio.round_().clamp_(grid.lo + self._zero, grid.hi + self._zero)
+        return codes.sub_(self._zero) if self._zero else codes
 
     def _multiply(self, codes: Tensor, bias: Tensor | None) -> Tensor:
         if self._geometry is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import RecipeError
@@ -23,18 +23,20 @@ E4M3 is that of the OCP FP8 specification: 4 exponent bits, 3 mantissa bits, no 
 class Precision:
     """Bits of weights and activations.
 
-    `str` gives "w4a8", "w8a8-fp8", "w4a16" (only weights are quantized), "fp32" or "fp16". The label names
-    the numerics only. How a backend computes them (INT8 container, packed INT4, float simulation) is recorded
-    per artifact as its lowering; no speed follows from the label.
+    `str` gives "w4a8", "w8a8-fp8", "w4a16" (only weights are quantized), "w4a4+" (layers that carry most of
+    the noise get more bits), "fp32" or "fp16". The label names the numerics only. How a backend computes them
+    (INT8 container, packed INT4, float simulation) is recorded per artifact as its lowering; no speed follows
+    from the label.
     """
 
     weight_bits: int
     activation_bits: int
     number: Number = "int"
+    mixed: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Precision:
-        """Parse "fp32", "fp16", "w8a8", "w4a8", "w4a4", ... (2 to 8 bits each), "w4a16" or "w8a8-fp8".
+        """Parse "fp32", "fp16", "w8a8", "w4a4", ... (2 to 8 bits each), "w4a4+", "w4a16" or "w8a8-fp8".
 
         Raises:
             RecipeError: not a precision.
@@ -44,14 +46,13 @@ class Precision:
             return cls(bits, bits)
         if text == "w8a8-fp8":
             return cls(8, 8, "fp8")
-        match = re.fullmatch(r"w([2-8])a([2-8]|16)", text)
-        if not match:
+        match = re.fullmatch(r"w([2-8])a([2-8]|16)(\+?)", text)
+        if not match or (match[3] and (match[2] == "16" or match[1] == match[2] == "8")):
             raise RecipeError(
                 f"precision {brief(text)} is not known: give fp32, fp16, wXaY with 2 to 8 bits each (such as "
-                "w8a8, w4a8, w4a4), "
-                "wXa16 for weights alone, or w8a8-fp8"
+                "w8a8, w4a8, w4a4), wXaY+ where single layers may get more, wXa16 for weights alone, or w8a8-fp8"
             )
-        return cls(int(match[1]), int(match[2]))
+        return cls(int(match[1]), int(match[2]), mixed=bool(match[3]))
 
     @classmethod
     def from_plain(cls, value: object) -> Precision:
@@ -77,10 +78,19 @@ class Precision:
         """Weights are quantized, activations are not."""
         return not self.is_float and self.activation_bits == HALF_BITS
 
+    @property
+    def levels(self) -> tuple[Precision, ...]:
+        """What a layer may get, fewest bits first; a precision that is not mixed has one level."""
+        base = replace(self, mixed=False)
+        if not self.mixed:
+            return (base,)
+        return tuple(dict.fromkeys((base, replace(base, activation_bits=8), Precision(8, 8))))
+
     def __str__(self) -> str:
         if self.is_float:
             return f"fp{self.weight_bits}"
-        return f"w{self.weight_bits}a{self.activation_bits}" + ("-fp8" if self.number == "fp8" else "")
+        more = "-fp8" if self.number == "fp8" else "+" if self.mixed else ""
+        return f"w{self.weight_bits}a{self.activation_bits}{more}"
 
 
 FP32 = Precision(FLOAT_BITS, FLOAT_BITS)

@@ -89,9 +89,10 @@ def _compare(
         # Every weight and input is rounded to float16, then the sum, then the bias.
         others = tuple(i for i in range(got.ndim) if i != axis)
         moved = 0.0 if layer.input is None else -layer.input.zero_point(np.int8) * layer.input.scale
-        weight = layer.weight_values().reshape(len(layer.weight), -1).sum(1) * layer.weight_scale
+        # What is added to make up for `moved`: more at borders, where taps that cancel are left out.
+        taps = np.abs(layer.weight_values().sum(1)).reshape(len(layer.weight), -1).sum(1) * layer.weight_scale
         largest = np.abs(simulated).max(axis=others, keepdims=True) + _along(
-            np.abs(moved * weight.astype(np.float64)), got.ndim, axis
+            np.abs(moved) * taps.astype(np.float64), got.ndim, axis
         )
         spread = _spread(layer, np.asarray(source, np.float64) - moved, got.ndim, axis)
         return judge(got, simulated, step, np.asarray(2 * HALF * largest + ROUNDINGS * HALF * spread))

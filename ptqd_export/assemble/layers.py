@@ -1,0 +1,70 @@
+"""The quantized layers of every precision; those of mixed precisions by measured sensitivity."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from ..calibrate import (
+    Network,
+    Observed,
+    Trajectories,
+    given_layers,
+    quantize,
+    sensitivity,
+)
+from ..core.bits import Sensitivity, assign
+from ..core.precision import Precision
+from ..core.quant import QuantizedNetwork
+from ..core.sampling import Sampling
+from ..errors import PTQDError
+from ..files import digest, write_file
+from ..recipe import Recipe
+from ..typed import read_typed, to_plain
+
+
+def quantize_all(
+    recipe: Recipe,
+    network: Network,
+    seen: Observed,
+    sampling: Sampling,
+    trajectories: Trajectories,
+    exported: Collection[str],
+    work: Path,
+    key: str,
+    say: Callable[[str], None],
+) -> tuple[dict[Precision, QuantizedNetwork], dict[Precision, Sensitivity]]:
+    """The network at each precision, and the sensitivities that mixed ones were chosen by.
+
+    Args:
+        exported: layers of the exported graph; the others stay float.
+        work: folder of intermediate results, from which those of a stopped build are reused.
+        key: key of everything before quantization that decides them.
+    """
+    quantized: dict[Precision, QuantizedNetwork] = {}
+    found: dict[Precision, Sensitivity] = {}
+    for precision in recipe.precisions:
+        assigned = {}
+        if precision.mixed:
+            name = digest(key, recipe.digest("quantization"), str(precision))[:16]
+            file = work / f"sensitivity-{name}.json"
+            known = _load(file)
+            if known is None:
+                known = sensitivity(network, seen, sampling, trajectories, precision, recipe, exported)
+                write_file(file, json.dumps(to_plain(known)).encode())
+            found[precision] = known
+            given = given_layers(recipe, known.layers)
+            assigned = assign(known, precision.levels, recipe.quantization.layer_budget, given)
+            raised = sum(assigned[n] != precision.levels[0] for n in known.layers)
+            say(f"{precision}: {raised} of {len(assigned)} layers get more bits than {precision.levels[0]}")
+        quantized[precision] = quantize(network, seen, precision, recipe, assigned).only(exported)
+    return quantized, found
+
+
+def _load(file: Path) -> Sensitivity | None:
+    try:
+        known: Sensitivity = read_typed(Sensitivity, json.loads(file.read_bytes()), "sensitivity")
+    except (OSError, ValueError, PTQDError):
+        return None
+    return known

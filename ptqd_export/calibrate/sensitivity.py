@@ -1,0 +1,84 @@
+"""Measure how much noise each layer makes at the network's output when it alone is quantized."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Collection
+
+import numpy as np
+
+from ..core.backend import Emission
+from ..core.bits import Sensitivity
+from ..core.precision import Precision
+from ..core.sampling import Sampling
+from ..progress import progress
+from ..recipe import Recipe
+from .network import Network
+from .observe import Observed
+from .quantize import quantize
+from .simulate import SimulatedLayer
+from .torch_engine import TorchEngine
+from .trajectories import Trajectories
+
+SENSITIVITY_SAMPLES = 4
+SENSITIVITY_STEPS = 4
+
+
+def sensitivity(
+    network: Network,
+    observed: Observed,
+    sampling: Sampling,
+    trajectories: Trajectories,
+    precision: Precision,
+    recipe: Recipe,
+    layers: Collection[str],
+) -> Sensitivity:
+    """The sensitivity of `layers` at each level of a mixed precision, in the portable arithmetic.
+
+    It is measured on SENSITIVITY_SAMPLES trajectories at SENSITIVITY_STEPS steps, evenly spaced.
+
+    Raises:
+        ModelError: nothing is left to quantize.
+    """
+    networks = {level: quantize(network, observed, level, recipe).only(layers) for level in precision.levels}
+    first = networks[precision.levels[0]].layers
+    steps = np.unique(np.linspace(0, len(sampling) - 1, SENSITIVITY_STEPS).round().astype(int)).tolist()
+    _, x, e, conditions = trajectories.first(SENSITIVITY_SAMPLES)
+    power = [float((e[step].astype(np.float64) ** 2).mean()) for step in steps]
+    noise: dict[Precision, list[tuple[float, ...]]] = {level: [] for level in networks}
+    with (
+        TorchEngine(network.module, sampling) as engine,
+        progress(
+            len(first) * len(networks) * len(steps), f"noise of single layers at {precision}", "call"
+        ) as bar,
+    ):
+        for name in first:
+            target = network.module.get_submodule(name)
+            for level, quantized in networks.items():
+                target.forward = SimulatedLayer(quantized.layers[name], Emission.PORTABLE, target)
+                try:
+                    row = []
+                    for step, of in zip(steps, power, strict=True):
+                        d = sampling.predict(engine, x[step], step, conditions) - e[step]
+                        row.append(float(f"{float((d**2).mean()) / max(of, 1e-30):.6g}"))
+                        bar.update()
+                finally:
+                    del target.forward
+                noise[level].append(tuple(row))
+    gains = (sampling.schedule.epsilon_gains**2)[steps]
+    return Sensitivity(
+        tuple(first),
+        tuple(layer.macs for layer in first.values()),
+        tuple(steps),
+        tuple(float(f"{gain:.6g}") for gain in gains),
+        {level: tuple(rows) for level, rows in noise.items()},
+    )
+
+
+def given_layers(recipe: Recipe, layers: Collection[str]) -> dict[str, Precision]:
+    """The precisions that quantization.layer_bits gives by hand; the last glob that matches counts."""
+    found = {}
+    for text in recipe.quantization.layer_bits:
+        glob, _, precision = text.rpartition("=")
+        found.update({n: Precision.parse(precision) for n in layers if fnmatch.fnmatchcase(n, glob)})
+    return found
