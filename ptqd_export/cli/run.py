@@ -119,7 +119,7 @@ def run(
         plan = parse_plan(plan_text, len(bundle.manifest.sampling))
         bundle.manifest.check_plan(plan)
     labels = None if class_labels is None else parse_labels(class_labels, info, num_samples)
-    tensors = _tensors(conditions)
+    tensors = read_tensors(conditions)
     are_pictures = info.channels in (1, 3)
     if file_format == "png" and not are_pictures:
         raise RecipeError(f"samples of {info.channels} channels are no pictures: give --format npy")
@@ -271,7 +271,12 @@ def parse_labels(text: str, info: ModelInfo, n: int) -> list[int]:
     return [labels[i % len(labels)] for i in range(n)]
 
 
-def _tensors(conditions: Sequence[str]) -> Mapping[str, Array]:
+def read_tensors(conditions: Sequence[str]) -> Mapping[str, Array]:
+    """The tensor conditions named by NAME=FILE.npy.
+
+    Raises:
+        RecipeError: a file cannot be read.
+    """
     import numpy as np
 
     tensors = {}
