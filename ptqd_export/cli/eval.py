@@ -108,10 +108,8 @@ def evaluate(
     """Compare plans of BUNDLE with full precision, on many samples from the same noise."""
     from .. import backends
     from ..bundle import Bundle
-    from ..evaluate.candidates import Candidate
-    from ..evaluate.evaluate import SEED
-    from ..evaluate.evaluate import evaluate as evaluate_bundle
-    from ..evaluate.report import markdown
+    from ..evaluate import SEED, Candidate, markdown
+    from ..evaluate import evaluate as evaluate_bundle
     from ..files import check_target, work_folder
 
     bundle = Bundle.open(bundle_dir)

@@ -123,7 +123,8 @@ def kernel_to_set(reference: F64, features: F64, counts: Counts) -> Resampled:
     _check_enough(reference)
     own = _quadratic(lambda i: kernel(features[i], features), len(features), counts)
     across = np.concatenate([kernel(features[i], reference).mean(1) for i in _blocks(len(features))])
-    there = _quadratic(lambda i: kernel(reference[i], reference), len(reference), counts[:0]).value
+    none = resample(len(reference), 0)
+    there = _quadratic(lambda i: kernel(reference[i], reference), len(reference), none).value
     both = mean_of(across, counts)
     return Resampled(own.value - 2 * both.value + there, own.draws - 2 * both.draws + there)
 

@@ -42,7 +42,7 @@ from .resampling import (
 F64 = npt.NDArray[np.float64]
 SEED = 2_310_059_657
 """Of evaluations: the README, the tests, the benchmarks and the default of every other command use others."""
-NUM_SAMPLES, RESAMPLES = 2048, 1000
+NUM_SAMPLES, RESAMPLES, PART = 2048, 1000, 256
 PSNR, SSIM, FRECHET, KERNEL = "PSNR, dB", "SSIM", "Frechet", "kernel"
 TO_DATA = " to data"
 
@@ -202,11 +202,11 @@ def _measure(
 ) -> _Measured:
     values: dict[str, Resampled] = {}
     own = x is exact
-    pairs = None if own else psnr(x, exact)
+    pairs = None if own else _in_parts(psnr, x, exact)
     if pairs is not None and np.isfinite(pairs).all():
         values[PSNR] = mean_of(pairs, counts)
         if min(x.shape[2:]) >= SSIM_WINDOW:
-            values[SSIM] = mean_of(ssim(x, exact), counts)
+            values[SSIM] = mean_of(_in_parts(ssim, x, exact), counts)
     else:
         pairs = None
     judged = reference
@@ -221,6 +221,11 @@ def _measure(
                 values[KERNEL + TO_DATA] = kernel_to_set(data.features, judged.features, counts)
     away = np.array([excursions(sample[None]).count > 0 for sample in x])
     return _Measured(candidate, values, pairs, judged, away, float(np.abs(x).max()))
+
+
+def _in_parts(metric: Callable[[F32, F32], F64], x: F32, exact: F32) -> F64:
+    """A metric of pairs, a few at a time, which takes less memory."""
+    return np.concatenate([metric(x[i : i + PART], exact[i : i + PART]) for i in range(0, len(x), PART)])
 
 
 def _row(one: _Measured, setting: Setting, reference: _Measured, gap: Gap | None) -> Row:
