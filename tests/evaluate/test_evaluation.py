@@ -212,7 +212,7 @@ def test_modes_are_the_parts_of_ptqd(guided: Built) -> None:
     assert not k.offset.any() and (bias.gain == 1).all()
     # The mean of D is what is left without an offset.
     np.testing.assert_allclose(stats.corrected(bias).d, 0, atol=1e-9 * np.abs(stats.d).max())
-    assert (bias.var == none.var).all() and (both.var == k.var).all() and (both.var <= none.var).all()
+    assert (bias.var == none.var).all() and (both.var == k.var).all() and (both.var != none.var).any()
     with pytest.raises(RecipeError, match="'gain' is not known"):
         correct(stats, "gain")  # type: ignore[arg-type]
 
