@@ -48,14 +48,15 @@ APART = ({"calibrate", "export", "backends"}, {"assemble", "evaluate", "pictures
 """Rooms of one floor that never import one another: they exchange values of the core."""
 HEAVY = {
     "torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "onnxruntime", "tensorrt",
-    "tensorrt_rtx", "cuda", "polygraphy", "scipy", "matplotlib", "PIL", "cryptography",
+    "tensorrt_rtx", "cuda", "polygraphy", "scipy", "matplotlib", "skimage", "PIL",
+    "cryptography",
 }  # fmt: skip
 ALLOWED = {
     "calibrate": {"torch", "diffusers"},
     "export": {"onnx", "onnx_ir", "onnxscript", "ml_dtypes"},
     "backends": {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"},
     "parity": {"scipy", "polygraphy"},
-    "evaluate": {"matplotlib"},
+    "evaluate": {"matplotlib", "scipy", "skimage"},
     "assemble": {"onnx_ir"},
     "bundle": {"cryptography"},
     "pictures": {"PIL"},

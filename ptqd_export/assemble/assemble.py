@@ -19,7 +19,7 @@ from ..bundle.bundle import Bundle, check_target, in_the_way, write_manifest
 from ..bundle.manifest import CorrectionRecord, Machine, Manifest, Provenance
 from ..bundle.tables import write_layers, write_tables
 from ..calibrate import Network, collect, observe, open_model
-from ..core.backend import BACKENDS, Emission
+from ..core.backend import BACKENDS
 from ..core.precision import HALF_BITS
 from ..core.quant import QuantizedNetwork
 from ..core.sampling import Sampling
@@ -117,11 +117,7 @@ def _fill(
         for a in artifacts
     ]
     plan, choice = choose(recipe, schedule, quantized, measured, times)
-    var = {
-        p: measured[p, Emission.HALF.numerics(p)].correction.var for p in plan.precisions if not p.is_float
-    }
-    recalibrated = schedule.recalibrated_sigmas(plan.residual_var(var))
-    update = emit_update(sampling, recalibrated if spec.recalibrate_variance else schedule.sigmas, folder)
+    update = emit_update(sampling, folder)
     write_tables(
         folder,
         {key: (m.correction, m.pooled) for key, m in measured.items()},

@@ -1,4 +1,4 @@
-"""The command line: build, run, inspect, verify, sign.
+"""The command line: build, run, eval, inspect, verify, sign.
 
 It composes the other parts and holds no numerics. Heavy modules are imported inside the commands.
 """
@@ -18,6 +18,7 @@ import click
 from .. import __version__
 from .build import build
 from .common import fail, in_one_line
+from .eval import evaluate
 from .look import inspect, verify
 from .run import run
 from .sign import sign
@@ -39,7 +40,7 @@ def cli() -> None:
     """Quantize a diffusion UNet, correct it (PTQD), and sample from it with an engine per bitwidth."""
 
 
-for _command in (build, run, inspect, verify, sign):
+for _command in (build, run, evaluate, inspect, verify, sign):
     cli.add_command(_command)
 
 
@@ -90,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _fail_interrupted(came: Sequence[int]) -> None:
     number = came[0] if came else signal.SIGINT
     fail(
-        "interrupted: the old files stand, or the new ones, whole; a build takes up where it stopped when "
-        "the same command is given again",
+        "interrupted: the old files stand, or the new ones, whole; a build or eval takes up where it stopped "
+        "when the same command is given again",
         128 + number,
     )
 

@@ -191,6 +191,14 @@ class Correction:
             offset = e - gain * (e + d)
         return cls(gain, offset, stats.residual_var(gain, offset))
 
+    def after(self, folded: Correction) -> Correction:
+        """What to apply to predictions that `folded` has corrected, so that they are corrected by this alone.
+
+        Both are affine in eq, so one is undone and the other applied exactly.
+        """
+        gain = self.gain / folded.gain
+        return Correction(gain, self.offset - gain * folded.offset, self.var)
+
     def gated(
         self, held_out: Sequence[NoiseStats], fallback: Correction
     ) -> tuple[Correction, npt.NDArray[np.bool_], F64, F64]:

@@ -1,22 +1,25 @@
 """Image metrics over samples (N, C, H, W) in [-1, 1], in float64.
 
 Paired metrics (PSNR, SSIM) compare a sample with the full-precision sample of the same seed; the Frechet
-distance compares two sets. Clamping, as PNG files need it, hides samples that ran away: `excursions` counts
-those.
+distance compares two sets (the kernel distance stands in `resampling`). Clamping, as PNG files need it, hides
+samples that ran away: `excursions` counts those.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ModelError, RecipeError
+from ..errors import ModelError, PTQDError, RecipeError
 
 F64 = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.floating]
 
+SSIM_WINDOW = 11
+"""Pixels of its Gaussian window, which is what scikit-image makes of sigma 1.5."""
 EXCURSION_MARGIN = 0.5
 """A sample has run away if a value is further than this outside the data range.
 
@@ -39,6 +42,12 @@ class Excursions:
     largest: float
 
 
+def pixels(x: Floats) -> npt.NDArray[np.float32]:
+    """Samples as they look in an 8-bit picture: clamped to [-1, 1] and rounded to its 256 values."""
+    clamped = np.clip(np.asarray(x, np.float64), -1.0, 1.0)
+    return np.asarray(np.rint((clamped + 1.0) * 127.5) / 127.5 - 1.0, np.float32)
+
+
 def psnr(a: Floats, b: Floats, data_range: float = 2.0, clamp: bool = True) -> F64:
     """Peak signal-to-noise ratio per sample, (N,), in dB: 10 log10(data_range^2 / mean (a - b)^2).
 
@@ -50,11 +59,12 @@ def psnr(a: Floats, b: Floats, data_range: float = 2.0, clamp: bool = True) -> F
         clamp: compare the values clamped to the range, as in PNG files; False shows runaway values in full.
     Raises:
         RecipeError: the shapes differ.
+        PTQDError: scikit-image is not installed.
     """
+    measure = _skimage().peak_signal_noise_ratio
     a, b = _pair(a, b, data_range, clamp)
-    error = np.asarray(((a - b) ** 2).reshape(len(a), -1).mean(1))
     with np.errstate(divide="ignore"):
-        return np.asarray(10 * np.log10(data_range**2 / error), np.float64)
+        return np.array([measure(x, y, data_range=data_range) for x, y in zip(a, b, strict=True)], np.float64)
 
 
 def ssim(a: Floats, b: Floats, data_range: float = 2.0, clamp: bool = True) -> F64:
@@ -65,36 +75,38 @@ def ssim(a: Floats, b: Floats, data_range: float = 2.0, clamp: bool = True) -> F
     [-data_range / 2, data_range / 2] is moved to [0, data_range].
 
     Args:
-        a, b: (N, C, H, W), equal shapes, H and W at least 11.
+        a, b: (N, C, H, W), equal shapes, H and W at least SSIM_WINDOW.
         data_range, clamp: as in `psnr`.
     Raises:
         RecipeError: the shapes differ, or the images are smaller than the window.
+        PTQDError: scikit-image is not installed.
     """
-    size, sigma = 11, 1.5
+    measure = _skimage().structural_similarity
     a, b = (x + data_range / 2 for x in _pair(a, b, data_range, clamp))
-    if a.ndim != 4 or min(a.shape[2:]) < size:
+    if a.ndim != 4 or min(a.shape[2:]) < SSIM_WINDOW:
         raise RecipeError(
-            f"SSIM of images of shape {a.shape}: expected (N, C, H, W) with H and W at least {size}"
+            f"SSIM of images of shape {a.shape}: expected (N, C, H, W) with H and W at least {SSIM_WINDOW}"
         )
-    window = np.exp(-((np.arange(size) - size // 2) ** 2) / (2 * sigma**2))
-    window /= window.sum()
-
-    def blur(x: F64) -> F64:
-        rows = sum((w * x[:, :, i : x.shape[2] - size + 1 + i] for i, w in enumerate(window)), np.zeros(()))
-        return np.asarray(
-            sum((w * rows[..., i : x.shape[3] - size + 1 + i] for i, w in enumerate(window)), np.zeros(()))
-        )
-
-    ma, mb = blur(a), blur(b)
-    va, vb, cov = blur(a * a) - ma**2, blur(b * b) - mb**2, blur(a * b) - ma * mb
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    values = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
-    return np.asarray(values.mean((1, 2, 3)))
+    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    values = [
+        measure(x, y, data_range=data_range, channel_axis=0, **settings) for x, y in zip(a, b, strict=True)
+    ]
+    return np.array(values, np.float64)
 
 
-def feature_stats(features: Floats) -> tuple[F64, F64]:
+def _skimage() -> Any:
+    try:
+        import skimage.metrics
+    except ImportError as error:
+        raise PTQDError(f"PSNR and SSIM need scikit-image ({error}): install the extra eval") from error
+    return skimage.metrics
+
+
+def feature_stats(features: Floats, counts: npt.NDArray[np.integer] | None = None) -> tuple[F64, F64]:
     """Mean (D,) and unbiased covariance (D, D) of features (N, D), N at least 2.
 
+    Args:
+        counts: how often each row counts, (N,), with the sum N; once if None.
     Raises:
         RecipeError: the features are not a table of at least two rows.
         ModelError: a feature is NaN or infinite.
@@ -107,9 +119,10 @@ def feature_stats(features: Floats) -> tuple[F64, F64]:
             "features hold NaN or infinite values: clamp the samples to the data range, and look for NaN "
             "among them"
         )
-    mean = features.mean(0)
+    weights = np.ones(len(features)) if counts is None else np.asarray(counts, np.float64)
+    mean = weights @ features / len(features)
     centred = features - mean
-    return mean, np.asarray(centred.T @ centred / (len(features) - 1))
+    return mean, np.asarray((weights[:, None] * centred).T @ centred / (len(features) - 1))
 
 
 def frechet_distance(mean1: Floats, cov1: Floats, mean2: Floats, cov2: Floats) -> float:

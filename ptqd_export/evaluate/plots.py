@@ -159,6 +159,38 @@ def plot_pareto(
     _save(figure, path)
 
 
+def plot_evaluation(
+    path: Path, psnr: Mapping[str, F64], gaps: Mapping[str, Sequence[float]], *, title: str = ""
+) -> None:
+    """Draw the PSNR of all pairs, sorted, and where the model is guided the guidance gap over the steps.
+
+    Args:
+        path: a .png file.
+        psnr: by candidate, dB (N,).
+        gaps: by candidate, ratio to full precision's (T,).
+    Raises:
+        RecipeError: `path` is not a .png file.
+        PTQDError: matplotlib is not installed, or the file cannot be written.
+    """
+    figure = _figure(8.0, 8.0 if gaps else 4.5, title)
+    panels = figure.subplots(2 if gaps else 1, 1, squeeze=False)[:, 0]
+    for name, values in psnr.items():
+        panels[0].plot(np.linspace(0, 100, len(values)), np.sort(values), label=name)
+    panels[0].set_xlabel("pairs with a lower PSNR, %")
+    panels[0].set_ylabel("PSNR (dB)")
+    for name, ratio in gaps.items():
+        panels[1].plot(np.arange(len(ratio)), ratio, marker=".", label=name)
+    if gaps:
+        panels[1].axhline(1.0, color="grey", linewidth=0.5)
+        panels[1].set_xlabel("step (0 is the noisiest)")
+        panels[1].set_ylabel("guidance gap / full precision's")
+        panels[1].locator_params(axis="x", integer=True)
+    for panel in panels:
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize="small", loc="best")
+    _save(figure, path)
+
+
 def _figure(width: float, height: float, title: str) -> Figure:
     """A new figure, size in inches, drawn by Agg without pyplot: it needs no global state and no display."""
     try:

@@ -3,14 +3,17 @@
 from .device_loop import check_update
 from .open import open_artifact, open_update
 from .probe import check_probe, probe
+from .replaced import Replaced
 from .runtime import Runtime, check_settings
-from .workers import run
+from .workers import draw, run
 
 __all__ = [
+    "Replaced",
     "Runtime",
     "check_probe",
     "check_settings",
     "check_update",
+    "draw",
     "open_artifact",
     "open_update",
     "probe",

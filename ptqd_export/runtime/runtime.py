@@ -31,6 +31,7 @@ from ..errors import (
 from .device_loop import DeviceSampler, check_update
 from .open import open_artifact, open_update
 from .probe import check_probe
+from .replaced import Replaced, corrected
 
 F64 = npt.NDArray[np.float64]
 
@@ -74,18 +75,19 @@ class Runtime:
         bundle: an opened bundle, or the folder of one.
         backend: one of `core.backend.BACKENDS`. None is the best that the bundle has engines for and that
             works here: its engines load, and compute what they computed where the bundle was built.
-        plan: another plan over the bundle's precisions, e.g. for comparisons; None is the bundle's own.
+        plan: another plan over the bundle's precisions; None is the bundle's own.
         model: the recipe or model that the bundle was built from; only the torch backend needs it.
         device: index of the GPU; backends on the CPU ignore it.
         resident: the weights of all engines stay in the GPU's memory; else those of the engine in use alone,
             where the library can swap them (TensorRT-RTX).
+        replaced: other corrections than the bundle's; the sampler's state is on the host then.
     Attributes:
         backend: the backend that is open.
         passed_over: {better backend: why it is not used}, where no backend was named.
     Raises:
         BackendUnavailable, BundleError, GraphError: the bundle does not run here.
         ParityError: an engine computes something else here than where the bundle was built.
-        RecipeError: there is no such backend.
+        RecipeError: there is no such backend, or the plan has other steps or precisions than the bundle.
     """
 
     def __init__(
@@ -96,18 +98,16 @@ class Runtime:
         model: Path | str | None = None,
         device: int = 0,
         resident: bool = True,
+        replaced: Replaced | None = None,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.plan = self.bundle.manifest.plan if plan is None else plan
-        if len(self.plan) != len(self.bundle.manifest.sampling):
-            raise RecipeError(
-                f"the plan has {len(self.plan)} steps, the bundle {len(self.bundle.manifest.sampling)}"
-            )
+        self.bundle.manifest.check_plan(self.plan)
         self.engines: dict[Precision, Engine] = {}
         self.passed_over: dict[str, str] = {}
         self._opened = contextlib.ExitStack()  # the device is closed after its engines
         self._on_device: DeviceSampler | None = None
-        self._device, self._resident = device, resident
+        self._device, self._resident, self._replaced = device, resident, replaced
         self._in_use: Precision | None = None
         self._model = None if model is None else Path(model)
         try:
@@ -145,6 +145,10 @@ class Runtime:
             self.bundle.check_unchanged()  # files that are not the bundle's any more explain all else
             raise
         self.bundle.check_unchanged()
+        if self._replaced is not None:
+            for precision, correction in self._replaced.corrections.items():
+                folded = self.bundle.correction(precision, BACKENDS[name].emission)
+                self.engines[precision] = corrected(self.engines[precision], correction, folded)
         return name
 
     def _simulate(self) -> None:
@@ -171,11 +175,11 @@ class Runtime:
             )
             self.engines[precision] = engine
             check_probe(self.bundle, precision, emission, engine)
-        # The update graph holds sigma' of the bundle's own plan, so it serves other plans only without noise.
-        if device is not None and (self.plan == m.plan or not m.sampling.schedule.sigmas.any()):
+        if device is not None and self._replaced is None:
             update = self._opened.enter_context(open_update(self.bundle, name, device, self._device))
-            check_update(update, m.sampling, self.bundle.sigmas(name))
-            self._on_device = DeviceSampler(device, update, m.sampling)
+            check_update(update, m.sampling)
+            sigmas = self.bundle.sigmas(name, self.plan)
+            self._on_device = DeviceSampler(device, update, m.sampling, sigmas)
 
     @property
     def capture_notes(self) -> dict[str, str]:
@@ -215,7 +219,7 @@ class Runtime:
                     conditions,
                     indices,
                     seed=seed,
-                    sigmas=self.bundle.sigmas(self.backend, self.plan),
+                    sigmas=self._sigmas(),
                     on_step=lambda step, x, epsilon: advance(step),
                 )
         finite = np.isfinite(x).all(axis=(1, 2, 3))
@@ -226,6 +230,11 @@ class Runtime:
                 "try another seed, or rebuild"
             )
         return x
+
+    def _sigmas(self) -> F64:
+        if self._replaced is not None:
+            return self._replaced.sigmas
+        return self.bundle.sigmas(self.backend, self.plan)
 
     def _engine_at(self, step: int) -> Any:
         precision = self.plan.steps[step]

@@ -23,7 +23,9 @@ from ..bundle.bundle import Bundle
 from ..bundle.manifest import Manifest
 from ..core.backend import BACKENDS, ORT_CPU, TORCH
 from ..core.engine import Array
+from ..core.plan import Plan
 from ..errors import BackendUnavailable, BundleError, RecipeError
+from .replaced import Replaced
 from .runtime import Runtime, check_seed
 
 F64 = npt.NDArray[np.float64]
@@ -36,9 +38,11 @@ class _Start:
     path: Path
     seal: str
     backend: str
+    plan: Plan | None
     model: Path | None
     device: int
     resident: bool
+    replaced: Replaced | None
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ def run(
     batch_size: int = 16,
     workers: int = 1,
     backend: str | None = None,
+    plan: Plan | None = None,
     model: Path | str | None = None,
     tensors: Mapping[str, Array] | None = None,
     device: int = 0,
@@ -73,7 +78,7 @@ def run(
         labels: one class per sample; None takes the classes in turn.
         workers: number of processes that split the batches, each with one thread on the CPU; 1 samples in
             this process, with all threads.
-        backend, model, device, resident: as for Runtime.
+        backend, plan, model, device, resident: as for Runtime.
         tensors: float conditions, one row per sample.
         advance: called with the number of sample steps (samples x denoising steps) since the last call.
         opened: called, before anything is sampled, with the runtime that this process samples with or chose
@@ -81,7 +86,8 @@ def run(
     Raises:
         BackendUnavailable, BundleError, GraphError, ParityError: as Runtime, or a worker died.
         ModelError: a sample is not finite.
-        RecipeError: a number is out of range, or the model does not take the labels or tensors.
+        RecipeError: a number is out of range, the model does not take the labels or tensors, or the bundle
+            not the plan.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     check_seed(seed)
@@ -89,10 +95,59 @@ def run(
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise RecipeError(f"{name} is {value!r}: give an integer of at least 1")
     m = bundle.manifest
+    if plan is not None:
+        m.check_plan(plan)
     if labels is not None or tensors:
         m.sampling.model.conditions(labels, num_samples, tensors)  # refuse wrong ones before any work
     out = np.empty((num_samples, *m.sampling.model.sample_shape))  # first: fails here if memory is short
     batch_size = min(batch_size, -(-num_samples // workers))  # so that every worker gets a batch
+    drawn = draw(
+        bundle,
+        _batches(num_samples, batch_size),
+        labels,
+        seed=seed,
+        workers=workers,
+        backend=backend,
+        plan=plan,
+        model=model,
+        tensors=tensors,
+        device=device,
+        resident=resident,
+        advance=advance,
+        opened=opened,
+    )
+    for indices, x in drawn:
+        out[indices.start : indices.stop] = x
+    return out
+
+
+def draw(
+    bundle: Bundle,
+    batches: Sequence[range],
+    labels: Sequence[int] | None = None,
+    *,
+    seed: int = 0,
+    workers: int = 1,
+    backend: str | None = None,
+    plan: Plan | None = None,
+    model: Path | str | None = None,
+    tensors: Mapping[str, Array] | None = None,
+    device: int = 0,
+    resident: bool = True,
+    replaced: Replaced | None = None,
+    advance: Callable[[int], None] = lambda steps: None,
+    opened: Callable[[Runtime], None] = lambda runtime: None,
+) -> Iterator[tuple[range, F64]]:
+    """Draw batches of samples of `seed`: yields each with its samples, in the order in which they finish.
+
+    Args:
+        batches: indices of samples, consecutive in each batch.
+        labels, tensors: one class or row for each sample from 0 on; as for `run`.
+        replaced: as for Runtime; the other arguments as for `run`.
+    Raises:
+        PTQDError: as `run`.
+    """
+    m = bundle.manifest
     jobs = [
         _Job(
             batch,
@@ -100,31 +155,29 @@ def run(
             {name: value[batch.start : batch.stop] for name, value in (tensors or {}).items()},
             seed,
         )
-        for batch in _batches(num_samples, batch_size)
+        for batch in batches
     ]
-    workers = min(workers, len(jobs))
+    if not jobs:
+        return
+    workers, largest = min(workers, len(jobs)), max(map(len, batches))
     if backend is not None:
-        _check_batch(m, backend, batch_size)
+        _check_batch(m, backend, largest)
     with contextlib.ExitStack() as stack:
         if workers == 1 or backend is None:
-            runtime = stack.enter_context(
-                Runtime(bundle, backend, model=model, device=device, resident=resident)
-            )
-            _check_batch(m, runtime.backend, batch_size)
+            runtime = stack.enter_context(Runtime(bundle, backend, plan, model, device, resident, replaced))
+            _check_batch(m, runtime.backend, largest)
             backend = runtime.backend
             opened(runtime)
         if workers == 1:
             for job in jobs:
                 steps = functools.partial(lambda n, step: advance(n), len(job.indices))
-                out[job.indices.start : job.indices.stop] = _sample(runtime, job, steps)
-            return out
-    start = _Start(
-        bundle.path, bundle.seal, backend, None if model is None else Path(model), device, resident
-    )
+                yield job.indices, _sample(runtime, job, steps)
+            return
+    source = None if model is None else Path(model)
+    start = _Start(bundle.path, bundle.seal, backend, plan, source, device, resident, replaced)
     for job, x in _in_processes(start, jobs, workers):
-        out[job.indices.start : job.indices.stop] = x
         advance(len(job.indices) * len(m.sampling))
-    return out
+        yield job.indices, x
 
 
 def _batches(n: int, size: int) -> list[range]:
@@ -230,8 +283,10 @@ def _work(job: _Job) -> F64:
         _worker = Runtime(
             bundle,
             _start.backend,
-            model=_start.model,
-            device=_start.device,
-            resident=_start.resident,
+            _start.plan,
+            _start.model,
+            _start.device,
+            _start.resident,
+            _start.replaced,
         )
     return _sample(_worker, job, lambda step: None)

@@ -193,3 +193,18 @@ def test_jackknife_matches_the_spread_of_repetitions() -> None:
         spread = np.std([np.atleast_1d(run[name][0]) for run in runs], 0, ddof=1).mean()
         told = np.mean([np.atleast_1d(run[name][1]) for run in runs])
         assert 0.8 < told / spread < 1.25, name
+
+
+def test_one_correction_after_another(rng: np.random.Generator) -> None:
+    """What `after` gives undoes the folded one and applies its own: to numbers."""
+    one, two = (
+        Correction(rng.uniform(0.5, 2, (3, 2)), rng.standard_normal((3, 2)), rng.random(3)) for _ in range(2)
+    )
+    eq = rng.standard_normal((3, 2))
+    folded = one.gain * eq + one.offset
+    after = two.after(one)
+    np.testing.assert_allclose(after.gain * folded + after.offset, two.gain * eq + two.offset)
+    np.testing.assert_array_equal(after.var, two.var)
+    same = one.after(one)
+    np.testing.assert_allclose(same.gain, 1)
+    np.testing.assert_allclose(same.offset, 0, atol=1e-12)

@@ -158,8 +158,8 @@ def test_excursions_count_nan_and_infinity() -> None:
 def test_importing_the_metrics_and_plots_loads_nothing_heavy() -> None:
     code = (
         "import sys, ptqd_export.pictures, ptqd_export.evaluate.metrics, ptqd_export.evaluate.plots\n"
-        "print([m for m in ('torch', 'scipy', 'matplotlib', 'onnx', 'onnxruntime', 'diffusers') if m in "
-        "sys.modules])"
+        "heavy = 'torch', 'scipy', 'skimage', 'matplotlib', 'onnx', 'onnxruntime', 'diffusers'\n"
+        "print([m for m in heavy if m in sys.modules])"
     )
     assert (
         subprocess.run(

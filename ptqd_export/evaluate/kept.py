@@ -1,0 +1,164 @@
+"""Samples of an evaluation on disk: drawn once, kept by batch, taken up after a stop.
+
+Each candidate has a folder, named by a key of everything that decides its samples; a file holds one batch,
+float32, named by its range of indices. More samples later are added to those that are there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bundle.bundle import Bundle
+from ..core.backend import BACKENDS
+from ..core.engine import Array
+from ..errors import PTQDError
+from ..files import digest, writing_file
+from ..runtime import draw
+from .candidates import Candidate
+
+F32 = npt.NDArray[np.float32]
+BATCH = re.compile(r"([0-9]{6,})-([0-9]{6,})\.npy")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How samples are drawn.
+
+    Attributes:
+        bundle: an opened bundle.
+        backend: that runs it.
+        seed: of the noise; sample i gets class i modulo the number of classes.
+        num_samples: indices 0 to num_samples - 1.
+        tensors: float conditions, one row per sample.
+        work: folder of the samples.
+        batch_size, workers, device: as for `run`.
+    """
+
+    bundle: Bundle
+    backend: str
+    seed: int
+    num_samples: int
+    work: Path
+    tensors: Mapping[str, Array] = field(default_factory=dict)
+    batch_size: int = 16
+    workers: int = 1
+    device: int = 0
+
+    def key(self, *more: str) -> str:
+        """Hash of what decides samples, besides their number."""
+        conditions = [
+            part
+            for name, value in sorted(self.tensors.items())
+            for part in (name, value.dtype.str, str(value.shape[1:]), value.tobytes())
+        ]
+        libraries = ("ptqd-export", "numpy", *BACKENDS[self.backend].distributions)
+        return digest(
+            self.bundle.seal, self.backend, str(self.seed), *map(_version, libraries), *conditions, *more
+        )[:20]
+
+
+def _version(name: str) -> str:
+    try:
+        return f"{name} {metadata.version(name)}"
+    except metadata.PackageNotFoundError:
+        return name
+
+
+def missing_steps(setting: Setting, candidate: Candidate) -> int:
+    """Sample steps that are still to be done for a candidate."""
+    _, there = _read(setting, candidate)
+    return int((~there).sum()) * len(setting.bundle.manifest.sampling)
+
+
+def draw_kept(setting: Setting, candidate: Candidate, advance: Callable[[int], None]) -> F32:
+    """The samples of a candidate, float32 (N, C, H, W), not clamped; those that are kept are not drawn again.
+
+    Raises:
+        PTQDError: as `run`, or the folder cannot be written.
+    """
+    x, there = _read(setting, candidate)
+    folder = _folder(setting, candidate)
+    drawn = draw(
+        setting.bundle,
+        _batches(there, setting.batch_size, setting.workers),
+        seed=setting.seed,
+        workers=setting.workers,
+        backend=setting.backend,
+        plan=candidate.plan,
+        tensors=setting.tensors,
+        device=setting.device,
+        replaced=candidate.replaced(setting.bundle, setting.backend),
+        advance=advance,
+    )
+    for indices, samples in drawn:
+        x[indices.start : indices.stop] = samples
+        store(folder / f"{indices.start:06d}-{indices.stop:06d}.npy", x[indices.start : indices.stop])
+    return x
+
+
+def store(path: Path, array: npt.NDArray[np.floating]) -> None:
+    """Write an array as .npy, whole or not at all.
+
+    Raises:
+        PTQDError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing_file(path) as file:
+            np.save(file, array, allow_pickle=False)
+    except OSError as error:
+        raise PTQDError(
+            f"cannot write {path}: {error.strerror}: free some space or choose another --out; the same "
+            "command takes up what is finished"
+        ) from error
+
+
+def load(path: Path, shape: tuple[int, ...], dtype: str) -> npt.NDArray[np.floating] | None:
+    """The array in a file, or None where there is no such array of this shape and type."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    right = isinstance(array, np.ndarray) and array.shape == shape and array.dtype == np.dtype(dtype)
+    return array if right and np.isfinite(array).all() else None
+
+
+def _folder(setting: Setting, candidate: Candidate) -> Path:
+    return setting.work / setting.key(candidate.name)
+
+
+def _read(setting: Setting, candidate: Candidate) -> tuple[F32, npt.NDArray[np.bool_]]:
+    """The samples that are kept, in their places, and which those are."""
+    n, shape = setting.num_samples, setting.bundle.manifest.sampling.model.sample_shape
+    x, there = np.zeros((n, *shape), np.float32), np.zeros(n, np.bool_)
+    folder = _folder(setting, candidate)
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        match = BATCH.fullmatch(file.name)
+        start, stop = (int(match[1]), int(match[2])) if match else (0, 0)
+        if start >= min(stop, n):
+            continue
+        samples = load(file, (stop - start, *shape), "float32")
+        if samples is not None:
+            end = min(stop, n)
+            x[start:end], there[start:end] = samples[: end - start], True
+    return x, there
+
+
+def _batches(there: npt.NDArray[np.bool_], size: int, workers: int) -> list[range]:
+    """What is missing, in batches of consecutive indices; so many that every worker gets one."""
+    missing = np.flatnonzero(~there)
+    size = max(1, min(size, -(-len(missing) // workers)))
+    batches: list[range] = []
+    for i in map(int, missing):
+        if batches and batches[-1].stop == i and len(batches[-1]) < size:
+            batches[-1] = range(batches[-1].start, i + 1)
+        else:
+            batches.append(range(i, i + 1))
+    return batches
