@@ -1,4 +1,4 @@
-"""The command line: build, run, inspect, verify, sign.
+"""The command line: build, run, inspect, verify, sign, plan.
 
 It composes the other parts and holds no numerics. Heavy modules are imported inside the commands.
 """
@@ -19,6 +19,7 @@ from .. import __version__
 from .build import build
 from .common import fail, in_one_line
 from .look import inspect, verify
+from .plan import plan
 from .run import run
 from .sign import sign
 
@@ -39,7 +40,7 @@ def cli() -> None:
     """Quantize a diffusion UNet, correct it (PTQD), and sample from it with an engine per bitwidth."""
 
 
-for _command in (build, run, inspect, verify, sign):
+for _command in (build, run, inspect, verify, sign, plan):
     cli.add_command(_command)
 
 
