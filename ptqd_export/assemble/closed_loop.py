@@ -27,6 +27,8 @@ from ..files import digest, writing_file
 from ..progress import progress
 
 F64 = npt.NDArray[np.float64]
+TINY = 1e-30
+"""Errors of equal samples are held at this."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,21 @@ class End:
 
     @property
     def error(self) -> float:
-        """Mean of `paired`."""
-        return float(self.paired.mean())
+        """Geometric mean of `paired`, as a mean of decibels is.
+
+        One sample of fifty runs away, in full precision too; it does not decide what so few samples say.
+        """
+        return float(np.exp(self._logarithms.mean()))
 
     @property
     def standard_error(self) -> float:
-        """Of that mean; 0 for one sample."""
-        return float(self.paired.std(ddof=1) / np.sqrt(len(self.paired))) if len(self.paired) > 1 else 0.0
+        """Of that mean, as a share of it; 0 for one sample."""
+        logs = self._logarithms
+        return float(logs.std(ddof=1) / np.sqrt(len(logs))) if len(logs) > 1 else 0.0
+
+    @property
+    def _logarithms(self) -> F64:
+        return np.asarray(np.log(np.maximum(self.paired, TINY)), np.float64)
 
 
 @dataclass

@@ -124,7 +124,7 @@ class PlanRecord:
         cost: total, in the unit of the front.
         predicted: the error that the choice went by.
         sampled: that error, of held-out trajectories sampled under the plan; None where it was not sampled.
-        standard_error: of `sampled`, where it is a mean over samples.
+        standard_error: of `sampled`, as a share of it, where it is a mean over samples.
     """
 
     kind: Literal["chosen", "uniform", "first-last"]

@@ -39,7 +39,7 @@ class Sensitivity:
         groups: number of steps of each group, in sampling order.
         samples: trajectories that were sampled again for each group and precision.
         evaluations: network evaluations of one sample that this took in all.
-        paired: `paired_error` of each precision and group.
+        paired: geometric mean of `paired_error` over the samples, of each precision and group.
         distribution: `spectral_distance` of each precision and group.
     Raises:
         RecipeError: a group without steps, or not one error of 0 or more per group.

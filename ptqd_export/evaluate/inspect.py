@@ -96,8 +96,8 @@ def plan_lines(choice: Choice, plan: Plan) -> list[str]:
     ]
     for r in choice.compared:
         sampled = "-" if r.sampled is None else f"{r.sampled:.3g}"
-        factor = "" if r.standard_error is None else f" (x/ {r.standard_error:.2f})"
-        row = f"  {KINDS[r.kind]:<16}{r.cost * scale:>12.4g}{r.predicted:>12.3g}{sampled:>12}{factor}"
+        factor = "" if r.standard_error is None else f" ± {r.standard_error:.0%}"
+        row = f"  {KINDS[r.kind]:<16}{r.cost * scale:>12.4g}{r.predicted:>12.3g}{sampled:>12}{factor:<7}"
         lines.append(f"{row}  {r.plan}")
     return lines
 
