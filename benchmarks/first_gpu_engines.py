@@ -118,7 +118,7 @@ def check_open(job: Job, tell: Tell) -> str:
                     update = stack.enter_context(open_update(bundle, job.backend, device))
                     about = {"open_s": time.perf_counter() - start, "open_mib": _lost(before)}
                     tell(f"update{turn}", about)
-                    check_update(update, m.sampling, bundle.sigmas(job.backend))
+                    check_update(update, m.sampling)
     problems.settle()
     return f"{len(precisions_of(bundle, job.backend))} precisions and the update compute what they should"
 

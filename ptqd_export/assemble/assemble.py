@@ -22,7 +22,7 @@ from ..bundle.bundle import Bundle, check_target, in_the_way, write_manifest
 from ..bundle.manifest import Choice, CorrectionRecord, Machine, Manifest, Provenance
 from ..bundle.tables import Key, write_layers, write_tables
 from ..calibrate import Network, Trajectories, collect, observe, open_model, quantize
-from ..core.backend import BACKENDS, Emission
+from ..core.backend import BACKENDS
 from ..core.plan import Plan, by_paper
 from ..core.precision import FP32, Precision
 from ..core.quant import QuantizedNetwork
@@ -130,11 +130,7 @@ def _fill(
     for record in choice.compared:
         ends = f"error {record.predicted:.3g} predicted, {record.sampled:.3g} sampled"
         say(f"{record.kind} plan {record.plan}: {ends}")
-    var = {
-        p: measured[p, Emission.HALF.numerics(p)].correction.var for p in plan.precisions if not p.is_float
-    }
-    recalibrated = schedule.recalibrated_sigmas(plan.residual_var(var))
-    update = emit_update(sampling, recalibrated if spec.recalibrate_variance else schedule.sigmas, folder)
+    update = emit_update(sampling, folder)
     write_tables(
         folder,
         {key: (m.correction, m.pooled) for key, m in measured.items()},

@@ -22,7 +22,7 @@ from ..core.engine import Engine
 from ..core.plan import Plan
 from ..core.precision import FP32, Precision
 from ..core.sampling import NoiseSource, Sampling
-from ..core.sensitivity import Sensitivity, paired_error, spectral_distance, step_groups
+from ..core.sensitivity import Sensitivity, paired_error, step_groups, texture_distance
 from ..files import digest, writing_file
 from ..progress import progress
 
@@ -37,7 +37,7 @@ class End:
 
     Attributes:
         paired: mean squared error of each sample, (N,).
-        distribution: `spectral_distance` of the two sets.
+        distribution: `texture_distance` of the two sets.
     """
 
     paired: F64
@@ -92,7 +92,7 @@ class ClosedLoop:
         """What comes of a plan, which is full precision before the step `first`."""
         pairs = [self._sample(batch, plan, first) for batch in self.batches]
         x, reference = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
-        return End(paired_error(x, reference), spectral_distance(x, reference))
+        return End(paired_error(x, reference), texture_distance(x, reference))
 
     def _sample(self, batch: Batch, plan: Plan, first: int) -> tuple[F64, F64]:
         """x_0 of one batch under a plan, and in full precision."""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from ..backends.ort import OrtEngine
@@ -75,19 +74,17 @@ def _correction(
     return measured[precision, emission.numerics(precision)].correction
 
 
-def emit_update(sampling: Sampling, sigmas: npt.NDArray[np.float64], folder: Path) -> UpdateGraph:
+def emit_update(sampling: Sampling, folder: Path) -> UpdateGraph:
     """Write the sampler's step as a graph, and check that it computes what `Sampling` computes.
 
-    Args:
-        sigmas: sigma' per step, (T,).
     Raises:
         GraphError, ParityError: a check fails.
     """
     file = folder / f"{UPDATE}{GRAPH}"
-    digests = save({UPDATE: sampler_update(sampling, sigmas)}, folder, None)
+    digests = save({UPDATE: sampler_update(sampling)}, folder, None)
     lint(file, Emission.HALF)
     with OrtEngine(file, optimise=False) as engine:
-        check_update(engine, sampling, sigmas)
+        check_update(engine, sampling)
     return UpdateGraph(file.name, digests[UPDATE])
 
 

@@ -57,7 +57,7 @@ def replan(bundle: Bundle, spec: PlanSpec) -> tuple[Plan, Choice]:
     """
     m = bundle.manifest
     if spec.rule == "fixed":
-        check_plan(m, fixed(spec.steps, len(m.sampling)))
+        m.check_plan(fixed(spec.steps, len(m.sampling)))
     plan, choice = decide(Known.of(m), spec)
     known = {r.plan: r for r in m.choice.compared if m.choice.objective == choice.objective}
     compared = tuple(
@@ -68,16 +68,6 @@ def replan(bundle: Bundle, spec: PlanSpec) -> tuple[Plan, Choice]:
     )
     kept = [note for note in m.choice.notes if not note.startswith(SAME_PLAN) and note not in choice.notes]
     return plan, replace(choice, compared=compared, notes=(*choice.notes, *kept))
-
-
-def check_plan(m: Manifest, plan: Plan) -> None:
-    """Raise RecipeError for a plan with a precision that a bundle does not hold."""
-    for precision in plan.precisions:
-        if precision not in m.bops:
-            raise RecipeError(
-                f"the plan uses {precision}, but the bundle holds {', '.join(map(str, m.bops))}: take those, "
-                f"or rebuild with --precision {precision}"
-            )
 
 
 def write_plan(bundle: Bundle, plan: Plan, choice: Choice, out: Path) -> Bundle:

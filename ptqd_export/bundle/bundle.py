@@ -84,7 +84,11 @@ class Bundle:
 
     def sigmas(self, backend: str, plan: Plan | None = None) -> npt.NDArray[np.float64]:
         """sigma' per step, (T,), under a plan and the graphs that `backend` runs; sigma where recalibration
-        is off."""
+        is off.
+
+        Args:
+            plan: over this bundle's precisions; None is the bundle's own.
+        """
         schedule = self.manifest.sampling.schedule
         if not self.manifest.recalibrate_variance:
             return schedule.sigmas

@@ -276,6 +276,26 @@ class Manifest:
         """The finished engines, the updates' among them."""
         return (*(a for a in self.artifacts if a.build is not None), *self.update_engines)
 
+    def check_plan(self, plan: Plan) -> None:
+        """Check that a plan has this bundle's steps and precisions.
+
+        Raises:
+            RecipeError: it has not.
+        """
+        steps = len(self.sampling)
+        if len(plan) != steps:
+            example = plan.steps[0] if plan.steps else next(iter(self.bops))
+            raise RecipeError(
+                f"the plan has {len(plan)} steps, the bundle {steps}: give a precision for each, such as "
+                f"{example}*{steps}"
+            )
+        for precision in plan.precisions:
+            if precision not in self.bops:
+                raise RecipeError(
+                    f"the plan asks for {precision}, but the bundle holds {', '.join(map(str, self.bops))}: "
+                    f"take those, or rebuild with --precision {precision}"
+                )
+
     def graph(self, precision: Precision, emission: Emission) -> Graph:
         """The graph of a precision in an emission.
 

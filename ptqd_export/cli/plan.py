@@ -68,7 +68,7 @@ def plan(
     if imported is not None:
         by_hand = str(_imported(bundle, imported))
     if by_hand is not None:
-        options |= {"rule": "fixed", "steps": tuple(by_hand.replace(",", " ").split())}
+        options |= {"rule": "fixed", "steps": (by_hand,)}
     chosen, choice = replan(bundle, spec_of(bundle.manifest, **options))
     policy = None if export is None else write_policy(chosen)
     if target is not None:

@@ -15,6 +15,7 @@ import click
 from .. import __version__
 from ..core.backend import BACKENDS, ENGINE_BACKENDS
 from ..core.model import ModelInfo
+from ..core.plan import parse_plan
 from ..errors import BackendUnavailable, RecipeError
 from ..progress import progress
 from .common import common, engine_notes, say, show
@@ -40,6 +41,11 @@ AUTO = "auto"
     multiple=True,
     metavar="NAME=FILE.npy",
     help="A tensor condition (N, ...), e.g. text embeddings.",
+)
+@click.option(
+    "--plan",
+    "plan_text",
+    help="Another plan over the bundle's precisions, such as fp32*3,w8a8*17; the bundle's own if left out.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
@@ -85,6 +91,7 @@ def run(
     num_samples: int,
     class_labels: str | None,
     conditions: tuple[str, ...],
+    plan_text: str | None,
     seed: int,
     batch_size: int,
     workers: int,
@@ -107,6 +114,10 @@ def run(
     bundle = Bundle.open(bundle_dir, without=backend if rebuild else None)
     check_settings(bundle, **asked)
     info = bundle.manifest.sampling.model
+    plan = bundle.manifest.plan
+    if plan_text is not None:
+        plan = parse_plan(plan_text, len(bundle.manifest.sampling))
+        bundle.manifest.check_plan(plan)
     labels = None if class_labels is None else parse_labels(class_labels, info, num_samples)
     tensors = _tensors(conditions)
     are_pictures = info.channels in (1, 3)
@@ -120,7 +131,7 @@ def run(
     passed_over: dict[str, str] = {}
     captures: dict[str, str] = {}
     started = time.monotonic()
-    with progress(num_samples * len(m.sampling), f"sampling {m.plan}", "step") as bar:
+    with progress(num_samples * len(m.sampling), f"sampling {plan}", "step") as bar:
 
         def advance(steps: int) -> None:
             bar.update(steps)
@@ -135,6 +146,7 @@ def run(
             batch_size=batch_size,
             workers=workers,
             backend=None if backend == AUTO else backend,
+            plan=plan,
             model=model,
             tensors=tensors,
             device=device,
@@ -152,7 +164,7 @@ def run(
     about = {
         "bundle": bundle.seal,
         "seed": seed,
-        "plan": str(m.plan),
+        "plan": str(plan),
         "backend": backend,
         "labels": info.labels_in_turn(range(num_samples)) if labels is None else labels,
         "conditions": {name: _sha256(value) for name, value in tensors.items()},
@@ -163,7 +175,7 @@ def run(
         "out": str(out),
         "files": list(files),
         "grid": next(iter(grid), None),
-        "plan": str(m.plan),
+        "plan": str(plan),
         "backend": backend,
         "passed_over": passed_over,
         "state": BACKENDS[backend].state,

@@ -93,13 +93,14 @@ class FrontPoint:
 
 
 def fixed(runs: Sequence[str], n_steps: int) -> Plan:
-    """A plan given by hand, such as ["w4a8*12", "w8a8*8"].
+    """A plan given by hand, such as ["w4a8*12", "w8a8*8"]; an entry may hold several, after commas or spaces.
 
-    A precision without a count stands for one step, or for all steps if it is the only entry.
+    A precision without a count stands for one step, or for all steps if it is the only one.
 
     Raises:
         RecipeError: not a precision, or not n_steps steps.
     """
+    runs = [run for entry in runs for run in entry.replace(",", " ").split()]
     if len(runs) == 1 and "*" not in runs[0]:
         runs = [f"{runs[0]}*{n_steps}"]
     steps = _steps(runs)
@@ -109,6 +110,15 @@ def fixed(runs: Sequence[str], n_steps: int) -> Plan:
             f"--plan or plan.steps, such as w4a8*{n_steps}"
         )
     return Plan(tuple(steps))
+
+
+def parse_plan(text: str, n_steps: int) -> Plan:
+    """A plan from text with commas or spaces, such as "w4a8*12,w8a8*8" or "w8a8"; see `fixed`.
+
+    Raises:
+        RecipeError: not a precision, or not n_steps steps.
+    """
+    return fixed([text], n_steps)
 
 
 def _steps(runs: Sequence[str]) -> list[Precision]:

@@ -3,9 +3,11 @@
 Everything but the state is known in advance (`Sampling.advance`, with the guided e):
 
     x_0 = (x - sqrt(1 - abar) e) / sqrt(abar),   d = sqrt(1 - abar_prev - sigma^2)
-    x_prev = sqrt(abar_prev) x_0 + d e + sigma' z
+    x_prev = sqrt(abar_prev) x_0 + d e + sigma z
 
-So x_prev = A x + B e + S z, with tables of A, B and S over the steps. Where x_0 is clipped to c:
+So x_prev = A x + B e + S z, with tables of A, B and S over the steps. sigma' depends on the plan, so the
+graph holds the schedule's own sigma, and z is scaled by sigma' / sigma before it gets here: one graph serves
+every plan. Where x_0 is clipped to c:
 
     x_prev = A x + B e + K c + S z,   c = clip(P x + Q e)
     A = 0,   B = d,   K = sqrt(abar_prev)
@@ -31,33 +33,29 @@ F64 = npt.NDArray[np.float64]
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
 
-def sampler_update(sampling: Sampling, sigmas: F64) -> ir.Model:
+def sampler_update(sampling: Sampling) -> ir.Model:
     """The part of a step of `Sampling.sample` that follows the network, as a graph in float32.
 
-    It computes `Sampling.guide`, then `Sampling.advance`, with tables computed in float64. B is 2 N with
-    guidance (guidance_scale neither 0 nor 1): rows without the condition come first, and the halves of sample
-    and noise are equal. Otherwise B is N. So the engine's profile has one batch size.
+    It computes `Sampling.guide`, then `Sampling.advance` with the schedule's own sigma, with tables computed
+    in float64. B is 2 N with guidance (guidance_scale neither 0 nor 1): rows without the condition come
+    first, and the halves of sample and noise are equal. Otherwise B is N. So the engine's profile has one
+    batch size.
 
     Inputs:
         `sample` f32 (B, C, H, W).
         `epsilon` f32 (B, C, H, W).
         `step` int64 (1,), in [0, T).
-        `noise` f32 (B, C, H, W), where the schedule injects any. It must be finite at every step: steps that
-            inject none multiply it by 0.
+        `noise` f32 (B, C, H, W), where the schedule injects any: z sigma' / sigma. It must be finite at every
+            step: steps that inject none multiply it by 0.
     Outputs:
         `next_sample` f32 (B, C, H, W); with guidance both halves are equal.
         `next_timestep` int64 (B,); after the last step it is that step's own timestep.
         `next_step` int64 (1,), step + 1.
 
-    Args:
-        sigmas: standard deviation of the injected noise per step (T,), see
-            `NoiseSchedule.recalibrated_sigmas`; without effect at steps where the schedule injects none.
     Raises:
-        GraphError: sigmas has another shape than (T,), or a table is not finite.
+        GraphError: a table is not finite.
     """
     schedule, guided, t = sampling.schedule, sampling.guided, len(sampling)
-    if sigmas.shape != (t,):
-        raise GraphError(f"sigmas has shape {sigmas.shape}: expected ({t},), one per step")
     rows = ir.Shape([BATCH, *sampling.model.sample_shape])
     single = ir.Shape([None, *sampling.model.sample_shape]) if guided else rows
     sample, epsilon, step, noise = (
@@ -85,7 +83,7 @@ def sampler_update(sampling: Sampling, sigmas: F64) -> ir.Model:
         if not np.isfinite(table).all():
             raise GraphError(
                 f"the table {name} of the sampler's update holds a value that is not finite: check the "
-                "schedule and the sigmas"
+                "schedule"
             )
         constant = build.const(f"{name}.table", table.astype(np.float32).reshape(-1, 1, 1, 1))
         row = build.node(
@@ -136,7 +134,7 @@ def sampler_update(sampling: Sampling, sigmas: F64) -> ir.Model:
     if injects:
         state = node(
             "Add",
-            [state, scaled(noise, "noise.injected", np.where(schedule.sigmas > 0, sigmas, 0.0))],
+            [state, scaled(noise, "noise.injected", schedule.sigmas)],
             "state.stirred",
             sample,
         )

@@ -63,7 +63,7 @@ def _verify_graph(bundle: Bundle, graph: Graph) -> str:
 def _verify_update(bundle: Bundle) -> str:
     m = bundle.manifest
     with backends.OrtEngine(bundle.file(m.update.file), optimise=False) as engine:
-        check_update(engine, m.sampling, bundle.sigmas(ENGINE_BACKENDS[0]))
+        check_update(engine, m.sampling)
     return UPDATE
 
 
@@ -77,7 +77,7 @@ def _verify_engines_of(bundle: Bundle, backend: str) -> list[str]:
                     check_probe(bundle, artifact.precision, BACKENDS[backend].emission, engine)
                 names.append(artifact.name)
         with open_update(bundle, backend, device) as update:
-            check_update(update, m.sampling, bundle.sigmas(backend))
+            check_update(update, m.sampling)
         names.append(m.update_engine(backend).name)
     return names
 

@@ -50,10 +50,13 @@ class DeviceSampler:
 
     Args:
         update: engine of the update graph (`export.sampler_update`), built for this sampling.
+        sigmas: sigma' per step, (T,); no effect where the schedule injects no noise.
     """
 
-    def __init__(self, device: Device, update: DeviceEngine, sampling: Sampling) -> None:
+    def __init__(self, device: Device, update: DeviceEngine, sampling: Sampling, sigmas: F64) -> None:
         self._device, self._update, self._sampling = device, update, sampling
+        original = sampling.schedule.sigmas
+        self._share = np.where(original > 0, sigmas / np.where(original > 0, original, 1.0), 0.0)
         self._buffers: dict[int, _Buffers] = {}
 
     def sample(
@@ -81,7 +84,9 @@ class DeviceSampler:
             write(buffers.shared[name], value)
         for step, sigma in enumerate(schedule.sigmas):
             if sigma > 0:
-                write(buffers.shared[NOISE], sampling.rows(source.draw().astype(np.float32)))
+                # The update multiplies by sigma: what is left of sigma' comes with the noise.
+                noise = self._share[step] * source.draw()
+                write(buffers.shared[NOISE], sampling.rows(noise.astype(np.float32)))
             _launch(engine_at(step), here | buffers.shared)
             following = {NEXT_SAMPLE: there[SAMPLE], NEXT_TIMESTEP: there[TIMESTEP], NEXT_STEP: there[STEP]}
             _launch(self._update, here | buffers.shared | following)
@@ -118,13 +123,11 @@ UPDATE_TOLERANCE = 1e-5
 """Largest allowed error, relative to the largest term of an update: some ten roundings of float32."""
 
 
-def check_update(update: Engine, sampling: Sampling, sigmas: F64) -> None:
+def check_update(update: Engine, sampling: Sampling) -> None:
     """Check every step of an update engine against `Sampling.guide` and `Sampling.advance`.
 
     The inputs are random numbers.
 
-    Args:
-        sigmas: sigma' per step, (T,).
     Raises:
         ParityError: a step differs; names it.
     """
@@ -139,7 +142,7 @@ def check_update(update: Engine, sampling: Sampling, sigmas: F64) -> None:
         )
         epsilon = sampling.guide(e)
         noise = z.astype(np.float64) if schedule.sigmas[step] > 0 else None
-        expected = sampling.advance(x.astype(np.float64), epsilon, step, float(sigmas[step]), noise)
+        expected = sampling.advance(x.astype(np.float64), epsilon, step, float(schedule.sigmas[step]), noise)
         largest = max(np.abs(x).max(), np.abs(epsilon).max(), np.abs(z).max())
         terms = (1 + 1 / np.sqrt(schedule.alphas_cumprod[step])) * largest
         off = np.abs(got[NEXT_SAMPLE].astype(np.float64) - expected).max() / terms

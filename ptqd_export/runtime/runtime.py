@@ -74,7 +74,7 @@ class Runtime:
         bundle: an opened bundle, or the folder of one.
         backend: one of `core.backend.BACKENDS`. None is the best that the bundle has engines for and that
             works here: its engines load, and compute what they computed where the bundle was built.
-        plan: another plan over the bundle's precisions, e.g. for comparisons; None is the bundle's own.
+        plan: another plan over the bundle's precisions; None is the bundle's own.
         model: the recipe or model that the bundle was built from; only the torch backend needs it.
         device: index of the GPU; backends on the CPU ignore it.
         resident: the weights of all engines stay in the GPU's memory; else those of the engine in use alone,
@@ -85,7 +85,7 @@ class Runtime:
     Raises:
         BackendUnavailable, BundleError, GraphError: the bundle does not run here.
         ParityError: an engine computes something else here than where the bundle was built.
-        RecipeError: there is no such backend.
+        RecipeError: there is no such backend, or the plan has other steps or precisions than the bundle.
     """
 
     def __init__(
@@ -99,10 +99,7 @@ class Runtime:
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.plan = self.bundle.manifest.plan if plan is None else plan
-        if len(self.plan) != len(self.bundle.manifest.sampling):
-            raise RecipeError(
-                f"the plan has {len(self.plan)} steps, the bundle {len(self.bundle.manifest.sampling)}"
-            )
+        self.bundle.manifest.check_plan(self.plan)
         self.engines: dict[Precision, Engine] = {}
         self.passed_over: dict[str, str] = {}
         self._opened = contextlib.ExitStack()  # the device is closed after its engines
@@ -171,11 +168,11 @@ class Runtime:
             )
             self.engines[precision] = engine
             check_probe(self.bundle, precision, emission, engine)
-        # The update graph holds sigma' of the bundle's own plan, so it serves other plans only without noise.
-        if device is not None and (self.plan == m.plan or not m.sampling.schedule.sigmas.any()):
+        if device is not None:
             update = self._opened.enter_context(open_update(self.bundle, name, device, self._device))
-            check_update(update, m.sampling, self.bundle.sigmas(name))
-            self._on_device = DeviceSampler(device, update, m.sampling)
+            check_update(update, m.sampling)
+            sigmas = self.bundle.sigmas(name, self.plan)
+            self._on_device = DeviceSampler(device, update, m.sampling, sigmas)
 
     @property
     def capture_notes(self) -> dict[str, str]:

@@ -23,6 +23,7 @@ from ..bundle.bundle import Bundle
 from ..bundle.manifest import Manifest
 from ..core.backend import BACKENDS, ORT_CPU, TORCH
 from ..core.engine import Array
+from ..core.plan import Plan
 from ..errors import BackendUnavailable, BundleError, RecipeError
 from .runtime import Runtime, check_seed
 
@@ -36,6 +37,7 @@ class _Start:
     path: Path
     seal: str
     backend: str
+    plan: Plan | None
     model: Path | None
     device: int
     resident: bool
@@ -60,6 +62,7 @@ def run(
     batch_size: int = 16,
     workers: int = 1,
     backend: str | None = None,
+    plan: Plan | None = None,
     model: Path | str | None = None,
     tensors: Mapping[str, Array] | None = None,
     device: int = 0,
@@ -73,7 +76,7 @@ def run(
         labels: one class per sample; None takes the classes in turn.
         workers: number of processes that split the batches, each with one thread on the CPU; 1 samples in
             this process, with all threads.
-        backend, model, device, resident: as for Runtime.
+        backend, plan, model, device, resident: as for Runtime.
         tensors: float conditions, one row per sample.
         advance: called with the number of sample steps (samples x denoising steps) since the last call.
         opened: called, before anything is sampled, with the runtime that this process samples with or chose
@@ -81,7 +84,8 @@ def run(
     Raises:
         BackendUnavailable, BundleError, GraphError, ParityError: as Runtime, or a worker died.
         ModelError: a sample is not finite.
-        RecipeError: a number is out of range, or the model does not take the labels or tensors.
+        RecipeError: a number is out of range, the model does not take the labels or tensors, or the bundle
+            not the plan.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     check_seed(seed)
@@ -89,6 +93,8 @@ def run(
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise RecipeError(f"{name} is {value!r}: give an integer of at least 1")
     m = bundle.manifest
+    if plan is not None:
+        m.check_plan(plan)
     if labels is not None or tensors:
         m.sampling.model.conditions(labels, num_samples, tensors)  # refuse wrong ones before any work
     out = np.empty((num_samples, *m.sampling.model.sample_shape))  # first: fails here if memory is short
@@ -107,9 +113,7 @@ def run(
         _check_batch(m, backend, batch_size)
     with contextlib.ExitStack() as stack:
         if workers == 1 or backend is None:
-            runtime = stack.enter_context(
-                Runtime(bundle, backend, model=model, device=device, resident=resident)
-            )
+            runtime = stack.enter_context(Runtime(bundle, backend, plan, model, device, resident))
             _check_batch(m, runtime.backend, batch_size)
             backend = runtime.backend
             opened(runtime)
@@ -119,7 +123,7 @@ def run(
                 out[job.indices.start : job.indices.stop] = _sample(runtime, job, steps)
             return out
     start = _Start(
-        bundle.path, bundle.seal, backend, None if model is None else Path(model), device, resident
+        bundle.path, bundle.seal, backend, plan, None if model is None else Path(model), device, resident
     )
     for job, x in _in_processes(start, jobs, workers):
         out[job.indices.start : job.indices.stop] = x
@@ -230,8 +234,9 @@ def _work(job: _Job) -> F64:
         _worker = Runtime(
             bundle,
             _start.backend,
-            model=_start.model,
-            device=_start.device,
-            resident=_start.resident,
+            _start.plan,
+            _start.model,
+            _start.device,
+            _start.resident,
         )
     return _sample(_worker, job, lambda step: None)

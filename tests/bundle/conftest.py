@@ -78,7 +78,7 @@ def write(tmp_path: Path, schedule: NoiseSchedule, class_info: ModelInfo, networ
             graph = fold(network, schedule, identity)
             graph.producer_name = marker
             save({"w8a8.ort-cpu": graph}, tmp, WEIGHTS)
-            save({"update": sampler_update(sampling, schedule.sigmas)}, tmp, None)
+            save({"update": sampler_update(sampling)}, tmp, None)
             save_file({"s": np.arange(4.0)}, tmp / QUANTIZATION)
             table, row = np.full((t, c), 0.5), np.full(t, 1e-3)
             keys = [(W8A8, emission) for emission in (Emission.PORTABLE, Emission.ORT_CPU)]

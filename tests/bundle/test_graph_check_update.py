@@ -30,7 +30,7 @@ def update(name: str, scale: float, steps: int, folder: Path) -> tuple[bytes, Ex
     config, eta, solver = SETTINGS[name]
     schedule = NoiseSchedule.from_config(config, steps, eta, solver)
     sampling = Sampling(INFO, schedule, scale, solver)  # type: ignore[arg-type]
-    save({"update": sampler_update(sampling, 0.9 * schedule.sigmas)}, folder, None)
+    save({"update": sampler_update(sampling)}, folder, None)
     return (folder / "update.onnx").read_bytes(), Expected(sampling, None, FILE, 1 << 20)
 
 

@@ -56,6 +56,40 @@ def test_run_writes_pictures_and_a_grid(
     )
 
 
+def test_run_with_another_plan(rgb: Built, tmp_path: Path, invoke: Invoke) -> None:
+    """At eta 1, with commas or spaces; run.json says which plan it was."""
+    own = rgb.bundle.manifest.plan
+    drawn = {}
+    for name, plan in (("a", "fp32*1,w4a4*3"), ("b", "fp32 w4a4*3"), ("c", str(own))):
+        result = invoke(
+            "run", rgb.path, "--out", tmp_path / name, "--num-samples", "2", "--plan", plan, "--json"
+        )
+        assert (result.code, result.err) == (0, "")
+        about = json.loads((tmp_path / name / "run.json").read_text())
+        drawn[name] = content(tmp_path / name)
+        assert about["plan"] == result.json["plan"] == (str(own) if name == "c" else "fp32*1 w4a4*3")
+    assert drawn["a"] == drawn["b"] and drawn["a"]["00000.png"] != drawn["c"]["00000.png"]
+    assert invoke("run", rgb.path, "--out", tmp_path / "d", "--num-samples", "2").code == 0
+    assert content(tmp_path / "d") == drawn["c"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ("w8a8*3", "plan has 3 steps, the sampler 4"),
+        ("w8a8*3,w6a6", "the plan asks for w6a6, but the bundle holds fp32, w8a8, w4a8, w4a4: "),
+        ("int8*4", "precision 'int8' is not known: give fp32"),
+        ("w8a8*x", "expected a precision with a count"),
+        ("", "plan has 0 steps, the sampler 4"),
+    ],
+)
+def test_a_plan_that_does_not_fit(
+    rgb: Built, plan: str, message: str, invoke: Invoke, tmp_path: Path
+) -> None:
+    assert message in invoke("run", rgb.path, "--out", tmp_path / "x", "--plan", plan).error
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_run_writes_arrays(own: Built, tmp_path: Path, invoke: Invoke) -> None:
     """Two channels are no picture: an array and no grid. Conditions come from files."""
     np.save(tmp_path / "context.npy", np.random.default_rng(0).standard_normal((3, 6)))

@@ -18,6 +18,7 @@ from ptqd_export.core.plan import (
     first_last,
     fixed,
     pareto_front,
+    parse_plan,
     step_weights,
     uniform,
 )
@@ -39,6 +40,7 @@ def test_runs_are_contiguous() -> None:
 def test_fixed() -> None:
     assert fixed(["w4a8*3", "w8a8"], 4).steps == (W4A8, W4A8, W4A8, W8A8)
     assert fixed(["w8a8"], 3).steps == (W8A8,) * 3
+    assert fixed(["w4a8*2,w8a8", "w4a8"], 4).steps == (W4A8, W4A8, W8A8, W4A8)
     for wrong, message in [
         (["w4a8*3"], "3 steps"),
         (["w4a8*x", "w8a8"], "with a count"),
@@ -47,6 +49,23 @@ def test_fixed() -> None:
     ]:
         with pytest.raises(RecipeError, match=message):
             fixed(wrong, 4)
+
+
+@pytest.mark.parametrize("text", ["w4a8*3,w8a8*1", "w4a8*3 w8a8", " w4a8*2,w4a8 , w8a8,"])
+def test_plan_text(text: str) -> None:
+    assert parse_plan(text, 4).steps == (W4A8, W4A8, W4A8, W8A8)
+    with pytest.raises(RecipeError, match="has 4 steps, the sampler 5"):
+        parse_plan(text, 5)
+
+
+@pytest.mark.parametrize("text", ["", " , ", "w8a8*", "w8a8*3*1", "w8a8;w4a8", "w4a8*99999999"])
+def test_what_is_no_plan(text: str) -> None:
+    with pytest.raises(RecipeError):
+        parse_plan(text, 4)
+
+
+def test_one_precision_is_for_all_steps() -> None:
+    assert parse_plan("w8a8", 3) == parse_plan("w8a8*3", 3) == Plan((W8A8,) * 3)
 
 
 @pytest.mark.parametrize("text", ["w8a8*1", "w4a8*12 w8a8*8", "fp32*3", "w8a8-fp8*2 w4a16*1 fp16*4"])

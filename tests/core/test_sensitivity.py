@@ -11,8 +11,8 @@ from ptqd_export.core.sensitivity import (
     LARGEST,
     Sensitivity,
     paired_error,
-    spectral_distance,
     step_groups,
+    texture_distance,
 )
 from ptqd_export.errors import RecipeError
 
@@ -96,15 +96,20 @@ def test_paired_errors_of_samples(rng: np.random.Generator) -> None:
     assert paired_error(y, x)[2] == LARGEST
 
 
-def test_the_distance_of_spectra(rng: np.random.Generator) -> None:
-    """0 of the same samples in another order or place; more for more noise, for blur, and for runaways."""
+def test_the_distance_of_textures(rng: np.random.Generator) -> None:
+    """0 of the same samples in another order, turned by half, or brighter; more for more grain, for blur,
+    and for samples that ran away."""
     x = rng.standard_normal((8, 1, 16, 16))
     x = (x + np.roll(x, 1, 2) + np.roll(x, 1, 3)) / 3
-    assert spectral_distance(x, x) == 0
-    assert spectral_distance(np.roll(x[::-1], 5, 2), x) < 1e-25
-    noise = [spectral_distance(x + a * rng.standard_normal(x.shape), x) for a in (0.1, 0.3, 1.0)]
-    blurred = spectral_distance((x + np.roll(x, 1, 3)) / 2, x)
-    assert 0 < noise[0] < noise[1] < noise[2] and blurred > noise[0]
+    assert texture_distance(x, x) == 0
+    assert texture_distance(x[::-1] + 0.5, x) < 1e-25
+    grain = [texture_distance(x + a * rng.standard_normal(x.shape), x) for a in (0.1, 0.3, 1.0)]
+    blurred = texture_distance((x + np.roll(x, 1, 3)) / 2, x)
+    assert 0 < grain[0] < grain[1] < grain[2] and blurred > grain[0]
+    other = rng.standard_normal(x.shape)
+    other = (other + np.roll(other, 1, 2) + np.roll(other, 1, 3)) / 3
+    assert texture_distance(other, x) < 0.1 * grain[2] < 0.1 * paired_error(other, x).mean()
     y = x.copy()
     y[0, 0, 0, 0] = np.inf
-    assert spectral_distance(y, x) == LARGEST
+    assert texture_distance(y, x) == LARGEST
+    assert texture_distance(np.ones((2, 3, 1, 1)), np.zeros((2, 3, 1, 1))) == 0  # no neighbours

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,10 +33,10 @@ def sampling_of(name: str, scale: float = 1.0, n_steps: int = STEPS) -> Sampling
     return Sampling.of(INFO, config, n_steps=n_steps, eta=eta, guidance_scale=scale, solver=solver)
 
 
-def reference(sampling: Sampling, sigmas: F64, step: int, x: F64, e: F64, noise: F64) -> F64:
+def reference(sampling: Sampling, step: int, x: F64, e: F64, noise: F64) -> F64:
     """What Sampling.sample computes in float64; `e` (B, ...) is what the network returns."""
-    stirs = sampling.schedule.sigmas[step] > 0
-    return sampling.advance(x, sampling.guide(e), step, float(sigmas[step]), noise if stirs else None)
+    sigma = float(sampling.schedule.sigmas[step])
+    return sampling.advance(x, sampling.guide(e), step, sigma, noise if sigma > 0 else None)
 
 
 def bound(sampling: Sampling, step: int, x: F64, e: F64) -> float:
@@ -79,8 +80,7 @@ def test_every_step_equals_the_sampler(name: str, scale: float) -> None:
     sampling = sampling_of(name, scale)
     schedule, branches = sampling.schedule, sampling.branches
     assert branches == (1 if scale in (0.0, 1.0) else 2)
-    sigmas = 0.9 * schedule.sigmas
-    model = sampler_update(sampling, sigmas)
+    model = sampler_update(sampling)
     lint(model, Emission.HALF)
     injects = bool(schedule.sigmas.any())
     assert [v.name for v in model.graph.inputs] == [
@@ -94,7 +94,7 @@ def test_every_step_equals_the_sampler(name: str, scale: float) -> None:
         for n in (1, 3):
             x, e, noise = states(n, branches, seed=step)
             out = step_of(model, branches, step, x, e, noise)
-            wanted = reference(sampling, sigmas, step, x, e, noise)
+            wanted = reference(sampling, step, x, e, noise)
             assert out["next_sample"].dtype == np.float32 and len(out["next_sample"]) == n * branches
             for half in np.split(out["next_sample"], branches):
                 np.testing.assert_allclose(half, wanted, rtol=0, atol=bound(sampling, step, x, e))
@@ -105,19 +105,19 @@ def test_every_step_equals_the_sampler(name: str, scale: float) -> None:
             )
 
 
-@pytest.mark.parametrize("wrong", ["sigmas", "guidance", "schedule"])
+@pytest.mark.parametrize("wrong", ["eta", "guidance", "schedule"])
 def test_the_comparison_sees_another_update(wrong: str) -> None:
-    """The negative: sigmas 0.1 % larger, guidance 2.501 for 2.5, or a schedule of one step more are all
+    """The negative: eta 0.1 % smaller, guidance 2.501 for 2.5, or a schedule of one step more are all
     seen."""
     sampling = sampling_of("eta 1", 2.5)
     other = sampling_of(
         "eta 1", 2.501 if wrong == "guidance" else 2.5, STEPS + 1 if wrong == "schedule" else STEPS
     )
-    model = sampler_update(other, other.schedule.sigmas * (1.001 if wrong == "sigmas" else 1.0))
+    eta = 0.999 if wrong == "eta" else 1.0
+    model = sampler_update(replace(other, schedule=replace(other.schedule, eta=eta)))
     x, e, noise = states(3, 2, seed=0)
     difference = np.abs(
-        step_of(model, 2, 2, x, e, noise)["next_sample"][:3]
-        - reference(sampling, sampling.schedule.sigmas, 2, x, e, noise)
+        step_of(model, 2, 2, x, e, noise)["next_sample"][:3] - reference(sampling, 2, x, e, noise)
     ).max()
     assert difference > bound(sampling, 2, x, e)
 
@@ -126,8 +126,7 @@ def test_clipping_is_needed_and_seen() -> None:
     """The clipped graph differs from the unclipped one where x_0 leaves the bound."""
     x, e, noise = states(2, 1, seed=0)
     clipped, free = (
-        step_of(sampler_update(s, s.schedule.sigmas), 1, 0, x, e, noise)
-        for s in (sampling_of("clipped"), sampling_of("ddim"))
+        step_of(sampler_update(s), 1, 0, x, e, noise) for s in (sampling_of("clipped"), sampling_of("ddim"))
     )
     assert np.abs(clipped["next_sample"] - free["next_sample"]).max() > 0.1
 
@@ -137,7 +136,7 @@ def test_a_whole_run_follows_the_sampler() -> None:
     amplified by at most sqrt(p / a)."""
     sampling = sampling_of("eta 1")
     schedule = sampling.schedule
-    model = sampler_update(sampling, schedule.sigmas)
+    model = sampler_update(sampling)
     x, _, _ = states(2, 1, seed=1)
     state, feeds_step, wanted, limit = x, 0, x, 0.0
     for step in range(STEPS):
@@ -146,7 +145,7 @@ def test_a_whole_run_follows_the_sampler() -> None:
         limit = limit * np.sqrt(schedule.alphas_cumprod_prev[step] / schedule.alphas_cumprod[step]) + bound(
             sampling, step, wanted, e
         )
-        wanted = reference(sampling, schedule.sigmas, step, wanted, e, noise)
+        wanted = reference(sampling, step, wanted, e, noise)
         state, feeds_step = out["next_sample"].astype(np.float64), int(out["next_step"][0])
     np.testing.assert_allclose(state, wanted, rtol=0, atol=limit)
 
@@ -154,15 +153,14 @@ def test_a_whole_run_follows_the_sampler() -> None:
 def test_noise_is_taken_where_the_schedule_injects_it_alone() -> None:
     sampling = sampling_of("eta 1")  # the last step injects none: abar_prev is 1
     assert sampling.schedule.sigmas[-1] == 0
-    model = sampler_update(sampling, np.ones(STEPS))
+    model = sampler_update(sampling)
     x, e, noise = states(1, 1, seed=0)
     still, stirred = (step_of(model, 1, STEPS - 1, x, e, factor * noise)["next_sample"] for factor in (0, 1))
     np.testing.assert_array_equal(still, stirred)
 
 
-def test_wrong_sigmas() -> None:
-    sampling = sampling_of("eta 1")
-    with pytest.raises(GraphError, match=r"sigmas has shape \(3,\): expected \(7,\)"):
-        sampler_update(sampling, np.ones(3))
-    with pytest.raises(GraphError, match="not finite"):
-        sampler_update(sampling, np.full(STEPS, np.nan))
+def test_a_schedule_whose_tables_are_not_finite() -> None:
+    sampling = sampling_of("ddim")
+    broken = replace(sampling.schedule, alphas_cumprod=np.zeros(STEPS))
+    with np.errstate(all="ignore"), pytest.raises(GraphError, match="not finite"):
+        sampler_update(replace(sampling, schedule=broken))

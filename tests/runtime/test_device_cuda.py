@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from fake_cuda import FakeCuda
 from fake_tensorrt import FakeTensorRT
-from helpers import Built
+from helpers import RTX, Built
 
 from ptqd_export.backends import OrtDevice, OrtEngine
 from ptqd_export.backends.cuda import CudaDevice
@@ -27,7 +27,6 @@ from ptqd_export.core.engine import Device, DeviceEngine
 from ptqd_export.core.plan import Plan
 from ptqd_export.core.precision import FP32, Precision
 from ptqd_export.core.sampling import F64
-from ptqd_export.export import sampler_update, save
 from ptqd_export.runtime import Runtime
 from ptqd_export.runtime.device_loop import DeviceSampler
 
@@ -56,7 +55,7 @@ class Case:
     ) -> None:
         m = bundle.manifest
         self.bundle, self.plan, self.engines, self.update = bundle, plan, engines, update
-        self.sampler = DeviceSampler(device, update, m.sampling)
+        self.sampler = DeviceSampler(device, update, m.sampling, bundle.sigmas(RTX, plan))
 
     def sample(self, n: int, seed: int) -> F64:
         model = self.bundle.manifest.sampling.model
@@ -84,16 +83,13 @@ class Faked(Case):
         folder: Path,
         cuda: FakeCuda,
         opened: ExitStack,
-        update: Path | None = None,
     ) -> None:
-        """Args: update: another update graph than the bundle's own."""
         self.device = opened.enter_context(CudaDevice(cudart=cuda))
         self.modules: list[FakeTensorRT] = []
         engines = []
         for i, precision in enumerate((None, *plan.precisions)):
             path = folder / f"{precision}.engine"
-            graph = update if precision is None and update else _file(bundle, precision)
-            path.write_bytes(b"graph " + str(graph).encode())
+            path.write_bytes(b"graph " + str(_file(bundle, precision)).encode())
             self.modules.append(FakeTensorRT(cuda, scratch=SCRATCH * (i + 1)))
             engines.append(opened.enter_context(TrtEngine(self.modules[-1], path, self.device)))
         super().__init__(
@@ -142,12 +138,7 @@ def test_the_host_s_samples(guided: Built, tmp_path: Path, cuda: FakeCuda, opene
     m = guided.bundle.manifest
     plan = Plan((FP32,) * len(m.sampling.schedule))
     assert m.sampling.branches == 2
-    save(
-        {"update": sampler_update(m.sampling, guided.bundle.sigmas("ort-cpu", plan))},
-        tmp_path,
-        None,
-    )
-    faked = Faked(guided.bundle, plan, tmp_path, cuda, opened, tmp_path / "update.onnx")
+    faked = Faked(guided.bundle, plan, tmp_path, cuda, opened)
     host = opened.enter_context(Runtime(guided.bundle, "ort-cpu", plan))
     for run in range(3):
         for n in SIZES:

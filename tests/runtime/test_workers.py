@@ -13,6 +13,7 @@ import pytest
 from helpers import Built
 
 from ptqd_export import Runtime, run
+from ptqd_export.core.plan import Plan, parse_plan
 from ptqd_export.errors import BackendUnavailable, BundleError, PTQDError, RecipeError
 from ptqd_export.runtime import workers
 
@@ -96,8 +97,49 @@ def test_an_unknown_backend(classes: Built) -> None:
     ):
         with pytest.raises(PTQDError, match="backend 'vulkan' is not known: expected one of tensorrt"):
             opened()
-    with pytest.raises(RecipeError, match="the plan has 1 steps, the bundle 3"):
-        Runtime(classes.bundle, plan=type(classes.bundle.manifest.plan).from_plain("w8a8*1"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("w8a8*1", r"the plan has 1 steps, the bundle 3: give a precision for each, such as w8a8\*3"),
+        ("", r"the plan has 0 steps, the bundle 3: give a precision for each, such as fp32\*3"),
+        (
+            "w8a8*2 w6a8*1",
+            "the plan asks for w6a8, but the bundle holds fp32, w8a8, w4a8, w4a4: take those, or rebuild "
+            "with --precision w6a8",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("untouched")
+def test_a_plan_that_is_not_over_the_bundle(classes: Built, text: str, message: str) -> None:
+    plan = Plan.from_plain(text)
+    for call in (
+        lambda: run(classes.bundle, 2, plan=plan),
+        lambda: run(classes.bundle, 2, plan=plan, workers=2, batch_size=1, backend="ort-cpu"),
+        lambda: Runtime(classes.bundle, plan=plan),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            call()
+
+
+def test_workers_take_the_plan(classes: Built) -> None:
+    """Another than the bundle's own, and with it the engines and sigma' of that plan."""
+    plan = parse_plan("w4a4*1,fp32*2", 3)
+    alone = run(classes.bundle, 2, seed=1, plan=plan, batch_size=1)
+    with Runtime(classes.bundle, plan=plan) as runtime:
+        assert set(runtime.engines) == set(plan.precisions)
+        by_hand = classes.bundle.manifest.sampling.sample(
+            lambda step: runtime.engines[plan.steps[step]],
+            classes.bundle.manifest.sampling.model.conditions([0, 1], 2),
+            range(2),
+            seed=1,
+            sigmas=classes.bundle.sigmas("ort-cpu", plan),
+        )
+    np.testing.assert_allclose(alone, by_hand, atol=1e-5 * np.abs(alone).max())
+    split = run(classes.bundle, 2, seed=1, plan=plan, batch_size=1, workers=2)
+    np.testing.assert_allclose(split, alone, atol=1e-5 * np.abs(alone).max())
+    assert np.abs(run(classes.bundle, 2, seed=1, batch_size=1) - alone).max() > 1e-3
 
 
 def test_more_samples_than_memory(classes: Built) -> None:
