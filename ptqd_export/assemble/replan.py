@@ -45,7 +45,7 @@ def _share(m: Manifest) -> float:
     """The bundle's budget as a fraction, at most 1, of full precision's cost, or of the dearest's."""
     cost = Known.of(m).costs(m.choice.cost)
     dearest = max([cost[p] for p in cost if p.is_float] or cost.values()) * len(m.sampling)
-    return min(1.0, m.choice.budget / dearest) if dearest > 0 and m.choice.budget > 0 else 1.0
+    return min(1.0, round(m.choice.budget / dearest, 9)) if dearest > 0 and m.choice.budget > 0 else 1.0
 
 
 def replan(bundle: Bundle, spec: PlanSpec) -> tuple[Plan, Choice]:

@@ -34,7 +34,12 @@ def test_the_same_rule_gives_the_same_plan(guided: Built) -> None:
     assert spec.budget == pytest.approx(0.3)
     plan, choice = replan(guided.bundle, spec)
     assert plan == m.plan and choice.front == m.choice.front and choice.compared == m.choice.compared
-    assert choice == replace(m.choice, notes=choice.notes) and set(choice.notes) == set(m.choice.notes)
+    same = replace(m.choice, notes=choice.notes, budget=choice.budget)
+    assert (
+        choice == same
+        and choice.budget == pytest.approx(m.choice.budget)
+        and set(choice.notes) == set(m.choice.notes)
+    )
 
 
 def test_other_rules(guided: Built) -> None:

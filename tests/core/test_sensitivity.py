@@ -102,13 +102,18 @@ def test_the_distance_of_textures(rng: np.random.Generator) -> None:
     x = rng.standard_normal((8, 1, 16, 16))
     x = (x + np.roll(x, 1, 2) + np.roll(x, 1, 3)) / 3
     assert texture_distance(x, x) == 0
-    assert texture_distance(x[::-1] + 0.5, x) < 1e-25
+    assert texture_distance(x[::-1] + 0.5, x) < 1e-12
     grain = [texture_distance(x + a * rng.standard_normal(x.shape), x) for a in (0.1, 0.3, 1.0)]
     blurred = texture_distance((x + np.roll(x, 1, 3)) / 2, x)
     assert 0 < grain[0] < grain[1] < grain[2] and blurred > grain[0]
     other = rng.standard_normal(x.shape)
     other = (other + np.roll(other, 1, 2) + np.roll(other, 1, 3)) / 3
-    assert texture_distance(other, x) < 0.02 * paired_error(other, x).mean()
+    assert texture_distance(other, x) < 0.1 * np.sqrt(paired_error(other, x).mean())
+    # What two sources of a little noise leave adds up.
+    little = [x + 0.05 * rng.standard_normal(x.shape), x + 0.1 * rng.standard_normal(x.shape)]
+    both = little[0] + 0.1 * rng.standard_normal(x.shape)
+    apart = sum(texture_distance(v, x) for v in little)
+    assert texture_distance(both, x) == pytest.approx(apart, rel=0.3)
     y = x.copy()
     y[0, 0, 0, 0] = np.inf
     assert texture_distance(y, x) == LARGEST
