@@ -26,7 +26,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_random_plans_repeat_themselves(script: ModuleType) -> None:
     plans = script.at_random(7, 20)
     assert plans == script.at_random(7, 20) != script.at_random(7, 20, seed=1)
-    assert list(plans)[0] == "random 1" and all(len(plan) == 20 for plan in plans.values())
+    assert next(iter(plans)) == "random 1" and all(len(plan) == 20 for plan in plans.values())
     assert len({str(plan) for plan in plans.values()}) == 7
     assert all(1 <= len(list(plan.runs())) <= 4 for plan in plans.values())
 
