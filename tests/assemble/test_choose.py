@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
-from ptqd_export.assemble.choose import choose, fixed_plan
+from ptqd_export.assemble.choose import choose, fixed_plan, sampled
+from ptqd_export.assemble.closed_loop import End
 from ptqd_export.assemble.measure import Measured
 from ptqd_export.assemble.timing import Times
 from ptqd_export.core.backend import Emission
 from ptqd_export.core.noise import Correction, NoiseStats
+from ptqd_export.core.plan import Plan
 from ptqd_export.core.precision import FP32, Precision
 from ptqd_export.core.quant import LayerQuant, QuantizedNetwork
 from ptqd_export.core.schedule import NoiseSchedule
@@ -198,3 +200,24 @@ def test_few_held_out_trajectories_are_noted(held_out: int, noted: bool) -> None
         assert notes[0].startswith(
             "7 held-out trajectories: the gate, the check of the noise and the sampled"
         )
+
+
+def test_a_plan_and_its_rivals_are_sampled_once_each() -> None:
+    """What came out stands beside what was predicted, by the objective."""
+
+    class Loop:
+        sampling = range(STEPS)
+        asked: ClassVar[list[str]] = []
+
+        def end(self, plan: Plan) -> End:
+            self.asked.append(str(plan))
+            return End(np.array([0.1, 0.1]) * len(self.asked), 7.0)
+
+    _, choice = chosen(ALL, rule="budget", cost="time", budget=0.6)
+    found = sampled(choice, Loop())  # type: ignore[arg-type]
+    assert Loop.asked == list(dict.fromkeys(r.plan for r in choice.compared))
+    assert found.compared[0].sampled == pytest.approx(0.1) and found.compared[0].standard_error == 0
+    assert found.compared[1].sampled == found.compared[2].sampled == pytest.approx(0.2)  # one plan
+    assert [replace(r, sampled=None, standard_error=None) for r in found.compared] == list(choice.compared)
+    other = sampled(replace(choice, objective="distribution"), Loop())  # type: ignore[arg-type]
+    assert all((r.sampled, r.standard_error) == (7.0, None) for r in other.compared)
