@@ -31,8 +31,9 @@ from ptqd_export.bundle.bundle import Bundle
 from ptqd_export.core.backend import ORT_CPU, Emission
 from ptqd_export.core.engine import EPSILON, Engine, FakeEngine
 from ptqd_export.core.noise import Correction, Mode
-from ptqd_export.core.plan import Plan, by_budget, by_snr, fixed, pareto_front, step_weights
+from ptqd_export.core.plan import Plan, by_budget, by_snr, fixed, pareto_front
 from ptqd_export.core.precision import FP32, Precision
+from ptqd_export.core.sensitivity import Objective
 from ptqd_export.errors import BundleError
 from ptqd_export.progress import progress
 
@@ -159,11 +160,10 @@ def plan_jobs(eta: float) -> list[Job]:
     precisions = [Precision.parse(p) for p in PRECISIONS]
     bops = {p: float(m.bops[p]) for p in precisions}
     chosen = {"snr": by_snr({p: np.array(choice.snr_q[p], float) for p in precisions}, bops, schedule)}
-    # The manifest's errors are weighted for its own objective; the weights come off again.
-    errors = {p: np.array(choice.error[p]) / step_weights(schedule, choice.objective) for p in precisions}
-    for objective in ("paired", "distribution"):
-        weights = step_weights(schedule, objective)
-        front = pareto_front({p: weights * errors[p] for p in precisions}, bops)
+    errors = {p: np.array(choice.error[p]) for p in precisions}
+    for objective in get_args(Objective):
+        weighed = errors if choice.sensitivity is None else choice.sensitivity.weigh(errors, objective)
+        front = pareto_front(weighed, bops)
         chosen[f"budget, {objective}, BOPs of snr's"] = by_budget(front, chosen["snr"].total(bops)).plan
     if eta == 0:
         half = n // 2

@@ -19,8 +19,10 @@ from .core.backend import ENGINE_BACKENDS, ORT_CPU, RUNNABLE
 from .core.engine_build import CAPABILITY, EngineSettings
 from .core.model import InputSpec
 from .core.noise import Mode
+from .core.plan import Rule
 from .core.precision import Precision
 from .core.sampling import Solver
+from .core.sensitivity import Objective
 from .errors import RecipeError
 from .typed import brief, read_typed, to_plain
 
@@ -112,14 +114,19 @@ class PlanSpec:
     `budget`: mean cost per step, as a fraction of full precision's cost, or of the most expensive precision's
         where no full precision is built.
     `steps`: precision per step for rule "fixed", as runs such as "w4a8*12".
+    `sensitivity`: what the noise of a step counts: as much as it is "measured" to matter at the end, in
+        `sensitivity_groups` groups of steps on `sensitivity_samples` held-out trajectories, or "uniform"ly.
     """
 
-    rule: Literal["snr", "budget", "fixed"] = "budget"
-    objective: Literal["paired", "distribution"] = "paired"
+    rule: Rule = "budget"
+    objective: Objective = "paired"
     cost: Literal["time", "bops"] = "time"
     budget: float = 1.0
     steps: tuple[str, ...] = ()
     batch_size: int = 4
+    sensitivity: Literal["measured", "uniform"] = "measured"
+    sensitivity_groups: int = 5
+    sensitivity_samples: int = 16
 
 
 @dataclass(frozen=True)
@@ -291,6 +298,8 @@ def check(recipe: Recipe) -> None:
         f"plan.budget is {p.budget}: give a fraction in (0, 1] of the dearest precision's cost",
     )
     need(p.batch_size >= 1, f"plan.batch_size is {p.batch_size}: give at least 1")
+    for key in ("sensitivity_groups", "sensitivity_samples"):
+        need(getattr(p, key) >= 1, f"plan.{key} is {getattr(p, key)}: give at least 1")
     need(
         p.rule != "fixed" or bool(p.steps),
         'plan.rule is fixed but plan.steps is empty: give a precision per step, such as ["w4a8*12", '

@@ -10,29 +10,34 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from ..bundle.bundle import Bundle, check_target, in_the_way, write_manifest
-from ..bundle.manifest import CorrectionRecord, Machine, Manifest, Provenance
-from ..bundle.tables import write_layers, write_tables
-from ..calibrate import Network, collect, observe, open_model
+from ..bundle.manifest import Choice, CorrectionRecord, Machine, Manifest, Provenance
+from ..bundle.tables import Key, write_layers, write_tables
+from ..calibrate import Network, Trajectories, collect, observe, open_model
 from ..core.backend import BACKENDS
-from ..core.precision import HALF_BITS
+from ..core.plan import Plan, by_paper
+from ..core.precision import FP32, HALF_BITS, Precision
 from ..core.quant import QuantizedNetwork
 from ..core.sampling import Sampling
 from ..export import export_fp, exported_layers, write_variants
 from ..files import empty_folder, replacing, work_folder
 from ..recipe import Recipe
 from ..typed import to_plain
-from .choose import choose, fixed_plan
+from .choose import choose, fixed_plan, sampled
+from .closed_loop import closed_loop, held_out, measure_sensitivity
 from .engines import ENGINES, Builder, KnownEngines, check_builder, graph_artifact, held_engines
 from .graphs import emit, emit_update, figures_of, judge, probes_of
 from .layers import quantize_all
-from .measure import key_of, measure_all
-from .timing import time_backends
+from .measure import Measured, key_of, measure_all
+from .timing import Times, files_of, time_backends
 
 VERSIONS = ("ptqd-export", "torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 """Packages that decide what a bundle holds."""
@@ -57,6 +62,8 @@ def assemble(recipe: Recipe, out: Path, *, resume: bool = True, say: Say = lambd
     sampling = Sampling.of(network.info, network.scheduler_config, **asdict(recipe.sampler))
     if recipe.plan.rule == "fixed":
         fixed_plan(recipe)  # refuse a wrong one before any work
+    elif recipe.plan.rule == "paper":
+        by_paper(recipe.precisions, len(sampling))
     with work_folder(out, resume) as work:
         held = held_engines(out)
         with replacing(out, in_the_way) as folder:
@@ -116,7 +123,14 @@ def _fill(
         replace(a, time_ms=round(times.seconds[a.precision] * 1e3, 3)) if a.backend == times.backend else a
         for a in artifacts
     ]
-    plan, choice = choose(recipe, schedule, quantized, measured, times)
+    files = files_of(times.backend, artifacts, graphs, folder)
+    engine_key = key_of(key, times.backend, recipe.plan.batch_size, recipe.digest("quantization"))
+    digests = {g.precision: g.digest for g in graphs if g.emission is BACKENDS[times.backend].emission}
+    keys = {p: key_of(engine_key, digests[p], digests.get(FP32)) for p in files}
+    plan, choice = _choose(recipe, network, sampling, paths, quantized, measured, times, files, keys, work)
+    for record in choice.compared:
+        ends = f"error {record.predicted:.3g} predicted, {record.sampled:.3g} sampled"
+        say(f"{record.kind} plan {record.plan}: {ends}")
     update = emit_update(sampling, folder)
     write_tables(
         folder,
@@ -141,7 +155,7 @@ def _fill(
         bops={p: net.bops for p, net in quantized.items()},
         half_bops={p: net.bops_at(HALF_BITS) for p, net in quantized.items()},
         layers={p: _layer_bits(net) for p, net in quantized.items() if not p.is_float},
-        sensitivity=sensitivities,
+        layer_sensitivity=sensitivities,
         provenance=Provenance(
             recipe.to_dict(),
             recipe.calibration.seed,
@@ -160,6 +174,43 @@ def _layer_bits(network: QuantizedNetwork) -> dict[str, tuple[str, ...]]:
         found.setdefault(f"w{layer.weight_bits}a{layer.activation_bits}", []).append(name)
     found["float"] = list(network.float_macs)
     return {bits: tuple(names) for bits, names in found.items()}
+
+
+def _choose(
+    recipe: Recipe,
+    network: Network,
+    sampling: Sampling,
+    paths: Trajectories,
+    quantized: Mapping[Precision, QuantizedNetwork],
+    measured: Mapping[Key, Measured],
+    times: Times,
+    files: Mapping[Precision, Path],
+    keys: Mapping[Precision, str],
+    work: Path,
+) -> tuple[Plan, Choice]:
+    """The plan, by what noise in its steps comes to at the end of sampling, and its own end.
+
+    Args:
+        files: what the timed backend runs at each precision.
+        keys: of everything that decides what it computes.
+    """
+    spec, emission = recipe.plan, BACKENDS[times.backend].emission
+    noisy = [p for p in quantized if not p.is_float]
+    var = {p: measured[p, emission.numerics(p)].correction.var for p in noisy}
+
+    def sigmas(plan: Plan) -> npt.NDArray[np.float64]:
+        if not recipe.quantization.recalibrate_variance:
+            return sampling.schedule.sigmas
+        return sampling.schedule.recalibrated_sigmas(plan.residual_var(var))
+
+    batches = held_out(paths, spec.sensitivity_samples, spec.batch_size)
+    seed = recipe.calibration.seed
+    with closed_loop(sampling, batches, seed, files, times.backend, network, sigmas) as loop:
+        sensitivity = None
+        if spec.sensitivity == "measured":
+            sensitivity = measure_sensitivity(loop, noisy, spec.sensitivity_groups, work, keys)
+        plan, choice = choose(recipe, sampling.schedule, quantized, measured, times, sensitivity)
+        return plan, sampled(choice, loop)
 
 
 def _versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from ..calibrate import (
     quantize,
     sensitivity,
 )
-from ..core.bits import Sensitivity, assign
+from ..core.bits import LayerSensitivity, assign
 from ..core.precision import Precision
 from ..core.quant import QuantizedNetwork
 from ..core.sampling import Sampling
@@ -34,7 +34,7 @@ def quantize_all(
     work: Path,
     key: str,
     say: Callable[[str], None],
-) -> tuple[dict[Precision, QuantizedNetwork], dict[Precision, Sensitivity]]:
+) -> tuple[dict[Precision, QuantizedNetwork], dict[Precision, LayerSensitivity]]:
     """The network at each precision, and the sensitivities that mixed ones were chosen by.
 
     Args:
@@ -43,7 +43,7 @@ def quantize_all(
         key: key of everything before quantization that decides them.
     """
     quantized: dict[Precision, QuantizedNetwork] = {}
-    found: dict[Precision, Sensitivity] = {}
+    found: dict[Precision, LayerSensitivity] = {}
     for precision in recipe.precisions:
         assigned = {}
         if precision.mixed:
@@ -62,9 +62,9 @@ def quantize_all(
     return quantized, found
 
 
-def _load(file: Path) -> Sensitivity | None:
+def _load(file: Path) -> LayerSensitivity | None:
     try:
-        known: Sensitivity = read_typed(Sensitivity, json.loads(file.read_bytes()), "sensitivity")
+        known: LayerSensitivity = read_typed(LayerSensitivity, json.loads(file.read_bytes()), "sensitivity")
     except (OSError, ValueError, PTQDError):
         return None
     return known

@@ -21,6 +21,8 @@ from ..core.sampling import Sampling
 from ..errors import BackendUnavailable, BundleError, GraphError
 
 Name = TypeVar("Name")
+REPEATABILITY = 0.01
+"""Share of a median by which another process, which places its buffers elsewhere, finds another one."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,27 @@ class Times:
     Attributes:
         backend: the backend that was timed.
         seconds: time per precision.
+        errors: standard error of each.
         notes: better backends that could not be timed, and why.
     """
 
     backend: str
     seconds: Mapping[Precision, float]
+    errors: Mapping[Precision, float]
     notes: tuple[str, ...] = ()
 
 
 def time_calls(
     calls: Mapping[Name, Callable[[], object]], *, repeats: int = 20, warmup: int = 3
 ) -> dict[Name, float]:
-    """Median wall time per call, in seconds.
+    """Median wall time per call, in seconds; see `time_rounds`."""
+    return {name: float(np.median(v)) for name, v in time_rounds(calls, repeats, warmup).items()}
+
+
+def time_rounds(
+    calls: Mapping[Name, Callable[[], object]], repeats: int = 20, warmup: int = 3
+) -> dict[Name, list[float]]:
+    """Wall times of each call, in seconds, one per round.
 
     The calls are interleaved (A B C A B C ...), so that another load on the machine or a changing clock
     affects all of them equally; `warmup` rounds are not counted.
@@ -54,7 +65,17 @@ def time_calls(
             elapsed = time.perf_counter() - start
             if turn >= warmup:
                 seconds[name].append(elapsed)
-    return {name: float(np.median(values)) for name, values in seconds.items()}
+    return seconds
+
+
+def median_error(values: Sequence[float]) -> float:
+    """Standard error of the median of values, from the range that holds half of them; see REPEATABILITY.
+
+    sqrt(pi / 2) IQR / (1.349 sqrt(n)), as of a normal distribution: single slow calls do not count.
+    """
+    low, median, high = np.percentile(values, (25, 50, 75))
+    error = np.sqrt(np.pi / 2 / len(values)) * (high - low) / 1.349
+    return float(np.hypot(error, REPEATABILITY * median))
 
 
 def launcher(engine: DeviceEngine, device: Device, feeds: Feeds) -> Callable[[], None]:
@@ -98,10 +119,7 @@ def time_backends(
     feeds = sampling.feeds(x, 0, sampling.model.conditions(None, batch_size))
     notes: list[str] = []
     for name in (*(b for b in BACKENDS if b in wanted and b != ORT_CPU), ORT_CPU):
-        files = {a.precision: folder / a.file for a in artifacts if a.backend == name}
-        if not files:
-            emission = BACKENDS[name].emission
-            files = {g.precision: folder / g.file for g in graphs if g.emission is emission}
+        files = files_of(name, artifacts, graphs, folder)
         try:
             seconds = _seconds(name, set(files.values()), feeds)
         except (BackendUnavailable, BundleError, GraphError) as error:
@@ -109,16 +127,28 @@ def time_backends(
                 raise
             notes.append(f"{name} does not run here: {error}")
             continue
-        return Times(name, {p: seconds[file] for p, file in files.items()}, tuple(notes))
+        medians, errors = (
+            {p: float(of(seconds[file])) for p, file in files.items()} for of in (np.median, median_error)
+        )
+        return Times(name, medians, errors, tuple(notes))
     raise AssertionError("the last backend raises")
 
 
-def _seconds(name: str, files: Collection[Path], feeds: Feeds) -> dict[Path, float]:
-    """Median seconds of one launch per file, on buffers of the backend's device."""
+def files_of(
+    name: str, artifacts: Sequence[Artifact], graphs: Sequence[Graph], folder: Path
+) -> dict[Precision, Path]:
+    """What a backend runs at each precision: its artifacts, or the graphs of its emission if it has none."""
+    files = {a.precision: folder / a.file for a in artifacts if a.backend == name}
+    emission = BACKENDS[name].emission
+    return files or {g.precision: folder / g.file for g in graphs if g.emission is emission}
+
+
+def _seconds(name: str, files: Collection[Path], feeds: Feeds) -> dict[Path, list[float]]:
+    """Seconds of launches per file, on buffers of the backend's device."""
     backends.check(name)
     with contextlib.ExitStack() as opened:
         device = opened.enter_context(contextlib.closing(backends.open_device(name)))
         engines = {
             file: opened.enter_context(backends.open_engine(name, file, device)) for file in sorted(files)
         }
-        return time_calls({file: launcher(engine, device, feeds) for file, engine in engines.items()})
+        return time_rounds({file: launcher(engine, device, feeds) for file, engine in engines.items()})

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..core.backend import BACKENDS, RUNNABLE, Emission
-from ..core.bits import Sensitivity
+from ..core.bits import LayerSensitivity
 from ..core.engine_build import EngineBuild, EngineSettings
 from ..core.figures import Figures
 from ..core.noise import Mode
-from ..core.plan import Plan
+from ..core.plan import Plan, Rule
 from ..core.precision import Precision
 from ..core.sampling import Sampling
+from ..core.sensitivity import Objective, Sensitivity
 from ..errors import BundleError, RecipeError
 from ..typed import brief, read_typed, to_plain
 from .reading import FileEntry
@@ -114,6 +115,28 @@ class FrontRecord:
 
 
 @dataclass(frozen=True)
+class PlanRecord:
+    """A plan beside its prediction.
+
+    Attributes:
+        kind: the bundle's own, or one of what others ship at most at its cost: one precision at all steps,
+            or a precise one for the first and the last steps.
+        plan: kept as its text.
+        cost: total, in the unit of the front.
+        predicted: the error that the choice went by.
+        sampled: that error, of held-out trajectories sampled under the plan; None where it was not sampled.
+        standard_error: of `sampled`, as a share of it, where it is a mean over samples.
+    """
+
+    kind: Literal["chosen", "uniform", "first-last"]
+    plan: str
+    cost: float
+    predicted: float
+    sampled: float | None
+    standard_error: float | None
+
+
+@dataclass(frozen=True)
 class Choice:
     """How the plan was chosen.
 
@@ -122,24 +145,29 @@ class Choice:
         budget: total cost allowed, in the unit of `front`.
         timed_on: backend whose times, and whose noise, the choice went by.
         bops: bit operations of the plan's evaluations; bops_fp32 of as many at full precision.
-        seconds_per_evaluation: per precision, measured on `timed_on`.
+        seconds_per_evaluation: per precision, measured on `timed_on`; seconds_error their standard errors.
         snr_q: SNR_Q per precision and step, before correction; None where there is no noise.
-        error: weighted squared error per precision and step, after correction.
+        error: c_i^2 var_i per precision and step, after correction: squared error that the step adds to x.
+        sensitivity: what that comes to at the end of sampling; None where it was not measured.
         front: the Pareto front that the plan was chosen from.
+        compared: the plan and its rivals, predicted and sampled; the plan first.
         notes: what a user should know.
     """
 
-    rule: Literal["snr", "budget", "fixed"]
-    objective: Literal["paired", "distribution"]
+    rule: Rule
+    objective: Objective
     cost: Literal["time", "bops"]
     budget: float
     timed_on: str
     bops: int
     bops_fp32: int
     seconds_per_evaluation: Mapping[Precision, float]
+    seconds_error: Mapping[Precision, float]
     snr_q: Mapping[Precision, tuple[float | None, ...]]
     error: Mapping[Precision, tuple[float, ...]]
+    sensitivity: Sensitivity | None
     front: tuple[FrontRecord, ...]
+    compared: tuple[PlanRecord, ...]
     notes: tuple[str, ...]
 
     def __post_init__(self) -> None:
@@ -206,7 +234,7 @@ class Manifest:
         bops: bit operations of one evaluation, float parts at 32 bits.
         half_bops: the same with float parts at 16 bits, as the half emission runs them.
         layers: module paths by their bits ("w4a8", "float"), per precision that is not float.
-        sensitivity: what the bits of mixed precisions were chosen by.
+        layer_sensitivity: what the bits of mixed precisions were chosen by.
         files: every other file of the bundle.
     """
 
@@ -224,7 +252,7 @@ class Manifest:
     bops: Mapping[Precision, int]
     half_bops: Mapping[Precision, int]
     layers: Mapping[Precision, Mapping[str, tuple[str, ...]]]
-    sensitivity: Mapping[Precision, Sensitivity]
+    layer_sensitivity: Mapping[Precision, LayerSensitivity]
     provenance: Provenance
     files: Mapping[str, FileEntry]
 

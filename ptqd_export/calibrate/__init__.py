@@ -1,11 +1,11 @@
 """Calibration in torch: open a model, collect trajectories, quantize, simulate and measure the noise."""
 
 from .intake import open_model
+from .layer_noise import given_layers, sensitivity
 from .measure import measure
 from .network import Network
 from .observe import Observed, observe
 from .quantize import quantize
-from .sensitivity import given_layers, sensitivity
 from .simulate import LayerSimulator, SimulatedLayer, simulate
 from .torch_engine import TorchEngine, set_threads
 from .trajectories import Batch, Trajectories, collect

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shlex
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from ..core.backend import RUNNABLE
+from ..core.plan import Rule
 from ..errors import RecipeError
 from ..recipe import Recipe
 from ..typed import brief, to_plain
@@ -41,7 +42,9 @@ ENGINES = Path("engines")
 )
 @click.option("--batch-size", type=int, help="Trajectories per batch in calibration.")
 @click.option("--seed", type=int)
-@click.option("--plan", "plan", help="snr, budget, or a plan by hand such as w4a8*12,w8a8*8.")
+@click.option(
+    "--plan", "plan", help="budget, snr, first-last, paper, or a plan by hand such as w4a8*12,w8a8*8."
+)
 @click.option(
     "--budget",
     type=float,
@@ -152,7 +155,7 @@ def override(recipe: Recipe, **options: Any) -> Recipe:
     put("quantization", "correction", options["correction"])
     put("quantization", "recalibrate_variance", options["recalibrate_variance"])
     plan = options["plan"]
-    if plan in ("snr", "budget"):
+    if plan in set(get_args(Rule)) - {"fixed"}:
         put("plan", "rule", plan)
     elif plan is not None:
         put("plan", "rule", "fixed")

@@ -17,7 +17,7 @@ from .precision import Precision
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class LayerSensitivity:
     """The noise at a network's output when one layer alone is quantized.
 
     Attributes:
@@ -46,7 +46,7 @@ class Sensitivity:
 
 
 def assign(
-    sensitivity: Sensitivity, levels: Sequence[Precision], budget: float, given: Mapping[str, Precision]
+    sensitivity: LayerSensitivity, levels: Sequence[Precision], budget: float, given: Mapping[str, Precision]
 ) -> dict[str, Precision]:
     """The precision of each layer, with the least noise that is predicted within a budget.
 

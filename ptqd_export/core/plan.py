@@ -1,11 +1,12 @@
-"""Plan: a precision per denoising step, and the three rules that choose it: snr, budget, fixed."""
+"""Plan: a precision per denoising step, and the rules for it: budget, snr, first-last, paper, fixed."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, permutations
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,11 @@ F64 = npt.NDArray[np.float64]
 
 MAX_STEPS = 100_000
 """Most steps of a plan: far above any sampler's, so that no file can exhaust memory."""
-ONE_PIXEL_STEP_VAR = (2 / 255) ** 2 / 12
-"""Variance of rounding to 8-bit pixels for data in [-1, 1]: noise below it cannot be seen."""
+Rule = Literal["budget", "snr", "first-last", "paper", "fixed"]
+PAPER_SHARE, PAPER_PRECISIONS = 0.192, (Precision(4, 4), Precision(4, 8))
+"""The paper's plan on LDM-4, 250 steps: w4a4 for the first 48 of them, the noisiest, then w4a8."""
+SAME_COST = 2.0
+"""Two costs that differ by at most this many standard errors of their difference are one."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,10 @@ class Plan:
     def total(self, cost: Mapping[Precision, float]) -> float:
         """Sum of a per-evaluation cost (seconds, BOPs) over the steps."""
         return float(sum(cost[p] for p in self.steps))
+
+    def error(self, errors: Mapping[Precision, F64]) -> float:
+        """Sum of the errors (T,) of each step at its own precision."""
+        return float(sum(errors[p][step] for step, p in enumerate(self.steps)))
 
 
 @dataclass(frozen=True)
@@ -136,22 +144,92 @@ def by_snr(snr: Mapping[Precision, F64], bops: Mapping[Precision, float], schedu
         bops: bit operations of each candidate; they order the candidates.
     """
     order = sorted(snr, key=lambda p: bops[p])
-    best = max(order, key=lambda p: (p.weight_bits + p.activation_bits, bops[p]))
+    best = max(order, key=lambda p: (_bits(p), bops[p]))
     return Plan(
         tuple(next((p for p in order if snr[p][i] > schedule.snr[i]), best) for i in range(len(schedule)))
     )
 
 
-def step_weights(schedule: NoiseSchedule, objective: str) -> F64:
-    """w_i c_i^2, (T,): the cost of a unit of residual variance at step i.
+def first_last(errors: Mapping[Precision, F64], costs: Mapping[Precision, float], budget: float) -> Plan:
+    """First N and last N steps at a precise choice, those between at a cheaper one: what others ship.
 
-    paired:       w_i = 1 / abar_prev_i, the scale with which an error at step i reaches x_0.
-    distribution: w_i = 1 / max(1 - abar_prev_i, one 8-bit pixel step), the added noise relative to the noise
-                  that is still in x.
+    N is the largest that fits the budget. Of all pairs of precisions, the one of least error is taken; where
+    none fits, the cheapest precision throughout.
+
+    Args:
+        errors, costs: as of `pareto_front`.
+        budget: total cost over all steps.
     """
-    prev = schedule.alphas_cumprod_prev
-    w = 1 / prev if objective == "paired" else 1 / np.maximum(1 - prev, ONE_PIXEL_STEP_VAR)
-    return np.asarray(w * schedule.epsilon_gains**2)
+    n = len(next(iter(errors.values())))
+    plans = [uniform(errors, costs, budget)]
+    for precise, cheap in permutations(errors, 2):
+        left = budget * (1 + 1e-9) - n * costs[cheap]
+        more = costs[precise] - costs[cheap]
+        if _bits(precise) > _bits(cheap) and left >= 0 and more >= 0:
+            edge = n // 2 if more == 0 else min(n // 2, int(left / (2 * more)))
+            inside = n - 2 * edge
+            plans.append(Plan((precise,) * edge + (cheap,) * inside + (precise,) * edge))
+    return min(plans[1:] or plans, key=lambda plan: plan.error(errors))
+
+
+def uniform(errors: Mapping[Precision, F64], costs: Mapping[Precision, float], budget: float) -> Plan:
+    """One precision at all steps: the one of least error that fits the budget, else the cheapest."""
+    n = len(next(iter(errors.values())))
+    fitting = [p for p in errors if n * costs[p] <= budget * (1 + 1e-9)]
+    best = min(fitting, key=lambda p: errors[p].sum()) if fitting else min(errors, key=lambda p: costs[p])
+    return Plan((best,) * n)
+
+
+def by_paper(precisions: Sequence[Precision], n_steps: int) -> Plan:
+    """The plan of the paper's experiments: w4a4 for the noisiest 19.2 % of the steps, then w4a8.
+
+    Raises:
+        RecipeError: one of the two is not among `precisions`.
+    """
+    for needed in PAPER_PRECISIONS:
+        if needed not in precisions:
+            held = ", ".join(map(str, precisions))
+            raise RecipeError(
+                f"the paper's plan is of {' and '.join(map(str, PAPER_PRECISIONS))}, but there are {held}: "
+                f"build with --precision {needed}"
+            )
+    first = round(PAPER_SHARE * n_steps)
+    return Plan((PAPER_PRECISIONS[0],) * first + (PAPER_PRECISIONS[1],) * (n_steps - first))
+
+
+def _bits(precision: Precision) -> int:
+    return precision.weight_bits + precision.activation_bits
+
+
+def step_weights(schedule: NoiseSchedule) -> F64:
+    """c_i^2, (T,): what a unit of squared error in epsilon at step i adds to the squared error of x.
+
+    How much of that is left at the end of sampling is measured (`core.sensitivity`). Without a measurement it
+    counts as it is: later steps denoise an early error again, so it does not reach x_0 scaled up by
+    1 / abar_prev.
+    """
+    return np.asarray(schedule.epsilon_gains**2)
+
+
+def equal_costs(costs: Mapping[Precision, float], noise: Mapping[Precision, float]) -> dict[Precision, float]:
+    """Costs of which those that differ by less than their noise are one: their mean.
+
+    Each group starts at the cheapest cost that is in no other one.
+
+    Args:
+        noise: standard error of each cost; one that is not named is exact.
+    """
+    groups: list[list[Precision]] = []
+    for p in sorted(costs, key=lambda p: (costs[p], p)):
+        if groups:
+            first = groups[-1][0]
+            apart = float(np.hypot(noise.get(p, 0.0), noise.get(first, 0.0)))
+            if costs[p] - costs[first] <= SAME_COST * apart:
+                groups[-1].append(p)
+                continue
+        groups.append([p])
+    pooled = {p: float(np.mean([costs[q] for q in group])) for group in groups for p in group}
+    return {p: pooled[p] for p in costs}
 
 
 def pareto_front(errors: Mapping[Precision, F64], costs: Mapping[Precision, float]) -> list[FrontPoint]:
@@ -201,7 +279,7 @@ def _point(
     choice: Sequence[Precision], errors: Mapping[Precision, F64], costs: Mapping[Precision, float]
 ) -> FrontPoint:
     plan = Plan(tuple(choice))
-    return FrontPoint(plan.total(costs), float(sum(errors[p][i] for i, p in enumerate(choice))), plan)
+    return FrontPoint(plan.total(costs), plan.error(errors), plan)
 
 
 def by_budget(front: Sequence[FrontPoint], budget: float) -> FrontPoint:

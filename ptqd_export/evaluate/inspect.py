@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from ..bundle.bundle import Bundle
+from ..bundle.manifest import Choice
 from ..core.backend import BACKENDS, Emission
+from ..core.plan import Plan
 
 MB = 1e6
 SIGMA_PRIME = "sigma'"
@@ -65,7 +68,6 @@ def _head(bundle: Bundle) -> list[str]:
     m, choice = bundle.manifest, bundle.manifest.choice
     model, schedule = m.sampling.model, m.sampling.schedule
     shape, classes = "x".join(map(str, model.sample_shape)), len(model.labels)
-    cost = f"time on {choice.timed_on}" if choice.cost == "time" and choice.rule != "fixed" else choice.cost
     still = " (eta 0 injects no noise: there is no variance to absorb)" if schedule.eta == 0 else ""
     return [
         f"{model.name}: {shape}, {f'{classes} classes' if classes else 'no classes'}, "
@@ -73,10 +75,46 @@ def _head(bundle: Bundle) -> list[str]:
         f"measured for: {m.sampling.solver}, {len(schedule)} steps, eta {schedule.eta:g}, "
         f"guidance {m.sampling.guidance_scale:g}; "
         f"recalibrated variance {'on' if m.recalibrate_variance else 'off'}{still}",
-        f"plan ({choice.rule}, {choice.objective} error, cost in {cost}): {m.plan}",
+        *plan_lines(choice, m.plan),
         *(f"note: {note}" for note in choice.notes),
-        f"bit operations: {choice.bops_share:.3f} of fp32",
+        *_sensitivity(choice),
     ]
+
+
+KINDS = {"chosen": "this plan", "uniform": "one precision", "first-last": "first and last"}
+
+
+def plan_lines(choice: Choice, plan: Plan) -> list[str]:
+    """Lines on a plan, and its error beside that of its rivals, as predicted and as sampled."""
+    by_time = choice.cost == "time"
+    cost = f"time on {choice.timed_on}" if by_time and choice.rule not in ("fixed", "paper") else choice.cost
+    unit, scale = ("ms", 1e3) if by_time else ("10^9 BOPs", 1e-9)
+    lines = [
+        f"plan ({choice.rule}, {choice.objective} error, cost in {cost}): {plan}",
+        f"bit operations: {choice.bops_share:.3f} of fp32",
+        f"  {'':<16}{unit:>12}{'predicted':>12}{'sampled':>12}",
+    ]
+    for r in choice.compared:
+        sampled = "-" if r.sampled is None else f"{r.sampled:.3g}"
+        factor = "" if r.standard_error is None else f" ± {r.standard_error:.0%}"
+        row = f"  {KINDS[r.kind]:<16}{r.cost * scale:>12.4g}{r.predicted:>12.3g}{sampled:>12}{factor:<7}"
+        lines.append(f"{row}  {r.plan}")
+    return lines
+
+
+def _sensitivity(choice: Choice) -> list[str]:
+    """Lines on what noise in one group of steps comes to at the end of sampling."""
+    found = choice.sensitivity
+    if found is None:
+        return []
+    starts = np.cumsum([0, *found.groups])
+    names = [f"{a}-{b - 1}" if b - a > 1 else f"{a}" for a, b in pairwise(starts.tolist())]
+    title = f"error at the end ({choice.objective}) of steps at one precision, others at fp32, "
+    title += f"{found.samples} samples, {found.evaluations} evaluations:"
+    lines = ["", title, f"  {'steps':<16}" + "".join(f"{name:>10}" for name in names)]
+    for p, errors in found.of(choice.objective).items():
+        lines.append(f"  {p!s:<16}" + "".join(f"{error:>10.2g}" for error in errors))
+    return lines
 
 
 def _artifacts(bundle: Bundle) -> list[str]:
@@ -206,6 +244,11 @@ def plot_bundle(bundle: Bundle, path: Path) -> None:
             list(points.values()),
             points.get(str(m.plan)),
             cost_label="engine time of all steps (ms)" if by_time else "bit operations of all steps",
-            error_label=f"weighted error ({choice.objective})",
+            uniform={
+                r.plan.partition("*")[0]: (r.cost * scale, r.predicted)
+                for r in choice.compared
+                if r.kind == "uniform"
+            },
+            error_label=f"predicted error ({choice.objective})",
             title=title,
         )

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
-from ptqd_export.assemble.choose import choose, fixed_plan
+from ptqd_export.assemble.choose import choose, fixed_plan, sampled
+from ptqd_export.assemble.closed_loop import End
 from ptqd_export.assemble.measure import Measured
 from ptqd_export.assemble.timing import Times
 from ptqd_export.core.backend import Emission
 from ptqd_export.core.noise import Correction, NoiseStats
+from ptqd_export.core.plan import Plan
 from ptqd_export.core.precision import FP32, Precision
 from ptqd_export.core.quant import LayerQuant, QuantizedNetwork
 from ptqd_export.core.schedule import NoiseSchedule
+from ptqd_export.core.sensitivity import Sensitivity
 from ptqd_export.errors import RecipeError
 from ptqd_export.recipe import Recipe
 
@@ -54,16 +58,26 @@ def measured(noise: float) -> Measured:
     return Measured(parts, parts, Correction.identity(STEPS, 1), zeros > 0, zeros, zeros)
 
 
-def chosen(times: dict[Precision, float], backend: str = "ort-cpu", **plan: Any) -> Any:
+def chosen(
+    times: dict[Precision, float],
+    backend: str = "ort-cpu",
+    errors: float = 0.0,
+    sensitivity: Sensitivity | None = None,
+    snr_forward: float | None = None,
+    **plan: Any,
+) -> Any:
     recipe = Recipe().override(
         plan=plan, sampler={"n_steps": STEPS}, quantization={"precisions": tuple(map(str, times))}
     )
     noise = {W8A8: 0.01, W4A8: 0.1}
     known = {(p, e): measured(noise[p]) for p in times if not p.is_float for e in Emission}
     schedule = NoiseSchedule.from_config({"clip_sample": False}, STEPS, 0.0)
-    return choose(
-        recipe, schedule, {p: network(p) for p in times}, known, Times(backend, times, ("why not",))
-    )
+    if snr_forward is not None:
+        alphas = schedule.alphas_cumprod.copy()
+        alphas[-1] = snr_forward / (1 + snr_forward)
+        schedule = replace(schedule, alphas_cumprod=alphas)
+    found = Times(backend, times, dict.fromkeys(times, errors), ("why not",))
+    return choose(recipe, schedule, {p: network(p) for p in times}, known, found, sensitivity)
 
 
 ALL = {FP32: 4.0, W8A8: 2.0, W4A8: 1.0}
@@ -92,6 +106,72 @@ def test_a_budget_that_nothing_keeps_is_said() -> None:
     assert plan.precisions == (W8A8,) and not any("budget" in note for note in choice.notes)
 
 
+def test_times_that_are_one_within_their_noise() -> None:
+    """w4a8 came out a hair faster; w8a8 has less error and is taken, and a note says why."""
+    times = {FP32: 4.0, W8A8: 2.0, W4A8: 1.99}
+    plan, choice = chosen(times, errors=0.02, rule="budget", cost="time", budget=0.5)
+    assert plan.precisions == (W8A8,) and choice.front[0].plan == f"w8a8*{STEPS}"
+    assert "w8a8, w4a8 take equally long within the noise of their times: the error decides" in choice.notes
+    assert choice.seconds_per_evaluation == times and set(choice.seconds_error.values()) == {0.02}
+    plan, choice = chosen(times, errors=0.001, rule="budget", cost="time", budget=0.5)
+    assert W4A8 not in plan.precisions and choice.front[0].plan == f"w4a8*{STEPS}"
+    assert not any("equally long" in note for note in choice.notes)
+
+
+def test_what_was_measured_decides_where_bits_go() -> None:
+    """The same noise, which matters late or early."""
+    late = {"groups": (5, 5), "samples": 2, "evaluations": 9}
+    kept = {}
+    for name, ends in (("late", (1e-6, 1.0)), ("early", (1.0, 1e-6))):
+        table = {W8A8: tuple(e / 100 for e in ends), W4A8: ends}
+        found = Sensitivity(**late, paired=table, distribution={p: e[::-1] for p, e in table.items()})
+        for objective in ("paired", "distribution"):
+            plan, choice = chosen(
+                {W8A8: 2.0, W4A8: 1.0}, sensitivity=found, rule="budget", budget=0.75, objective=objective
+            )
+            assert choice.sensitivity == found
+            assert choice.compared[0].predicted == pytest.approx(plan.error(found.weigh(
+                {p: np.array(e) for p, e in choice.error.items()}, objective)))  # fmt: skip
+            kept[name, objective] = str(plan)
+    assert kept["late", "paired"] == kept["early", "distribution"] == "w4a8*5 w8a8*5"
+    assert kept["early", "paired"] == kept["late", "distribution"] == "w8a8*5 w4a8*5"
+
+
+def test_the_plan_stands_beside_what_others_ship() -> None:
+    plan, choice = chosen(ALL, rule="budget", cost="time", budget=0.6)
+    own, uniform, ends = choice.compared
+    assert [r.kind for r in choice.compared] == ["chosen", "uniform", "first-last"]
+    assert own.plan == str(plan) and own.cost == pytest.approx(plan.total(ALL))
+    assert uniform.plan == ends.plan == f"w8a8*{STEPS}"  # two steps more would cost more than the plan
+    assert plan.total(ALL) < 24.0
+    assert uniform.cost <= own.cost and ends.cost <= own.cost
+    assert own.predicted <= min(uniform.predicted, ends.predicted)
+    assert all(r.sampled is None and r.standard_error is None for r in choice.compared)
+
+
+@pytest.mark.parametrize("rule", ["first-last", "paper", "snr"])
+def test_presets(rule: str) -> None:
+    times = {FP32: 4.0, W8A8: 2.0, W4A8: 1.0}
+    if rule == "paper":
+        with pytest.raises(RecipeError, match="the paper's plan is of w4a4 and w4a8, but there are fp32"):
+            chosen(times, rule=rule)
+        return
+    plan, choice = chosen(times, rule=rule, budget=0.6)
+    assert choice.rule == rule
+    if rule == "first-last":
+        assert str(plan) == "fp32*1 w8a8*8 fp32*1" == choice.compared[2].plan
+
+
+def test_a_last_step_that_nothing_satisfies_is_a_note() -> None:
+    line = "last step: no quantized precision has an SNR_Q above SNR_F there (w8a8: 40.1 of 45.0 dB)"
+    _, choice = chosen(ALL, snr_forward=10**4.5)
+    assert [note for note in choice.notes if note.startswith("last step")] == [line]
+    _, choice = chosen(ALL, snr_forward=10**3.5)  # w8a8 passes
+    assert not any(note.startswith("last step") for note in choice.notes)
+    _, choice = chosen({FP32: 4.0}, snr_forward=10**4.5)
+    assert not any(note.startswith("last step") for note in choice.notes)
+
+
 def test_a_plan_by_hand_is_taken_as_it_is() -> None:
     plan, choice = chosen(ALL, rule="fixed", steps=("w4a8*4", "fp32*6"))
     assert str(plan) == "w4a8*4 fp32*6" and choice.rule == "fixed"
@@ -117,4 +197,27 @@ def test_few_held_out_trajectories_are_noted(held_out: int, noted: bool) -> None
     notes = _notes(recipe, ())
     assert bool(notes) is noted
     if noted:
-        assert notes[0].startswith("7 held-out trajectories: the gate and the check of the noise see little")
+        assert notes[0].startswith(
+            "7 held-out trajectories: the gate, the check of the noise and the sampled"
+        )
+
+
+def test_a_plan_and_its_rivals_are_sampled_once_each() -> None:
+    """What came out stands beside what was predicted, by the objective."""
+
+    class Loop:
+        sampling = range(STEPS)
+        asked: ClassVar[list[str]] = []
+
+        def end(self, plan: Plan) -> End:
+            self.asked.append(str(plan))
+            return End(np.array([0.1, 0.1]) * len(self.asked), 7.0)
+
+    _, choice = chosen(ALL, rule="budget", cost="time", budget=0.6)
+    found = sampled(choice, Loop())  # type: ignore[arg-type]
+    assert Loop.asked == list(dict.fromkeys(r.plan for r in choice.compared))
+    assert found.compared[0].sampled == pytest.approx(0.1) and found.compared[0].standard_error == 0
+    assert found.compared[1].sampled == found.compared[2].sampled == pytest.approx(0.2)  # one plan
+    assert [replace(r, sampled=None, standard_error=None) for r in found.compared] == list(choice.compared)
+    other = sampled(replace(choice, objective="distribution"), Loop())  # type: ignore[arg-type]
+    assert all((r.sampled, r.standard_error) == (7.0, None) for r in other.compared)

@@ -31,8 +31,8 @@ def stop(
 def test_a_stopped_build_leaves_the_old_bundle_and_is_taken_up(
     classes: Built, own: Built, tmp_path: Path, launch: Launch
 ) -> None:
-    """Ctrl-C in the trajectories, kill -9 in the statistics, SIGTERM in the export; then the same command to
-    the end."""
+    """Ctrl-C in the trajectories, kill -9 in the statistics, SIGTERM in the export, kill -9 while ends are
+    sampled; then the same command to the end."""
     out, work = tmp_path / "bundle", tmp_path / "bundle.work"
     shutil.copytree(own.path, out)
     before = content(out)
@@ -69,10 +69,18 @@ def test_a_stopped_build_leaves_the_old_bundle_and_is_taken_up(
     assert finished(chunks) == second and measured.items() <= finished(statistics).items()
     assert not list(tmp_path.glob(".bundle.tmp-*"))
 
+    ends = "sensitivity-*.json"
+    assert not finished(ends)
+    code, *_ = stop(start(), lambda: bool(finished(ends)), signal.SIGKILL)
+    assert code == -signal.SIGKILL and finished(ends)
+    unharmed()
+
     process = start()
     printed, error = process.communicate(timeout=300)
     assert (process.returncode, error) == (0, "")
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     old, new = content(out), content(classes.path)
     assert old.keys() == new.keys() and all(old[name] == new[name] for name in old if name != MANIFEST)
-    assert Bundle.open(out).manifest.plan == classes.bundle.manifest.plan
+    again, first_time = Bundle.open(out).manifest, classes.bundle.manifest
+    assert again.plan == first_time.plan and again.choice.sensitivity is not None
+    assert again.choice.sensitivity == first_time.choice.sensitivity

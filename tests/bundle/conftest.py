@@ -21,6 +21,7 @@ from ptqd_export.bundle.manifest import (
     GateRecord,
     Graph,
     Machine,
+    PlanRecord,
     Provenance,
     UpdateEngine,
     UpdateGraph,
@@ -35,6 +36,7 @@ from ptqd_export.core.plan import Plan
 from ptqd_export.core.precision import Precision
 from ptqd_export.core.sampling import Sampling
 from ptqd_export.core.schedule import NoiseSchedule
+from ptqd_export.core.sensitivity import Sensitivity
 from ptqd_export.export import export_fp, fold, sampler_update, save
 from ptqd_export.files import replacing
 
@@ -105,9 +107,12 @@ def _manifest(sampling: Sampling) -> Manifest:
         bops=10,
         bops_fp32=40,
         seconds_per_evaluation={W8A8: 1e-3},
+        seconds_error={W8A8: 1e-5},
         snr_q={W8A8: (None,) * t},
         error={W8A8: (0.0,) * t},
+        sensitivity=Sensitivity((t,), 4, 4 * t, {W8A8: (0.5,)}, {W8A8: (0.1,)}),
         front=(FrontRecord(10.0, 0.5, f"w8a8*{t}"),),
+        compared=(PlanRecord("chosen", f"w8a8*{t}", 10.0, 0.5, 0.4, 0.1),),
         notes=("a note",),
     )
     return Manifest(

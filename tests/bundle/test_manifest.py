@@ -60,6 +60,10 @@ def entry(where: str, **changes: object) -> Change:
     return lambda m: (m[where][0] if isinstance(m[where], list) else m[where]).update(changes)
 
 
+def sensitivity(**changes: object) -> Change:
+    return lambda m: m["choice"]["sensitivity"].update(changes)
+
+
 def figures(**changes: object) -> Change:
     return lambda m: m["parity"]["w8a8.ort-cpu"].update(changes)
 
@@ -113,6 +117,12 @@ def figures(**changes: object) -> Change:
         (entry("choice", bops_fp32=0), "bit operations 10 of 0"),
         (entry("choice", bops="many"), "choice.bops: expected int, got 'many'"),
         (entry("choice", front=[{"cost": 1.0}]), r"choice.front\[0\]: '(error|plan)' is missing"),
+        (entry("choice", compared=[{"plan": "w8a8*10"}]), r"choice.compared\[0\]: '.*' is missing"),
+        (entry("choice", sensitivity=3), "choice.sensitivity: expected a table, got 3"),
+        (sensitivity(groups=[9, 0, 1]), "expected at least one step in each"),
+        (sensitivity(groups=[]), "expected at least one step in each"),
+        (sensitivity(paired={"w8a8": [0.5, 0.1]}), "expected 1 errors of 0 or more per precision"),
+        (sensitivity(paired={"w8a8": [-0.5]}), "expected 1 errors of 0 or more per precision"),
         (entry("choice", timed_on="vulkan"), "backend 'vulkan'"),
         (entry("choice", rule="best"), "choice.rule: got 'best'"),
         (lambda m: m.update(plan=[3] * 10), r"plan.*\[3, 3"),

@@ -1,4 +1,4 @@
-"""Plans: their text, the three rules, the Pareto front against brute force."""
+"""Plans: their text, the rules, equal costs, the Pareto front against brute force."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from ptqd_export.core.plan import (
     MAX_STEPS,
     Plan,
     by_budget,
+    by_paper,
     by_snr,
+    equal_costs,
+    first_last,
     fixed,
     pareto_front,
     parse_plan,
     step_weights,
+    uniform,
 )
 from ptqd_export.core.precision import FP32, Precision
 from ptqd_export.core.schedule import NoiseSchedule
@@ -162,9 +166,67 @@ def test_budget_picks_the_best_that_fits_and_falls_back_to_the_cheapest() -> Non
     assert by_budget(front, 0.5).plan.steps == (W4A4, W4A4)
 
 
-def test_weights_favour_early_steps_for_pairs_and_late_ones_for_distribution() -> None:
-    schedule = NoiseSchedule.from_config({"clip_sample": False}, 20, 0.0)
-    c2 = schedule.epsilon_gains**2
-    paired, distribution = (step_weights(schedule, o) / c2 for o in ("paired", "distribution"))
-    assert (np.diff(paired) < 0).all()
-    assert (np.diff(distribution) > 0).all()
+def test_without_a_measurement_noise_counts_as_it_enters_x() -> None:
+    """Neither early steps count more, as an unhindered way to x_0 would have it, nor late ones."""
+    for eta in (0.0, 1.0):
+        schedule = NoiseSchedule.from_config({"clip_sample": False}, 20, eta)
+        np.testing.assert_allclose(step_weights(schedule), schedule.epsilon_gains**2)
+
+
+def test_costs_within_their_noise_are_one() -> None:
+    costs = {FP32: 55.0, W8A8: 27.5, W4A8: 27.4, W4A4: 28.1}
+    found = equal_costs(costs, {p: 0.3 for p in costs})
+    assert found[W8A8] == found[W4A8] == found[W4A4] == pytest.approx(27.6667, abs=1e-3)
+    assert found[FP32] == 55.0 and list(found) == list(costs)
+    assert equal_costs(costs, {}) == costs  # exact ones are told apart
+    assert equal_costs({W8A8: 2.0, W4A8: 2.0, FP32: 3.0}, {}) == {W8A8: 2.0, W4A8: 2.0, FP32: 3.0}
+    found = equal_costs(costs, {W4A4: 0.1, W4A8: 0.1, W8A8: 0.1})
+    assert found[W8A8] == found[W4A8] == pytest.approx(27.45) and found[W4A4] == 28.1
+    # A chain does not pull apart ones together: groups are held to their cheapest.
+    chain = equal_costs({W4A4: 1.0, W4A8: 1.25, W8A8: 1.5}, {p: 0.1 for p in (W4A4, W4A8, W8A8)})
+    assert chain[W4A4] == chain[W4A8] == pytest.approx(1.125) and chain[W8A8] == 1.5
+
+
+def test_among_equal_costs_the_least_error_wins() -> None:
+    """Whichever of the times came out a hair lower."""
+    errors = {W4A4: np.array([4.0, 1.0]), W4A8: np.array([2.0, 2.0]), W8A8: np.array([1.0, 1.5])}
+    for times in ((27.4, 27.5, 27.6), (27.6, 27.5, 27.4)):
+        costs = dict(zip(errors, times, strict=True))
+        pooled = equal_costs(costs, {p: 0.3 for p in costs})
+        front = pareto_front(errors, pooled)
+        assert [point.plan.steps for point in front] == [(W8A8, W4A4)]
+        apart = [point.plan for point in pareto_front(errors, costs)]
+        assert len(apart) > 1 or times[0] > times[2]  # what noise made of it before
+
+
+def test_one_precision_throughout() -> None:
+    errors = {W4A4: np.full(4, 9.0), W4A8: np.full(4, 2.0), FP32: np.zeros(4)}
+    costs = {W4A4: 1.0, W4A8: 2.0, FP32: 4.0}
+    for budget, best in ((16.0, FP32), (15.0, W4A8), (8.0, W4A8), (7.9, W4A4), (1.0, W4A4)):
+        assert uniform(errors, costs, budget).steps == (best,) * 4
+
+
+def test_first_and_last_steps_precise() -> None:
+    n = 10
+    errors = {W4A4: np.full(n, 9.0), W8A8: np.ones(n), FP32: np.zeros(n)}
+    costs = {W4A4: 1.0, W8A8: 2.0, FP32: 6.0}
+    assert str(first_last(errors, costs, 36.0)) == "fp32*2 w8a8*6 fp32*2"
+    assert str(first_last(errors, costs, 35.9)) == "fp32*1 w8a8*8 fp32*1"
+    assert str(first_last(errors, costs, 14.0)) == "w8a8*2 w4a4*6 w8a8*2"
+    assert str(first_last(errors, costs, 60.0)) == "fp32*10"
+    assert str(first_last(errors, costs, 5.0)) == "w4a4*10"  # nothing fits: the cheapest
+    for budget in np.linspace(10, 60, 23):
+        plan = first_last(errors, costs, budget)
+        assert plan.total(costs) <= budget + 1e-6 and plan.steps == plan.steps[::-1]
+    same = {p: 1.0 for p in costs}
+    assert str(first_last(errors, same, 10.0)) == "fp32*10"
+    assert str(first_last({W8A8: np.ones(n)}, {W8A8: 1.0}, 10.0)) == "w8a8*10"  # there is no pair
+
+
+@pytest.mark.parametrize(("n", "first"), [(250, 48), (20, 4), (1, 0)])
+def test_the_plan_of_the_paper(n: int, first: int) -> None:
+    plan = by_paper((FP32, W8A8, W4A8, W4A4), n)
+    assert plan.steps == (W4A4,) * first + (W4A8,) * (n - first)
+    for lacking in ((W8A8, W4A8), (W4A4, FP32)):
+        with pytest.raises(RecipeError, match="the paper's plan is of w4a4 and w4a8, but there are "):
+            by_paper(lacking, n)

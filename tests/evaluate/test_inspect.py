@@ -12,7 +12,7 @@ from helpers import Built
 from ptqd_export.bundle import Bundle
 from ptqd_export.core.backend import Emission
 from ptqd_export.core.figures import QuantizedFigures
-from ptqd_export.evaluate.inspect import _memory, per_step, plot_bundle, text
+from ptqd_export.evaluate.inspect import KINDS, _memory, per_step, plan_lines, plot_bundle, text
 
 
 def test_rows_are_those_of_the_tables(rgb: Built) -> None:
@@ -42,9 +42,28 @@ def test_the_page(rgb: Built, classes: Built) -> None:
     assert lines[0] == "rgb: 3x16x16, no classes, epsilon prediction"
     assert "recalibrated variance on" in lines[1] and "eta 1" in lines[1]
     assert page.count("\nnote: ") == len(bundle.manifest.choice.notes)
-    assert sum(line.startswith("  w8a8") for line in lines) == 4  # three emissions, and SNR_Q
+    # Three emissions, SNR_Q, and the end of noise in a group of steps.
+    assert sum(line.startswith("  w8a8") for line in lines) == 5
     assert len([line for line in lines if line.split()[:1] in (["0"], ["1"], ["2"], ["3"])]) == 4
     assert "5 classes" in text(classes.bundle, per_step(classes.bundle))
+
+
+def test_plans_stand_beside_their_rivals(rgb: Built) -> None:
+    """Predicted and sampled; a plan that was not sampled has a dash."""
+    m = rgb.bundle.manifest
+    lines = plan_lines(m.choice, m.plan)
+    assert lines[0] == f"plan (fixed, paired error, cost in time): {m.plan}"
+    assert len(lines) == 3 + 3
+    for line, r in zip(lines[3:], m.choice.compared, strict=True):
+        assert r.sampled is not None and r.standard_error is not None
+        assert line.startswith(f"  {KINDS[r.kind]}") and line.endswith(f"  {r.plan}")
+        assert f"{r.predicted:.3g}" in line and f"{r.sampled:.3g} ± {r.standard_error:.0%}" in line
+    blank = tuple(replace(r, sampled=None, standard_error=None) for r in m.choice.compared)
+    lines = plan_lines(replace(m.choice, compared=blank, cost="bops"), m.plan)
+    assert "10^9 BOPs" in lines[2] and all("±" not in line and " - " in line for line in lines[3:])
+    quiet = replace(rgb.bundle, manifest=replace(m, choice=replace(m.choice, sensitivity=None)))
+    shown = "error at the end (paired) of steps at one precision"
+    assert shown in text(rgb.bundle, []) and shown not in text(quiet, [])
 
 
 def test_a_limit_that_means_nothing_is_not_shown(rgb: Built) -> None:

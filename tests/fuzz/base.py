@@ -281,16 +281,19 @@ def _slim(bundle: Path, folder: Path) -> None:
     for table in (
         m["bops"],
         m["choice"]["seconds_per_evaluation"],
+        m["choice"]["seconds_error"],
         m["choice"]["snr_q"],
         m["choice"]["error"],
+        *(m["choice"]["sensitivity"][of] for of in ("paired", "distribution")),
     ):
         for precision in table.keys() - set(kept):
             del table[precision]
-    m["choice"]["front"] = [
-        point
-        for point in m["choice"]["front"]
-        if {run.partition("*")[0] for run in point["plan"].split()} <= set(kept)
-    ]
+    for name in ("front", "compared"):
+        m["choice"][name] = [
+            point
+            for point in m["choice"][name]
+            if {run.partition("*")[0] for run in point["plan"].split()} <= set(kept)
+        ]
     steps = m["correction"]["steps"]
     m["correction"]["steps"] = {name: on for name, on in steps.items() if name.partition(".")[0] in kept}
     graphs = {g["file"] for g in m["graphs"]} | {m["update"]["file"]}

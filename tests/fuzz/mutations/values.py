@@ -224,7 +224,17 @@ def settings(draft: Draft) -> object:
 def record(draft: Draft) -> object:
     """Figures that people are shown: of the gate, of parity, of the choice; keys and counts of none."""
     data, rng = draft.data, draft.rng
-    place = rng.choice(["correction.steps", "parity", "bops", "choice.snr_q", "choice.error"])
+    place = rng.choice(
+        [
+            "correction.steps",
+            "parity",
+            "bops",
+            "choice.snr_q",
+            "choice.error",
+            "choice.seconds_error",
+            "choice.sensitivity.paired",
+        ]
+    )
     table = data
     for key in place.split("."):
         table = table[key]

@@ -8,7 +8,7 @@ from collections.abc import Collection
 import numpy as np
 
 from ..core.backend import Emission
-from ..core.bits import Sensitivity
+from ..core.bits import LayerSensitivity
 from ..core.precision import Precision
 from ..core.sampling import Sampling
 from ..progress import progress
@@ -32,7 +32,7 @@ def sensitivity(
     precision: Precision,
     recipe: Recipe,
     layers: Collection[str],
-) -> Sensitivity:
+) -> LayerSensitivity:
     """The sensitivity of `layers` at each level of a mixed precision, in the portable arithmetic.
 
     It is measured on SENSITIVITY_SAMPLES trajectories at SENSITIVITY_STEPS steps, evenly spaced.
@@ -66,7 +66,7 @@ def sensitivity(
                     del target.forward
                 noise[level].append(tuple(row))
     gains = (sampling.schedule.epsilon_gains**2)[steps]
-    return Sensitivity(
+    return LayerSensitivity(
         tuple(first),
         tuple(layer.macs for layer in first.values()),
         tuple(steps),
