@@ -48,7 +48,7 @@ ENGINES = Path("engines")
     help="Mean cost per step (--plan budget): a fraction of full precision's, or of the dearest's.",
 )
 @click.option("--cost", type=click.Choice(["time", "bops"]), help="What the budget counts.")
-@click.option("--correction", type=click.Choice(["ptqd", "affine", "none"]))
+@click.option("--correction", type=click.Choice(["ptqd", "bias", "affine", "none"]))
 @click.option(
     "--recalibrate-variance/--no-recalibrate-variance",
     default=None,
