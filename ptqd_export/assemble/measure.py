@@ -14,8 +14,9 @@ from safetensors.numpy import load_file, save
 
 from ..bundle.manifest import GateRecord
 from ..bundle.tables import Key
-from ..calibrate import Network, TorchEngine, Trajectories, measure, simulate
+from ..calibrate import Network, TorchEngine, Trajectories, measure, measure_own, simulate
 from ..core.backend import Emission
+from ..core.engine import Engine
 from ..core.gate import LEVEL, Gated, gate
 from ..core.noise import Correction, NoiseStats
 from ..core.precision import Precision
@@ -92,11 +93,41 @@ def measure_all(
             file = work / f"stats-{name}.safetensors"
             parts = _load_stats(file)
             if parts is None:
-                with TorchEngine(simulate(network, net, emission), sampling) as engine:
-                    parts = measure(engine, sampling, trajectories, "all", f"noise of {precision}.{emission}")
+                with (
+                    TorchEngine(simulate(network, net, emission), sampling) as engine,
+                    TorchEngine(network.module, sampling) as reference,
+                ):
+                    what = f"noise of {precision}.{emission}"
+                    parts = _measure(recipe, engine, reference, sampling, trajectories, what)
                 _save_stats(file, parts)
             measured[precision, emission] = conclude(recipe.quantization, parts[:n_fit], parts[n_fit:])
     return measured
+
+
+def _measure(
+    recipe: Recipe,
+    engine: Engine,
+    reference: Engine,
+    sampling: Sampling,
+    trajectories: Trajectories,
+    what: str,
+) -> list[NoiseStats]:
+    """Sums of the calibration and of the held-out trajectories; these are always full precision's, on which
+    the parity gate runs the graphs."""
+    spec = recipe.quantization
+    if recipe.calibration.trajectory == "full_precision":
+        return measure(engine, sampling, trajectories, "all", what)
+    own = measure_own(
+        engine,
+        reference,
+        sampling,
+        trajectories,
+        recipe.calibration.seed,
+        lambda parts: conclude(spec, parts, ()).correction,
+        spec.recalibrate_variance,
+        f"{what}, own trajectory",
+    )
+    return [*own, *measure(engine, sampling, trajectories, "held_out", what)]
 
 
 def conclude(

@@ -1,7 +1,7 @@
 """Calibration in torch: open a model, collect trajectories, quantize, simulate and measure the noise."""
 
 from .intake import open_model
-from .measure import measure
+from .measure import measure, measure_own
 from .network import Network
 from .observe import Observed, observe
 from .quantize import quantize
@@ -19,6 +19,7 @@ __all__ = [
     "Trajectories",
     "collect",
     "measure",
+    "measure_own",
     "observe",
     "open_model",
     "quantize",

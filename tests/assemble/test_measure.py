@@ -12,7 +12,7 @@ import pytest
 from ptqd_export.assemble import measure
 from ptqd_export.assemble.measure import conclude, key_of
 from ptqd_export.core.noise import NoiseStats
-from ptqd_export.recipe import QuantizationSpec
+from ptqd_export.recipe import QuantizationSpec, Recipe
 
 T, C = 3, 2
 
@@ -77,3 +77,30 @@ def test_sums_come_back_and_damaged_ones_do_not(rng: np.random.Generator, tmp_pa
 def test_keys_tell_values_apart() -> None:
     assert key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1})
     assert len({key_of(1, 2), key_of(2, 1), key_of([1, 2]), key_of("1", 2), key_of(1)}) == 5
+
+
+def test_where_the_noise_is_measured(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On its own trajectory a network is led by the correction that the build will fold in; the held-out
+    trajectories stay those of full precision, on which the graphs are judged."""
+    parts, held_out = stats(rng, 8, 1.1), stats(rng, 2, 1.1)
+    asked: list[object] = []
+
+    def on_stored(engine: str, sampling: str, paths: str, subset: str, what: str) -> list[NoiseStats]:
+        asked.append((engine, subset))
+        return [*parts, *held_out] if subset == "all" else held_out
+
+    def on_own(*args: object) -> list[NoiseStats]:
+        engine, reference, _, _, seed, correct, recalibrate, _ = args
+        asked.append((engine, reference, seed, recalibrate))
+        folded = conclude(QuantizationSpec(), parts, ()).correction
+        np.testing.assert_array_equal(correct(parts).gain, folded.gain)  # type: ignore[operator]
+        return parts
+
+    monkeypatch.setattr(measure, "measure", on_stored)
+    monkeypatch.setattr(measure, "measure_own", on_own)
+    recipe = Recipe().override(calibration={"seed": 5})
+    for trajectory in ("full_precision", "own"):
+        recipe = recipe.override(calibration={"trajectory": trajectory})
+        found = measure._measure(recipe, "q", "fp", "s", "paths", "noise")  # type: ignore[arg-type]
+        assert found == [*parts, *held_out]
+    assert asked == [("q", "all"), ("q", "fp", 5, True), ("q", "held_out")]
