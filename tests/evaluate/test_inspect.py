@@ -10,8 +10,10 @@ import pytest
 from helpers import Built
 
 from ptqd_export.bundle import Bundle
+from ptqd_export.bundle.manifest import GateRecord
 from ptqd_export.core.backend import Emission
 from ptqd_export.core.figures import QuantizedFigures
+from ptqd_export.core.gate import Kept
 from ptqd_export.evaluate.inspect import _memory, per_step, plot_bundle, text
 
 
@@ -42,9 +44,28 @@ def test_the_page(rgb: Built, classes: Built) -> None:
     assert lines[0] == "rgb: 3x16x16, no classes, epsilon prediction"
     assert "recalibrated variance on" in lines[1] and "eta 1" in lines[1]
     assert page.count("\nnote: ") == len(bundle.manifest.choice.notes)
-    assert sum(line.startswith("  w8a8") for line in lines) == 4  # three emissions, and SNR_Q
+    # Parity of three emissions, SNR_Q, and what is corrected in two numerics.
+    assert sum(line.startswith("  w8a8") for line in lines) == 6
     assert len([line for line in lines if line.split()[:1] in (["0"], ["1"], ["2"], ["3"])]) == 4
     assert "5 classes" in text(classes.bundle, per_step(classes.bundle))
+
+
+def test_what_the_gate_kept_is_said_in_words(rgb: Built) -> None:
+    bundle = rgb.bundle
+    correction = bundle.manifest.correction
+    kept: tuple[Kept, ...] = ("both", "bias", "nothing", "both")
+    for limit, why in ((3.5, "k and bias kept where above 3.5 standard errors"), (0.0, "not gated")):
+        record = GateRecord(kept, (-9.0, 1.0, 0.5, 4.0), (4.0, -5.0, 0.1, 7.0), limit)
+        changed = replace(correction, steps=dict.fromkeys(correction.steps, record))
+        other: Bundle = replace(bundle, manifest=replace(bundle.manifest, correction=changed))
+        lines = text(other, per_step(other)).splitlines()
+        start = lines.index(f"correction ptqd ({why}):")
+        assert lines[start + 1].endswith(
+            "k and bias at 2, the bias alone at 1, nothing at 1 of 4 steps; standard errors: "
+            "k 0.5 to 9.0, bias 0.1 to 7.0"
+        )
+    rows = [(row.kept, row.precision) for row in per_step(other)]
+    assert all(found == ("nothing" if name == "fp32" else kept[i]) for i, (found, name) in enumerate(rows))
 
 
 def test_a_limit_that_means_nothing_is_not_shown(rgb: Built) -> None:
