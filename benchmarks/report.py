@@ -22,6 +22,7 @@ SECTIONS = {
     "engine-builds": _BENCHMARKS,
     "quality": _BENCHMARKS,
     "plan-ranking": _BENCHMARKS,
+    "corrections": _BENCHMARKS,
     "switching": _BENCHMARKS,
     "recipe-keys": ROOT / "docs" / "recipe.md",
 }

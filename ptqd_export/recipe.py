@@ -61,8 +61,10 @@ class CalibrationSpec:
     """How calibration trajectories are sampled and used.
 
     `size`: trajectories that give ranges and statistics.
-    `held_out`: further trajectories that decide the fidelity gate.
+    `held_out`: further trajectories, on which the plan's errors and the parity are judged.
     `seed`: seed of all trajectories.
+    `trajectory`: the states at which corrections are measured: those of the full-precision network, or those
+        that each quantized network visits with its own corrections. The second takes twice the time.
     """
 
     size: int = 32
@@ -72,6 +74,7 @@ class CalibrationSpec:
     activation_range: Literal["minmax", "percentile", "mse"] = "mse"
     weight_range: Literal["minmax", "percentile", "mse"] = "mse"
     percentile: float = 99.99
+    trajectory: Literal["full_precision", "own"] = "full_precision"
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class QuantizationSpec:
     `rounding`: how weights below 8 bits are rounded.
     `weight_scales`: one scale per output "channel", or one for the whole "tensor".
     `skip`: globs of module paths left in float.
+    `gate`: keep of a step's correction what is significant (`core.gate`), or all of it.
     `input_grids`: grids of inputs between two ends of their own, or about zero.
     `conv_outputs`: on ORT CPU, 8-bit grids of conv outputs per "channel", or one for the whole "tensor".
     `smoothing`: how much of the inputs' differences between channels goes into the weights of convs: alpha of

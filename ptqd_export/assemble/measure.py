@@ -14,8 +14,10 @@ from safetensors.numpy import load_file, save
 
 from ..bundle.manifest import GateRecord
 from ..bundle.tables import Key
-from ..calibrate import Network, TorchEngine, Trajectories, measure, simulate
+from ..calibrate import Network, TorchEngine, Trajectories, measure, measure_own, simulate
 from ..core.backend import Emission
+from ..core.engine import Engine
+from ..core.gate import LEVEL, Gated, gate
 from ..core.noise import Correction, NoiseStats
 from ..core.precision import Precision
 from ..core.quant import QuantizedNetwork
@@ -31,19 +33,18 @@ class Measured:
     """Noise of one precision and numerics: sums of single trajectories, and the correction fitted to them.
 
     Attributes:
-        calibration, held_out: sums per trajectory.
-        correction: the correction that goes into the graph.
-        kept: which steps kept their correction, (T,).
-        drop, drop_error: mean drop of the squared error on held-out trajectories and its standard error,
-            (T,).
+        calibration, held_out: sums per trajectory; the correction was fitted on the first.
+        gated: the correction, with what the gate decided.
     """
 
     calibration: Sequence[NoiseStats]
     held_out: Sequence[NoiseStats]
-    correction: Correction
-    kept: npt.NDArray[np.bool_]
-    drop: F64
-    drop_error: F64
+    gated: Gated
+
+    @property
+    def correction(self) -> Correction:
+        """The correction that goes into the graph."""
+        return self.gated.correction
 
     @property
     def pooled(self) -> NoiseStats:
@@ -61,8 +62,8 @@ class Measured:
 
     def record(self) -> GateRecord:
         """The gate's decisions, for the manifest."""
-        z = (self.drop / np.maximum(self.drop_error, 1e-300)).round(2)
-        return GateRecord(tuple(self.kept.tolist()), tuple(z.tolist()))
+        z_k, z_bias = (tuple(z.round(2).tolist()) for z in (self.gated.z_k, self.gated.z_bias))
+        return GateRecord(self.gated.kept, z_k, z_bias, round(self.gated.limit, 2))
 
 
 def measure_all(
@@ -92,26 +93,49 @@ def measure_all(
             file = work / f"stats-{name}.safetensors"
             parts = _load_stats(file)
             if parts is None:
-                with TorchEngine(simulate(network, net, emission), sampling) as engine:
-                    parts = measure(engine, sampling, trajectories, "all", f"noise of {precision}.{emission}")
+                with (
+                    TorchEngine(simulate(network, net, emission), sampling) as engine,
+                    TorchEngine(network.module, sampling) as reference,
+                ):
+                    what = f"noise of {precision}.{emission}"
+                    parts = _measure(recipe, engine, reference, sampling, trajectories, what)
                 _save_stats(file, parts)
             measured[precision, emission] = conclude(recipe.quantization, parts[:n_fit], parts[n_fit:])
     return measured
 
 
+def _measure(
+    recipe: Recipe,
+    engine: Engine,
+    reference: Engine,
+    sampling: Sampling,
+    trajectories: Trajectories,
+    what: str,
+) -> list[NoiseStats]:
+    """Sums of the calibration and of the held-out trajectories; these are always full precision's, on which
+    the parity gate runs the graphs."""
+    spec = recipe.quantization
+    if recipe.calibration.trajectory == "full_precision":
+        return measure(engine, sampling, trajectories, "all", what)
+    own = measure_own(
+        engine,
+        reference,
+        sampling,
+        trajectories,
+        recipe.calibration.seed,
+        lambda parts: conclude(spec, parts, ()).correction,
+        spec.recalibrate_variance,
+        f"{what}, own trajectory",
+    )
+    return [*own, *measure(engine, sampling, trajectories, "held_out", what)]
+
+
 def conclude(
     spec: QuantizationSpec, calibration: Sequence[NoiseStats], held_out: Sequence[NoiseStats]
 ) -> Measured:
-    """Fit the correction on the calibration trajectories, and gate it on the held-out ones."""
-    pooled = NoiseStats.pool(calibration)
-    correction, none = (
-        Correction.from_stats(pooled, mode, spec.clamp_k) for mode in (spec.correction, "none")
-    )
-    if spec.correction == "none" or not spec.gate:
-        n = len(correction.var)
-        kept = np.full(n, spec.correction != "none")
-        return Measured(calibration, held_out, correction, kept, np.zeros(n), np.zeros(n))
-    return Measured(calibration, held_out, *correction.gated(held_out, none))
+    """Fit and gate the correction on the calibration trajectories."""
+    level = LEVEL if spec.gate else None
+    return Measured(calibration, held_out, gate(calibration, spec.correction, spec.clamp_k, level))
 
 
 def _save_stats(file: Path, parts: Sequence[NoiseStats]) -> None:

@@ -14,6 +14,7 @@ from ..core.backend import BACKENDS, RUNNABLE, Emission
 from ..core.bits import LayerSensitivity
 from ..core.engine_build import EngineBuild, EngineSettings
 from ..core.figures import Figures
+from ..core.gate import Kept
 from ..core.noise import Mode
 from ..core.plan import Plan, Rule
 from ..core.precision import Precision
@@ -183,11 +184,18 @@ class Choice:
 
 @dataclass(frozen=True)
 class GateRecord:
-    """Which steps kept their correction, and the drop of the squared error over its standard error, per
-    step."""
+    """What each step kept of the correction, and why.
 
-    kept: tuple[bool, ...]
-    mse_drop_over_standard_error: tuple[float, ...]
+    Attributes:
+        kept: per step.
+        z_k, z_bias: k and mu over their standard errors, per step; `core.gate.Gated` says of which channel.
+        limit: |z| above which they are kept; 0 without a gate.
+    """
+
+    kept: tuple[Kept, ...]
+    z_k: tuple[float, ...]
+    z_bias: tuple[float, ...]
+    limit: float
 
 
 @dataclass(frozen=True)
@@ -271,6 +279,21 @@ class Manifest:
                 raise RecipeError(f"digest {brief(digest)}: expected 64 hexadecimal digits")
         if len(self.plan) != len(self.sampling):
             raise RecipeError(f"{len(self.plan)} plan steps for {len(self.sampling)} timesteps")
+        self._check_gate()
+
+    def _check_gate(self) -> None:
+        numerics = {
+            f"{p}.{emission.numerics(p)}" for p in self.bops if not p.is_float for emission in Emission
+        }
+        if set(self.correction.steps) != numerics:
+            held = ", ".join(sorted(self.correction.steps)) or "nothing"
+            raise RecipeError(f"the gate's records are of {held}: expected {', '.join(sorted(numerics))}")
+        for name, record in self.correction.steps.items():
+            for rows in (record.kept, record.z_k, record.z_bias):
+                if len(rows) != len(self.sampling):
+                    raise RecipeError(
+                        f"the gate's record of {name} has {len(rows)} steps of {len(self.sampling)}"
+                    )
 
     @property
     def backends(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from .intake import open_model
 from .layer_noise import given_layers, sensitivity
-from .measure import measure
+from .measure import measure, measure_own
 from .network import Network
 from .observe import Observed, observe
 from .quantize import quantize
@@ -21,6 +21,7 @@ __all__ = [
     "collect",
     "given_layers",
     "measure",
+    "measure_own",
     "observe",
     "open_model",
     "quantize",

@@ -1,17 +1,19 @@
-"""Measure the quantization noise of an engine on stored full-precision trajectories."""
+"""Measure the quantization noise of an engine, on stored full-precision trajectories or on its own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from ..core.engine import Engine
-from ..core.noise import NoiseStats
-from ..core.sampling import Sampling
+from ..core.engine import Array, Engine
+from ..core.noise import Correction, NoiseStats
+from ..core.sampling import NoiseSource, Sampling
 from ..errors import ParityError
 from ..progress import progress
-from .trajectories import Trajectories
+from .trajectories import CALIBRATION_STREAM, Trajectories
 
 Subset = Literal["calibration", "held_out", "all"]
 
@@ -48,17 +50,77 @@ def measure(
                 continue
             sums = [NoiseStats.zeros(n_steps, sampling.model.channels) for _ in indices]
             for step in range(n_steps):
-                with np.errstate(invalid="ignore", over="ignore"):  # the error below replaces the warning
-                    eq = sampling.predict(engine, x[step], step, conditions)
-                if not np.isfinite(eq).all():
-                    raise ParityError(
-                        f"the engine returns NaN or infinite values at step {step} (timestep "
-                        f"{sampling.schedule.timesteps[step]}) of samples "
-                        f"{indices.start} to {indices.stop - 1}: it does not compute what it was built to "
-                        "compute"
-                    )
+                eq = _predict(engine, sampling, x[step], step, indices, conditions)
                 for i in range(len(indices)):
                     sums[i] += NoiseStats.of_step(step, n_steps, e[step, i : i + 1], eq[i : i + 1])
                 bar.update(len(indices))
             found += sums
     return found
+
+
+def measure_own(
+    engine: Engine,
+    reference: Engine,
+    sampling: Sampling,
+    trajectories: Trajectories,
+    seed: int,
+    correct: Callable[[Sequence[NoiseStats]], Correction],
+    recalibrate: bool = False,
+    what: str = "noise on own trajectory",
+) -> list[NoiseStats]:
+    """Sums of e and D = eq - e per calibration trajectory, at the states that the engine itself visits.
+
+    All trajectories take each step together: its sums are measured, its correction is fitted to them, and the
+    corrected prediction leads to the next states. It takes as many calls of `reference` as of `engine`.
+
+    Args:
+        engine: the quantized network, uncorrected.
+        reference: the full-precision network.
+        trajectories: their calibration set gives the conditions and, with `seed`, the noise.
+        correct: the correction by the sums so far, those of later steps being 0; its row of the last step
+            measured is used.
+        recalibrate: inject the recalibrated noise.
+    Raises:
+        ParityError: an engine returns NaN or infinite values; names the step.
+    """
+    n_steps, shape = len(sampling), sampling.model.sample_shape
+    batches = [(b.indices, b.conditions) for b in trajectories if b.indices.start in trajectories.calibration]
+    sources = [NoiseSource(seed, [CALIBRATION_STREAM + i for i in rows], shape) for rows, _ in batches]
+    states = [source.draw() for source in sources]
+    sums = [NoiseStats.zeros(n_steps, sampling.model.channels) for _ in trajectories.calibration]
+    with progress(len(sums) * n_steps, what, "step") as bar:
+        for step in range(n_steps):
+            predicted = []
+            for (indices, conditions), x in zip(batches, states, strict=True):
+                e, eq = (_predict(net, sampling, x, step, indices, conditions) for net in (reference, engine))
+                predicted.append(eq)
+                for row, i in enumerate(indices):
+                    sums[i] += NoiseStats.of_step(step, n_steps, e[row : row + 1], eq[row : row + 1])
+                bar.update(len(indices))
+            correction = correct(sums)
+            gain, offset = (rows[step][:, None, None] for rows in (correction.gain, correction.offset))
+            injected = sampling.schedule.sigmas
+            sigma = sampling.schedule.recalibrated_sigmas(correction.var) if recalibrate else injected
+            for j, (x, eq) in enumerate(zip(states, predicted, strict=True)):
+                noise = sources[j].draw() if injected[step] > 0 else None
+                states[j] = sampling.advance(x, gain * eq + offset, step, float(sigma[step]), noise)
+    return sums
+
+
+def _predict(
+    engine: Engine,
+    sampling: Sampling,
+    x: npt.NDArray[np.floating],
+    step: int,
+    indices: range,
+    conditions: Mapping[str, Array],
+) -> npt.NDArray[np.float64]:
+    with np.errstate(invalid="ignore", over="ignore"):  # the error below replaces the warning
+        eq = sampling.predict(engine, x, step, conditions)
+    if not np.isfinite(eq).all():
+        raise ParityError(
+            f"the engine returns NaN or infinite values at step {step} (timestep "
+            f"{sampling.schedule.timesteps[step]}) of samples {indices.start} to {indices.stop - 1}: it does "
+            "not compute what it was built to compute"
+        )
+    return eq

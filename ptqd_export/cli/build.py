@@ -38,7 +38,7 @@ ENGINES = Path("engines")
 @click.option("--eta", type=float, help="0 is deterministic DDIM, 1 is DDPM.")
 @click.option("--guidance-scale", type=float)
 @click.option(
-    "--calib-size", type=int, help="Calibration trajectories; half as many more are held out for the gate."
+    "--calib-size", type=int, help="Calibration trajectories; half as many more are held out to judge by."
 )
 @click.option("--batch-size", type=int, help="Trajectories per batch in calibration.")
 @click.option("--seed", type=int)
@@ -51,11 +51,11 @@ ENGINES = Path("engines")
     help="Mean cost per step (--plan budget): a fraction of full precision's, or of the dearest's.",
 )
 @click.option("--cost", type=click.Choice(["time", "bops"]), help="What the budget counts.")
-@click.option("--correction", type=click.Choice(["ptqd", "affine", "none"]))
+@click.option("--correction", type=click.Choice(["ptqd", "bias", "affine", "none"]))
 @click.option(
     "--recalibrate-variance/--no-recalibrate-variance",
     default=None,
-    help="Take the residual variance off the injected noise (eta > 0).",
+    help="Take the variance that stays random off the injected noise (eta > 0).",
 )
 @click.option(
     "--backend",

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 F64 = npt.NDArray[np.float64]
-Mode = Literal["none", "ptqd", "affine"]
+Mode = Literal["none", "bias", "ptqd", "affine"]
 MIN_GAIN_DENOMINATOR = 0.1
 """Lower bound of 1 + k: a k below -0.9, which would amplify more than tenfold, is held at -0.9."""
 
@@ -87,18 +87,27 @@ class NoiseStats:
         It is pooled over samples, channels and pixels, and 0 where Var(e) is 0.
         """
         e, d, ee, ed, _ = (m.mean(1) for m in self._means())
-        var = ee - e**2
-        return np.asarray(np.where(var > 0, (ed - e * d) / np.where(var > 0, var, 1.0), 0.0))
+        return _ratio(ed - e * d, ee - e**2)
 
     @property
     def bias(self) -> F64:
         """mu, (T, C): mean of D' = D - k e per channel."""
+        return self.mean_noise(self.k)
+
+    def mean_noise(self, k: F64) -> F64:
+        """Mean of D - k e per channel, (T, C), with k (T,)."""
         e, d, *_ = self._means()
-        return np.asarray(d - self.k[:, None] * e)
+        return np.asarray(d - k[:, None] * e)
+
+    @property
+    def channel_k(self) -> F64:
+        """Cov(e, D) / Var(e) within each channel, (T, C), unclamped; 0 where Var(e) is 0."""
+        e, d, ee, ed, _ = self._means()
+        return _ratio(ed - e * d, ee - e**2)
 
     @property
     def var(self) -> F64:
-        """Residual variance, (T,): Var(D' about its channel mean) / (1 + k)^2."""
+        """Residual variance of the `ptqd` correction, (T,): Var(D') / (1 + k)^2."""
         return Correction.from_stats(self, "ptqd").var
 
     @property
@@ -131,31 +140,36 @@ class NoiseStats:
             + 2 * g * o * self.d,
         )
 
-    def residual_var(self, gain: F64, offset: F64) -> F64:
-        """Variance of gain eq + offset - e about its channel mean, averaged over channels, (T,).
+    def scatter(self, gain: F64) -> F64:
+        """Variance that gain eq has about its linear dependence on e, averaged over channels, (T,).
 
-        gain and offset are (T, C).
+        It is gain^2 (Var(D) - Cov(e, D)^2 / Var(e)) in each channel, with gain (T, C). It is what injected
+        noise can stand in for: see `NoiseSchedule.recalibrated_sigmas`.
         """
         e, d, ee, ed, dd = self._means()
-        see, sed, sdd = ee - e**2, ed - e * d, dd - d**2
-        return np.asarray(
-            np.maximum(0.0, ((gain - 1) ** 2 * see + 2 * gain * (gain - 1) * sed + gain**2 * sdd).mean(1))
-        )
+        cov = ed - e * d
+        return np.asarray((gain**2 * np.maximum(0.0, dd - d**2 - cov * _ratio(cov, ee - e**2))).mean(1))
 
     def mse(self, gain: F64, offset: F64) -> F64:
         """E (gain eq + offset - e)^2, (T,), with gain and offset (T, C)."""
-        e, d, *_ = self._means()
+        e, d, ee, ed, dd = self._means()
+        see, sed, sdd = ee - e**2, ed - e * d, dd - d**2
         mean = (gain - 1) * e + gain * d + offset
-        return np.asarray(self.residual_var(gain, offset) + (mean**2).mean(1))
+        about = ((gain - 1) ** 2 * see + 2 * gain * (gain - 1) * sed + gain**2 * sdd).mean(1)
+        return np.asarray(np.maximum(0.0, about) + (mean**2).mean(1))
+
+
+def _ratio(a: F64, b: F64) -> F64:
+    return np.asarray(np.where(b > 0, a / np.where(b > 0, b, 1.0), 0.0))
 
 
 @dataclass(frozen=True)
 class Correction:
-    """ec = gain[i, c] * eq + offset[i, c]; the residual ec - e has variance var[i].
+    """ec = gain[i, c] * eq + offset[i, c], with random error of variance var[i].
 
     Attributes:
         gain, offset: float64 (T, C).
-        var: float64 (T,).
+        var: variance of ec that e does not explain (`NoiseStats.scatter`), float64 (T,).
     """
 
     gain: F64
@@ -169,27 +183,22 @@ class Correction:
 
     @classmethod
     def from_stats(cls, stats: NoiseStats, mode: Mode, clamp_k: bool = False) -> Correction:
-        """The correction of one mode.
+        """The correction of one mode, at every step.
 
-        none:   identity; var is the variance of D about its channel mean.
+        none:   identity.
+        bias:   ec = eq - mu with k = 0: mu is the mean of D per channel.
         ptqd:   ec = (eq - mu) / (1 + k) (PTQD eq. 8-10); `clamp_k` holds k at >= 0 as the paper does. 4-bit
                 weights have k < 0.
         affine: best linear estimator of e from eq, per channel (D2-DPM): gain = Cov(e, eq) / Var(eq),
                 offset = E e - gain E eq.
         """
-        e, d, ee, ed, dd = stats._means()
-        if mode == "none":
-            gain, offset = np.ones_like(e), np.zeros_like(e)
-        elif mode == "ptqd":
-            k = stats.k
-            k = np.maximum(k, 0.0 if clamp_k else MIN_GAIN_DENOMINATOR - 1.0)[:, None]
-            gain = np.broadcast_to(1 / (1 + k), e.shape).copy()
-            offset = -(d - k * e) * gain
-        else:
+        if mode == "affine":
+            e, d, ee, ed, dd = stats._means()
             cov, var = ee - e**2 + ed - e * d, (ee + 2 * ed + dd) - (e + d) ** 2
-            gain = np.where(var > 0, cov / np.where(var > 0, var, 1.0), 1.0)
-            offset = e - gain * (e + d)
-        return cls(gain, offset, stats.residual_var(gain, offset))
+            gain = np.where(var > 0, _ratio(cov, var), 1.0)
+            return cls(gain, e - gain * (e + d), stats.scatter(gain))
+        every = np.ones(len(stats.count), bool)
+        return cls.of_parts(stats, every & (mode == "ptqd"), every & (mode != "none"), clamp_k)
 
     def after(self, folded: Correction) -> Correction:
         """What to apply to predictions that `folded` has corrected, so that they are corrected by this alone.
@@ -199,30 +208,25 @@ class Correction:
         gain = self.gain / folded.gain
         return Correction(gain, self.offset - gain * folded.offset, self.var)
 
-    def gated(
-        self, held_out: Sequence[NoiseStats], fallback: Correction
-    ) -> tuple[Correction, npt.NDArray[np.bool_], F64, F64]:
-        """The fidelity gate: a step keeps its correction only where held-out trajectories confirm it.
+    @classmethod
+    def of_parts(
+        cls, stats: NoiseStats, k: npt.NDArray[np.bool_], bias: npt.NDArray[np.bool_], clamp_k: bool = False
+    ) -> Correction:
+        """ec = (eq - mu) / (1 + k), with k where `k` (T,) says so, else 0, and mu where `bias` (T,) does."""
+        least = 0.0 if clamp_k else MIN_GAIN_DENOMINATOR - 1.0
+        used = np.where(k, np.maximum(stats.k, least), 0.0)
+        gain = np.broadcast_to(1 / (1 + used)[:, None], stats.e.shape).copy()
+        offset = np.where(bias[:, None], -stats.mean_noise(used) * gain, 0.0)
+        return cls(gain, offset, stats.scatter(gain))
 
-        The correction must lower the error on trajectories that it was not fitted on.
-
-        Args:
-            held_out: sums of single held-out trajectories, at least two.
-            fallback: the correction of a step that fails, normally mode "none" of the same statistics.
-        Returns:
-            the gated correction; kept (T,); mean drop of the squared error (T,) and its standard error (T,).
-        """
-        one, zero = np.ones_like(self.gain), np.zeros_like(self.gain)
-        drops = np.stack([s.mse(one, zero) - s.mse(self.gain, self.offset) for s in held_out])
-        drop, error = drops.mean(0), drops.std(0, ddof=1) / np.sqrt(len(drops))
-        kept = drop > error
-        col = kept[:, None]
-        gated = Correction(
-            np.where(col, self.gain, fallback.gain),
-            np.where(col, self.offset, fallback.offset),
-            np.where(kept, self.var, fallback.var),
+    def at(self, steps: npt.NDArray[np.bool_], other: Correction) -> Correction:
+        """This correction at the marked steps, (T,), and `other` at the rest."""
+        column = steps[:, None]
+        return Correction(
+            np.where(column, self.gain, other.gain),
+            np.where(column, self.offset, other.offset),
+            np.where(steps, self.var, other.var),
         )
-        return gated, kept, drop, error
 
 
 def jackknife(statistic: Callable[..., F64], *sets: Sequence[NoiseStats]) -> tuple[F64, F64]:

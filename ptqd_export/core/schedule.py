@@ -77,14 +77,29 @@ class NoiseSchedule:
     def recalibrated_sigmas(self, var: F64) -> F64:
         """The recalibrated sigma' = sqrt(max(0, sigma^2 - c^2 var)), (T,).
 
-        This is PTQD eq. 12, generalised to any eta. A step computes x_prev = ... + c_i e + sigma_i z. The
-        residual noise, of variance var, adds c_i^2 var, so that much is taken off the injected variance. Only
-        the injected noise changes: the direction term keeps the original sigma. (The official code puts
+        This is PTQD eq. 12, generalised to any eta and any affine correction. A step computes
+        x_prev = A x_t + c e + sigma z, with A = sqrt(abar_prev / abar). With a quantized network, corrected
+        or not, ec = m e + n + const, where n is uncorrelated with e: with D = k e + D' and ec = g eq + o, m
+        is g (1 + k) and n is g D'. So
+
+            x_prev = [A x_t + c (m e + const)] + [c n + sigma' z]
+
+        The first bracket is a function of x_t, the second is noise about it. It has the variance of the
+        full-precision step, sigma^2, if sigma'^2 = sigma^2 - c^2 Var(n): var = g^2 Var(D').
+
+        What ec is wrong by in the mean, (m - 1) e, is no noise, and is not taken off: a step that always
+        predicts too little or too much does the same to each sample, which less noise does not undo. So an
+        uncorrected prediction gives Var(D') and not Var(D), which holds k^2 Var(e) besides. The best linear
+        estimator has m = rho^2 < 1 and gives g^2 Var(D') = rho^2 E(ec - e)^2. That Var(ec) < Var(e) there
+        does not leave room for more noise: x_t and e are correlated and c < 0, so that a step which shrinks e
+        takes less noise off x_t.
+
+        Only the injected noise changes: the direction term keeps the original sigma. (The official code puts
         sigma' there as well, and what was removed re-enters.) For DDPM, sigma'^2 is
         sigma^2 - beta^2 / (alpha (1 - abar)) var.
 
         Args:
-            var: variance (T,) of the corrected network's residual noise.
+            var: variance (T,) of the corrected prediction that e does not explain, `Correction.var`.
         """
         return np.asarray(
             np.sqrt(np.maximum(0.0, self.sigmas**2 - self.epsilon_gains**2 * np.asarray(var, np.float64)))

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..bundle.bundle import Bundle
 from ..core.backend import BACKENDS
-from ..core.noise import MIN_GAIN_DENOMINATOR, Correction, NoiseStats
+from ..core.noise import Correction, NoiseStats
 from ..core.plan import Plan
 from ..core.precision import Precision
 from ..errors import RecipeError
@@ -68,19 +68,12 @@ def correct(stats: NoiseStats, mode: Correcting) -> Correction:
     Raises:
         RecipeError: no such mode.
     """
-    if mode in ("none", "affine"):
+    if mode == "affine":
         return Correction.from_stats(stats, mode)
-    if mode == "both":
-        return Correction.from_stats(stats, "ptqd")
-    one, zero = np.ones_like(stats.d), np.zeros_like(stats.d)
-    if mode == "bias":
-        gain, offset = one, -stats.d / np.maximum(stats.count, 1.0)[:, None]
-    elif mode == "k":
-        k = np.maximum(stats.k, MIN_GAIN_DENOMINATOR - 1.0)[:, None]
-        gain, offset = one / (1 + k), zero
-    else:
+    if mode not in ("none", "bias", "k", "both"):
         raise RecipeError(f"correction {mode!r} is not known: give folded, none, bias, k, both or affine")
-    return Correction(gain, offset, stats.residual_var(gain, offset))
+    every = np.ones(len(stats.count), bool)
+    return Correction.of_parts(stats, every & (mode in ("k", "both")), every & (mode in ("bias", "both")))
 
 
 def full_precision(bundle: Bundle) -> Plan:

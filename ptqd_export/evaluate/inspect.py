@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,20 +14,32 @@ import numpy.typing as npt
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import Choice
 from ..core.backend import BACKENDS, Emission
+from ..core.gate import Kept
 from ..core.plan import Plan
 
 MB = 1e6
 SIGMA_PRIME = "sigma'"
+WORDS: Mapping[Kept, str] = {
+    "nothing": "nothing",
+    "bias": "the bias alone",
+    "k": "k alone",
+    "both": "k and bias",
+    "affine": "the affine map",
+}
+"""What a step kept of its correction."""
 
 
 @dataclass(frozen=True)
 class StepRow:
-    """One denoising step under the bundle's plan; k, bias and snr_q were measured before correction."""
+    """One denoising step under the bundle's plan.
+
+    k, bias and snr_q were measured before correction, of which `kept` says what the step has.
+    """
 
     step: int
     timestep: int
     precision: str
-    corrected: bool
+    kept: Kept
     k: float
     bias: float
     sigma: float
@@ -48,19 +61,20 @@ def per_step(bundle: Bundle) -> list[StepRow]:
         common = (i, int(schedule.timesteps[i]), str(precision))
         tail = (float(sigmas[i]), float(recalibrated[i]))
         if precision.is_float:
-            rows.append(StepRow(*common, False, 0.0, 0.0, *tail, None, float(snr_f[i])))
+            rows.append(StepRow(*common, "nothing", 0.0, 0.0, *tail, None, float(snr_f[i])))
             continue
-        stats, correction = bundle.stats(precision, emission), bundle.correction(precision, emission)
-        corrected = bool((correction.gain[i] != 1).any() or correction.offset[i].any())
+        stats = bundle.stats(precision, emission)
+        kept = m.correction.steps[f"{precision}.{emission.numerics(precision)}"].kept[i]
         bias = float(np.sqrt((stats.bias[i] ** 2).mean()))
         snr_q = float(stats.snr[i]) if np.isfinite(stats.snr[i]) else None
-        rows.append(StepRow(*common, corrected, float(stats.k[i]), bias, *tail, snr_q, float(snr_f[i])))
+        rows.append(StepRow(*common, kept, float(stats.k[i]), bias, *tail, snr_q, float(snr_f[i])))
     return rows
 
 
 def text(bundle: Bundle, rows: Sequence[StepRow]) -> str:
     """The bundle as a page of text."""
     lines = [*_head(bundle), "", *_artifacts(bundle), *_engines(bundle), *_parity(bundle), *_noise(bundle)]
+    lines += _corrections(bundle)
     return "\n".join([*lines, "", *_steps(rows)])
 
 
@@ -199,14 +213,33 @@ def _noise(bundle: Bundle) -> list[str]:
     return ["", title, *lines]
 
 
+def _corrections(bundle: Bundle) -> list[str]:
+    """Lines on what the gate kept per precision and numerics, and how significant k and bias are."""
+    correction = bundle.manifest.correction
+    if not correction.steps:
+        return []
+    limit = max(record.limit for record in correction.steps.values())
+    why = f"k and bias kept where above {limit:.1f} standard errors" if limit else "not gated"
+    lines = ["", f"correction {correction.mode} ({why}):"]
+    for name, record in correction.steps.items():
+        counts = Counter(record.kept)
+        what = ", ".join(f"{WORDS[kept]} at {n}" for kept, n in counts.most_common())
+        z = ", ".join(
+            f"{part} {min(map(abs, values)):.1f} to {max(map(abs, values)):.1f}"
+            for part, values in (("k", record.z_k), ("bias", record.z_bias))
+        )
+        lines.append(f"  {name:<19}{what} of {len(record.kept)} steps; standard errors: {z}")
+    return lines
+
+
 def _steps(rows: Sequence[StepRow]) -> list[str]:
     columns = f"{'k':>9}{'bias':>10}{'sigma':>9}{SIGMA_PRIME:>9}{'SNR_Q':>10}{'SNR_F':>10}"
-    lines = [f"{'step':>4}{'t':>6}  {'precision':<10}{'corr':<5}{columns}"]
+    lines = [f"{'step':>4}{'t':>6}  {'precision':<10}{'corr':<7}{columns}"]
     for r in rows:
         snr_q = "inf" if r.snr_q is None else f"{r.snr_q:.4g}"
         lines.append(
             f"{r.step:>4}{r.timestep:>6}  "
-            f"{r.precision:<10}{'yes' if r.corrected else 'no':<5}{r.k:>9.4f}{r.bias:>10.5f}"
+            f"{r.precision:<10}{'-' if r.kept == 'nothing' else r.kept:<7}{r.k:>9.4f}{r.bias:>10.5f}"
             f"{r.sigma:>9.4f}{r.sigma_recalibrated:>9.4f}{snr_q:>10}{r.snr_f:>10.4g}"
         )
     return lines

@@ -12,7 +12,7 @@ import pytest
 from ptqd_export.assemble import measure
 from ptqd_export.assemble.measure import conclude, key_of
 from ptqd_export.core.noise import NoiseStats
-from ptqd_export.recipe import QuantizationSpec
+from ptqd_export.recipe import QuantizationSpec, Recipe
 
 T, C = 3, 2
 
@@ -29,27 +29,28 @@ def stats(rng: np.random.Generator, n: int, gain: float) -> list[NoiseStats]:
     return parts
 
 
-def test_what_helps_is_kept_and_what_does_not_is_not(rng: np.random.Generator) -> None:
-    """A network that is a tenth too loud is turned down; one that is right is left alone."""
+def test_what_is_there_is_kept_and_what_is_not_is_not(rng: np.random.Generator) -> None:
+    """A network that is a tenth too loud is turned down; one that is right is left alone. The held-out
+    trajectories judge the error, and decide nothing."""
     found = conclude(QuantizationSpec(), stats(rng, 8, 1.1), stats(rng, 8, 1.1))
-    assert found.kept.all() and (found.drop > 10 * found.drop_error).all()
     np.testing.assert_allclose(found.correction.gain, 1 / 1.1, rtol=0.01)
     plain = NoiseStats.pool(found.held_out).mse(np.ones((T, C)), np.zeros((T, C)))
     assert (found.error() < 0.1 * plain).all()
     record = found.record()
-    assert record.kept == (True,) * T and all(z > 10 for z in record.mse_drop_over_standard_error)
-    wrong = conclude(QuantizationSpec(), stats(rng, 8, 1.1), stats(rng, 8, 0.9))
-    assert not wrong.kept.any() and (wrong.correction.gain == 1).all() and not wrong.correction.offset.any()
-    assert wrong.record().kept == (False,) * T
+    assert record.kept == ("k",) * T and all(z > record.limit > 3 for z in record.z_k)
+    right = conclude(QuantizationSpec(), stats(rng, 8, 1.0), stats(rng, 8, 1.1))
+    assert right.record().kept == ("nothing",) * T
+    assert (right.correction.gain == 1).all() and not right.correction.offset.any()
 
 
 def test_without_a_gate_and_without_a_correction(rng: np.random.Generator) -> None:
     calibration, held_out = stats(rng, 4, 1.1), stats(rng, 4, 0.9)
-    ungated = conclude(QuantizationSpec(gate=False), calibration, held_out)
-    assert ungated.kept.all() and (ungated.correction.gain != 1).all()
+    for mode, kept in (("ptqd", "both"), ("bias", "bias"), ("affine", "affine"), ("none", "nothing")):
+        spec = QuantizationSpec(correction=mode, gate=False)  # type: ignore[arg-type]
+        record = conclude(spec, calibration, held_out).record()
+        assert record.kept == (kept,) * T and record.limit == 0
     none = conclude(QuantizationSpec(correction="none"), calibration, held_out)
-    assert not none.kept.any() and (none.correction.gain == 1).all()
-    assert none.record().mse_drop_over_standard_error == (0.0,) * T
+    assert (none.correction.gain == 1).all() and none.record().kept == ("nothing",) * T
 
 
 def test_the_noise_of_the_first_step(rng: np.random.Generator) -> None:
@@ -76,3 +77,30 @@ def test_sums_come_back_and_damaged_ones_do_not(rng: np.random.Generator, tmp_pa
 def test_keys_tell_values_apart() -> None:
     assert key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1})
     assert len({key_of(1, 2), key_of(2, 1), key_of([1, 2]), key_of("1", 2), key_of(1)}) == 5
+
+
+def test_where_the_noise_is_measured(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On its own trajectory a network is led by the correction that the build will fold in; the held-out
+    trajectories stay those of full precision, on which the graphs are judged."""
+    parts, held_out = stats(rng, 8, 1.1), stats(rng, 2, 1.1)
+    asked: list[object] = []
+
+    def on_stored(engine: str, sampling: str, paths: str, subset: str, what: str) -> list[NoiseStats]:
+        asked.append((engine, subset))
+        return [*parts, *held_out] if subset == "all" else held_out
+
+    def on_own(*args: object) -> list[NoiseStats]:
+        engine, reference, _, _, seed, correct, recalibrate, _ = args
+        asked.append((engine, reference, seed, recalibrate))
+        folded = conclude(QuantizationSpec(), parts, ()).correction
+        np.testing.assert_array_equal(correct(parts).gain, folded.gain)  # type: ignore[operator]
+        return parts
+
+    monkeypatch.setattr(measure, "measure", on_stored)
+    monkeypatch.setattr(measure, "measure_own", on_own)
+    recipe = Recipe().override(calibration={"seed": 5})
+    for trajectory in ("full_precision", "own"):
+        recipe = recipe.override(calibration={"trajectory": trajectory})
+        found = measure._measure(recipe, "q", "fp", "s", "paths", "noise")  # type: ignore[arg-type]
+        assert found == [*parts, *held_out]
+    assert asked == [("q", "all"), ("q", "fp", 5, True), ("q", "held_out")]

@@ -128,7 +128,14 @@ def _manifest(sampling: Sampling) -> Manifest:
         ),
         update_engines=(UpdateEngine(TENSORRT_RTX, "update.tensorrt-rtx.engine", "none", build),),
         engine_settings=settings,
-        correction=CorrectionRecord("ptqd", False, {"w8a8.ort-cpu": GateRecord((True,) * t, (2.0,) * t)}),
+        correction=CorrectionRecord(
+            "ptqd",
+            False,
+            {
+                f"w8a8.{emission}": GateRecord(("both",) * t, (9.0,) * t, (4.0,) * t, 3.5)
+                for emission in (Emission.PORTABLE, Emission.ORT_CPU)
+            },
+        ),
         parity={
             "fp32.ort-cpu": FloatFigures(1e-7),
             "w8a8.ort-cpu": QuantizedFigures(1e-7, LayerFigures(3, 100, 0.0, 0.0), NOISE),

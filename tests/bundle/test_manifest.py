@@ -158,6 +158,12 @@ def figures(**changes: object) -> Change:
         (lambda m: m.update(artifacts=[]), "no artifact that a backend runs"),
         (lambda m: m.update(correction=[]), "correction: expected a table"),
         (entry("correction", mode="best"), "correction.mode: got 'best'"),
+        (
+            lambda m: m["correction"]["steps"].clear(),
+            "the gate's records are of nothing: expected w8a8.ort-cpu",
+        ),
+        (lambda m: m["correction"]["steps"]["w8a8.ort-cpu"].update(kept=["both"]), "has 1 steps of 10"),
+        (lambda m: m["correction"]["steps"]["w8a8.ort-cpu"].update(kept=["all"] * 10), "kept.*got 'all'"),
         (lambda m: m.update(provenance="me"), "provenance: expected a table"),
         (lambda m: m.update(parity={"w8a8": {}}), "parity.w8a8: '.*' is missing"),
         (figures(layers={"layers": 3}), "layers: 'outputs' is missing"),

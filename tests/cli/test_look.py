@@ -24,7 +24,7 @@ def test_inspect(rgb: Built, invoke: Invoke, tmp_path: Path) -> None:
     schedule = m.sampling.schedule
     assert [row["precision"] for row in rows] == ["w4a4", "w4a8", "w8a8", "fp32"]
     assert [row["timestep"] for row in rows] == schedule.timesteps.tolist()
-    assert rows[3]["snr_q"] is None and rows[3]["k"] == 0 and not rows[3]["corrected"]
+    assert rows[3]["snr_q"] is None and rows[3]["k"] == 0 and rows[3]["kept"] == "nothing"
     for row, sigma, recalibrated in zip(rows, schedule.sigmas, rgb.bundle.sigmas("ort-cpu"), strict=True):
         assert (row["sigma"], row["sigma_recalibrated"]) == (sigma, recalibrated)
     assert 1 < rows[0]["snr_q"] < rows[1]["snr_q"] < rows[2]["snr_q"]

@@ -40,8 +40,10 @@ def _apply(correction: Correction, i: int, eq: np.ndarray) -> np.ndarray:
     return correction.gain[i][:, None, None] * eq + correction.offset[i][:, None, None]
 
 
-def _about_channel_mean(x: np.ndarray) -> np.ndarray:
-    return x - x.mean((0, 2, 3), keepdims=True)
+def _unexplained(e: np.ndarray, y: np.ndarray) -> float:
+    """Variance that a straight line through (e, y) leaves, mean over channels."""
+    pairs = [(e[:, c].ravel(), y[:, c].ravel()) for c in range(C)]
+    return float(np.mean([np.mean((b - np.polyval(np.polyfit(a, b, 1), a)) ** 2) for a, b in pairs]))
 
 
 def test_stats_match_the_raw_arrays(rng: np.random.Generator) -> None:
@@ -52,9 +54,9 @@ def test_stats_match_the_raw_arrays(rng: np.random.Generator) -> None:
         residual = d - k * e
         np.testing.assert_allclose(stats.k[i], k, rtol=1e-9)
         np.testing.assert_allclose(stats.bias[i], residual.mean((0, 2, 3)), rtol=1e-9, atol=1e-12)
-        np.testing.assert_allclose(
-            stats.var[i], (_about_channel_mean(residual) ** 2).mean() / (1 + k) ** 2, rtol=1e-9
-        )
+        np.testing.assert_allclose(stats.var[i], _unexplained(e, d) / (1 + k) ** 2, rtol=1e-9)
+        within = [np.polyfit(e[:, c].ravel(), d[:, c].ravel(), 1)[0] for c in range(C)]
+        np.testing.assert_allclose(stats.channel_k[i], within, rtol=1e-9)
         np.testing.assert_allclose(stats.snr[i], (e**2).sum() / (d**2).sum(), rtol=1e-9)
         assert stats.count[i] == 6 * 25
 
@@ -78,11 +80,13 @@ def test_pooling_is_exact(rng: np.random.Generator, split: int) -> None:
 def test_var_and_mse_are_those_of_the_corrected_prediction(
     rng: np.random.Generator, mode: Mode, clamp: bool
 ) -> None:
+    """var is what a straight line through (e, ec) leaves, in each channel."""
     stats, pairs = _steps(rng)
     correction = Correction.from_stats(stats, mode, clamp)
     for i, (e, eq) in enumerate(pairs):
-        error = _apply(correction, i, eq) - e
-        np.testing.assert_allclose(correction.var[i], (_about_channel_mean(error) ** 2).mean(), rtol=1e-9)
+        ec = _apply(correction, i, eq)
+        error = ec - e
+        np.testing.assert_allclose(correction.var[i], _unexplained(e, ec), rtol=1e-9)
         np.testing.assert_allclose(
             stats.mse(correction.gain, correction.offset)[i], (error**2).mean(), rtol=1e-9
         )
@@ -97,7 +101,7 @@ def test_ptqd_recovers_the_model_that_made_the_noise(rng: np.random.Generator) -
     np.testing.assert_allclose(ptqd.gain, 1 / 0.7, rtol=1e-2)
     np.testing.assert_allclose(ptqd.offset[0], -0.2 * np.linspace(-1, 1, C) / 0.7, atol=5e-3)
     np.testing.assert_allclose(ptqd.var, (0.1 / 0.7) ** 2, rtol=2e-2)
-    np.testing.assert_allclose(((_apply(ptqd, 0, eq) - e) ** 2).mean(), ptqd.var[0], rtol=1e-6)
+    np.testing.assert_allclose(((_apply(ptqd, 0, eq) - e) ** 2).mean(), ptqd.var[0], rtol=1e-3)
     clamped = Correction.from_stats(stats, "ptqd", clamp_k=True)
     assert np.all(clamped.gain == 1) and stats.mse(clamped.gain, clamped.offset)[0] > 2 * ptqd.var[0]
 
@@ -126,12 +130,34 @@ def test_affine_is_optimal(seed: int) -> None:
 
 
 def test_affine_residual_is_one_minus_rho_squared(rng: np.random.Generator) -> None:
+    """Of it, rho^2 is random and the rest is shrinkage."""
     stats, pairs = _steps(rng)
     best = Correction.from_stats(stats, "affine")
+    mse = stats.mse(best.gain, best.offset)
     for i, (e, eq) in enumerate(pairs):
         channels = [(e[:, c].ravel(), eq[:, c].ravel()) for c in range(C)]
-        want = np.mean([a.var() * (1 - np.corrcoef(a, b)[0, 1] ** 2) for a, b in channels])
-        np.testing.assert_allclose(best.var[i], want, rtol=1e-9)
+        rho2 = [np.corrcoef(a, b)[0, 1] ** 2 for a, b in channels]
+        left = [a.var() * (1 - r) for (a, _), r in zip(channels, rho2, strict=True)]
+        np.testing.assert_allclose(mse[i], np.mean(left), rtol=1e-9)
+        np.testing.assert_allclose(best.var[i], np.mean(np.multiply(rho2, left)), rtol=1e-9)
+
+
+def test_bias_alone_and_parts(rng: np.random.Generator) -> None:
+    """`bias` takes off the mean of D; of parts, each step has what it is said to have."""
+    stats, pairs = _steps(rng)
+    bias = Correction.from_stats(stats, "bias")
+    assert (bias.gain == 1).all()
+    for i, (e, eq) in enumerate(pairs):
+        np.testing.assert_allclose(bias.offset[i], -(eq - e).mean((0, 2, 3)), rtol=1e-9)
+    yes, no = np.ones(T, bool), np.zeros(T, bool)
+    for mode, k, mu in (("none", no, no), ("bias", no, yes), ("ptqd", yes, yes)):
+        whole, parts = Correction.from_stats(stats, mode), Correction.of_parts(stats, k, mu)
+        for name in ("gain", "offset", "var"):
+            np.testing.assert_array_equal(getattr(whole, name), getattr(parts, name))
+    mixed = Correction.of_parts(stats, np.array([True, False, True]), np.array([False, True, False]))
+    np.testing.assert_allclose(mixed.gain[:, 0], [1 / (1 + stats.k[0]), 1, 1 / (1 + stats.k[2])])
+    assert not mixed.offset[[0, 2]].any()
+    np.testing.assert_array_equal(mixed.offset[1], bias.offset[1])
 
 
 def test_stats_of_corrected_predictions(rng: np.random.Generator) -> None:
@@ -160,29 +186,6 @@ def test_no_noise_and_no_signal(rng: np.random.Generator) -> None:
     assert silent.k == 0 and ptqd.gain == 1 and ptqd.offset == -1 and ptqd.var == 0
     identity = Correction.identity(2, 3)
     assert np.all(identity.gain == 1) and not identity.offset.any() and not identity.var.any()
-
-
-def test_gate_keeps_what_helps_and_drops_what_harms() -> None:
-    """Step 0: the held-out noise is the fitted one. Step 1: its bias has the opposite sign. Step 2: nothing
-    to correct."""
-    rng = np.random.default_rng(5)
-
-    def trajectory(biases: tuple[float, float, float]) -> NoiseStats:
-        return NoiseStats.pool(
-            [NoiseStats.of_step(i, T, *_pair(rng, 1, 0.0, b, 0.1)) for i, b in enumerate(biases)]
-        )
-
-    fit = NoiseStats.pool([trajectory((0.3, 0.3, 0.0)) for _ in range(16)])
-    held_out = [trajectory((0.3, -0.3, 0.0)) for _ in range(12)]
-    ptqd, none = Correction.from_stats(fit, "ptqd"), Correction.from_stats(fit, "none")
-    gated, kept, drop, error = ptqd.gated(held_out, none)
-    assert kept.tolist() == [True, False, False]
-    assert drop[0] > 5 * error[0] and drop[1] < 0 and abs(drop[2]) < 5 * error[2]
-    np.testing.assert_array_equal(gated.gain[0], ptqd.gain[0])
-    np.testing.assert_array_equal(gated.offset[0], ptqd.offset[0])
-    assert gated.var[0] == ptqd.var[0]
-    for i in (1, 2):
-        assert np.all(gated.gain[i] == 1) and not gated.offset[i].any() and gated.var[i] == none.var[i]
 
 
 def test_jackknife_matches_the_spread_of_repetitions() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import typing
+
 import numpy as np
+import pytest
 
 from ptqd_export.core.engine import SAMPLE, STEP, Array, FakeEngine, Feeds
 from ptqd_export.core.model import ModelInfo
+from ptqd_export.core.noise import Correction, Mode, NoiseStats
 from ptqd_export.core.sampling import NoiseSource, Sampling
 from ptqd_export.core.schedule import NoiseSchedule
 
@@ -86,3 +90,43 @@ def test_recalibrated_variance_absorbs_the_residual(schedule: NoiseSchedule) -> 
     assert np.abs(absorbed).max() < tolerance
     assert (_marginals(schedule, var, None) / clean - 1).max() > 5 * tolerance  # nothing taken off
     assert np.abs(_official_marginals(schedule, var, sigmas) / clean - 1).max() > 5 * tolerance
+
+
+MODES: tuple[Mode, ...] = typing.get_args(Mode)
+
+
+@pytest.mark.parametrize("k", [-0.4, 0.3])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_random_is_absorbed_whatever_the_correction(
+    schedule: NoiseSchedule, mode: Mode, k: float
+) -> None:
+    """One step on Gaussian data, with D = k e + mu + white noise: about its mean at each x_t, x_prev has the
+    variance of the full-precision step, sigma^2; where ec is right in the mean, also that over all x_t. The
+    variance of ec - e, taken off instead, is too much for all but `ptqd`."""
+    i, n, rng = 4, 400_000, np.random.default_rng(7)
+    a = schedule.alphas_cumprod[i]
+    x = np.sqrt(a * DATA_VAR + 1 - a) * rng.standard_normal((n, 1, 1, 1))
+    e = np.sqrt(1 - a) / (a * DATA_VAR + 1 - a) * x
+    white = 0.6 * schedule.sigmas[i] / -schedule.epsilon_gains[i] * (1 + k)
+    eq = (1 + k) * e + 0.2 + white * rng.standard_normal(x.shape)
+    stats = NoiseStats.of_step(i, len(schedule), e, eq)
+    correction = Correction.from_stats(stats, mode)
+    ec = correction.gain[i, 0] * eq + correction.offset[i, 0]
+    sampling, z = Sampling(PLAIN, schedule), rng.standard_normal(x.shape)
+
+    def about_the_mean(epsilon: np.ndarray, var: float) -> tuple[float, float]:
+        """Variance of x_prev about its linear dependence on x_t, over sigma^2; variance of x_prev."""
+        sigma = schedule.recalibrated_sigmas(np.full(len(schedule), var))[i]
+        after = sampling.advance(x, epsilon, i, float(sigma), z).ravel()
+        left = after - np.polyval(np.polyfit(x.ravel(), after, 1), x.ravel())
+        return float(left.var() / schedule.sigmas[i] ** 2), float(after.var())
+
+    tolerance = 6 * np.sqrt(2 / n)
+    full, new = about_the_mean(e, 0.0), about_the_mean(ec, float(correction.var[i]))
+    assert abs(full[0] - 1) < tolerance and abs(new[0] - 1) < tolerance
+    assert abs(about_the_mean(ec, 0.0)[0] - 1) > 5 * tolerance
+    off = about_the_mean(ec, float(np.var(ec - e)))[0] - 1
+    if mode == "ptqd":
+        assert abs(new[1] / full[1] - 1) < tolerance and abs(off) < tolerance
+    else:
+        assert off < -3 * tolerance

@@ -10,8 +10,10 @@ import pytest
 from helpers import Built
 
 from ptqd_export.bundle import Bundle
+from ptqd_export.bundle.manifest import GateRecord
 from ptqd_export.core.backend import Emission
 from ptqd_export.core.figures import QuantizedFigures
+from ptqd_export.core.gate import Kept
 from ptqd_export.evaluate.inspect import KINDS, _memory, per_step, plan_lines, plot_bundle, text
 
 
@@ -25,14 +27,14 @@ def test_rows_are_those_of_the_tables(rgb: Built) -> None:
     np.testing.assert_allclose([row.snr_f for row in rows], m.sampling.schedule.snr)
     for row, precision in zip(rows, m.plan.steps, strict=True):
         if precision.is_float:
-            assert (row.k, row.bias, row.snr_q, row.corrected) == (0.0, 0.0, None, False)
+            assert (row.k, row.bias, row.snr_q, row.kept) == (0.0, 0.0, None, "nothing")
             continue
         stats = bundle.stats(precision, Emission.ORT_CPU)
         correction = bundle.correction(precision, Emission.ORT_CPU)
         assert row.k == stats.k[row.step] and row.snr_q == stats.snr[row.step]
         assert row.bias == pytest.approx(np.sqrt((stats.bias[row.step] ** 2).mean()))
         touched = (correction.gain[row.step] != 1).any() or correction.offset[row.step].any()
-        assert row.corrected == touched
+        assert (row.kept != "nothing") == touched
 
 
 def test_the_page(rgb: Built, classes: Built) -> None:
@@ -42,8 +44,8 @@ def test_the_page(rgb: Built, classes: Built) -> None:
     assert lines[0] == "rgb: 3x16x16, no classes, epsilon prediction"
     assert "recalibrated variance on" in lines[1] and "eta 1" in lines[1]
     assert page.count("\nnote: ") == len(bundle.manifest.choice.notes)
-    # Three emissions, SNR_Q, and the end of noise in a group of steps.
-    assert sum(line.startswith("  w8a8") for line in lines) == 5
+    # Parity of three emissions, SNR_Q, corrections of two numerics, the end of noise in groups of steps.
+    assert sum(line.startswith("  w8a8") for line in lines) == 7
     assert len([line for line in lines if line.split()[:1] in (["0"], ["1"], ["2"], ["3"])]) == 4
     assert "5 classes" in text(classes.bundle, per_step(classes.bundle))
 
@@ -64,6 +66,24 @@ def test_plans_stand_beside_their_rivals(rgb: Built) -> None:
     quiet = replace(rgb.bundle, manifest=replace(m, choice=replace(m.choice, sensitivity=None)))
     shown = "error at the end (paired) of steps at one precision"
     assert shown in text(rgb.bundle, []) and shown not in text(quiet, [])
+
+
+def test_what_the_gate_kept_is_said_in_words(rgb: Built) -> None:
+    bundle = rgb.bundle
+    correction = bundle.manifest.correction
+    kept: tuple[Kept, ...] = ("both", "bias", "nothing", "both")
+    for limit, why in ((3.5, "k and bias kept where above 3.5 standard errors"), (0.0, "not gated")):
+        record = GateRecord(kept, (-9.0, 1.0, 0.5, 4.0), (4.0, -5.0, 0.1, 7.0), limit)
+        changed = replace(correction, steps=dict.fromkeys(correction.steps, record))
+        other: Bundle = replace(bundle, manifest=replace(bundle.manifest, correction=changed))
+        lines = text(other, per_step(other)).splitlines()
+        start = lines.index(f"correction ptqd ({why}):")
+        assert lines[start + 1].endswith(
+            "k and bias at 2, the bias alone at 1, nothing at 1 of 4 steps; standard errors: "
+            "k 0.5 to 9.0, bias 0.1 to 7.0"
+        )
+    rows = [(row.kept, row.precision) for row in per_step(other)]
+    assert all(found == ("nothing" if name == "fp32" else kept[i]) for i, (found, name) in enumerate(rows))
 
 
 def test_a_limit_that_means_nothing_is_not_shown(rgb: Built) -> None:

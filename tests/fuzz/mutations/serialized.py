@@ -154,7 +154,9 @@ def polyglot(draft: Draft) -> object:
     """Protobuf whose bytes 4 to 8 are those by which ONNX Runtime knows its own format."""
     name, data = choose(draft)
     rng = draft.rng
-    tail = rng.choice([b"", bytes(24), ort_format(draft.base.read(draft.base.manifest["update"]["file"]))[8:]])
+    tail = rng.choice(
+        [b"", bytes(24), ort_format(draft.base.read(draft.base.manifest["update"]["file"]))[8:]]
+    )
     content = rng.choice([b"\0\0", b"xx", b"\xff\xff"]) + b"ORTM" + tail
     # producer_name, doc_string or a field that nobody knows
     number = rng.choice([2, 6, 15])
