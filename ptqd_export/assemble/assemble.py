@@ -18,7 +18,7 @@ from pathlib import Path
 from ..bundle.bundle import Bundle, check_target, in_the_way, write_manifest
 from ..bundle.manifest import CorrectionRecord, Machine, Manifest, Provenance
 from ..bundle.tables import write_layers, write_tables
-from ..calibrate import Network, collect, observe, open_model, quantize
+from ..calibrate import Network, collect, observe, open_model, quantize, refine
 from ..core.backend import BACKENDS, Emission
 from ..core.sampling import Sampling
 from ..export import export_fp, exported_layers, write_variants
@@ -86,12 +86,16 @@ def _fill(
     paths = collect(network, sampling, recipe, work / f"trajectories-{key[:16]}")
     seen = observe(network, sampling, recipe, paths)
     exported = exported_layers(base)
-    quantized = {p: quantize(network, seen, p, recipe).only(exported) for p in recipe.precisions}
+    started = {p: quantize(network, seen, p, recipe).only(exported) for p in recipe.precisions}
     if lost := sorted(set(seen.layers) - exported):
         say(
             f"{len(lost)} layers are not in the exported graph as themselves (such as {lost[0]}): they stay "
             "float"
         )
+    codes = work / "codes"
+    quantized = {
+        p: refine(network, sampling, net, paths, recipe, codes, key) for p, net in started.items()
+    }
     measured = measure_all(recipe, network, sampling, paths, quantized, work, key)
     graphs = emit(base, sampling, quantized, measured, folder)
     verdicts = judge(graphs, folder, sampling, paths, quantized, measured, network, say)

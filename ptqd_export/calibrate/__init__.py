@@ -5,6 +5,7 @@ from .measure import measure
 from .network import Network
 from .observe import Observed, observe
 from .quantize import quantize
+from .refine import refine
 from .simulate import LayerSimulator, SimulatedLayer, simulate
 from .torch_engine import TorchEngine, set_threads
 from .trajectories import Batch, Trajectories, collect
@@ -22,6 +23,7 @@ __all__ = [
     "observe",
     "open_model",
     "quantize",
+    "refine",
     "set_threads",
     "simulate",
 ]

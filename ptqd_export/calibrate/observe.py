@@ -20,11 +20,15 @@ from ..progress import progress
 from ..recipe import Recipe
 from .network import Network
 from .ranges import AbsHistogram
+from .rows import seen_trajectories
 from .torch_engine import TorchEngine
 from .trajectories import Trajectories
 
 OBSERVED_TRAJECTORIES = 8
-"""Trajectories to observe, at all steps and in both guidance branches: millions of values per layer."""
+"""Fewest trajectories to observe, at all steps and in both guidance branches: millions of values per layer.
+
+Where a model has more classes, there are as many trajectories as classes.
+"""
 HESSIAN_SAMPLES = 4
 HESSIAN_ROWS = 1024
 """Most samples, and most input vectors of them, that enter a layer's Hessian per call.
@@ -71,15 +75,15 @@ class Observed:
 def observe(network: Network, sampling: Sampling, recipe: Recipe, trajectories: Trajectories) -> Observed:
     """Observe every Conv2d and Linear on full-precision trajectories.
 
-    Each gets histograms of its input and output, and Hessians where GPTQ will round its weights. Up to
-    OBSERVED_TRAJECTORIES of the calibration trajectories are used, evenly spaced, at all steps and in the
+    Each gets histograms of its input and output, and Hessians where GPTQ will round its weights. They are
+    taken from calibration trajectories of every class (see `seen_trajectories`), at all steps and in the
     guidance branches that the sampler uses.
 
     Raises:
         ModelError: a layer's values are not finite, or the network has no Conv2d or Linear.
     """
-    size, steps = recipe.calibration.size, len(sampling)
-    chosen = np.unique(np.linspace(0, size - 1, min(OBSERVED_TRAJECTORIES, size)).round().astype(int))
+    steps = len(sampling)
+    chosen = np.array(seen_trajectories(network.info, recipe.calibration.size, OBSERVED_TRAJECTORIES))
     layers: dict[str, ObservedLayer] = {}
     hessians = recipe.quantization.rounding == "gptq" and any(
         p.weight_bits < GPTQ_BITS for p in recipe.precisions
@@ -151,22 +155,28 @@ def _watching(
 
 
 def _add_products(layer: ObservedLayer, module: Any, x: Tensor, step: int) -> None:
-    """Add x x^T to the layer's Hessians.
-
-    It takes up to HESSIAN_ROWS of the positions at which the weight is applied to `x`, in up to
-    HESSIAN_SAMPLES samples.
-    """
+    """Add x x^T to the layer's Hessians."""
     some = -(-len(x) // HESSIAN_SAMPLES)
-    x = x[step % some :: some]
-    if layer.kind == "linear":
+    rows = weight_inputs(module, x[step % some :: some], step)
+    if layer.hessians is None:
+        layer.hessians = torch.zeros(len(rows), rows.shape[-1], rows.shape[-1])
+    layer.hessians.baddbmm_(rows.transpose(1, 2), rows)
+
+
+def weight_inputs(module: Any, x: Tensor, offset: int, most: int = HESSIAN_ROWS) -> Tensor:
+    """Up to `most` of the vectors that a layer's weight rows are multiplied with, (groups, rows, K).
+
+    Args:
+        module: a Conv2d or Linear.
+        x: its input.
+        offset: of the first position that is taken; others give others.
+    """
+    if isinstance(module, nn.Linear):
         columns = x.reshape(-1, x.shape[-1]).T[None, None]  # (1, groups, K, L)
     else:
         padded = F.pad(x, module._reversed_padding_repeated_twice)
         columns = F.unfold(padded, module.kernel_size, module.dilation, 0, module.stride)  # (B, C kh kw, L)
         columns = columns.reshape(len(x), module.groups, -1, columns.shape[-1])
     # An odd stride shares no factor with an image width of a power of two, so it reaches every column.
-    stride = (len(columns) * columns.shape[-1] // HESSIAN_ROWS) | 1
-    rows = columns[..., step % stride :: stride].permute(1, 0, 3, 2).flatten(1, 2)  # (groups, rows, K)
-    if layer.hessians is None:
-        layer.hessians = torch.zeros(len(rows), rows.shape[-1], rows.shape[-1])
-    layer.hessians.baddbmm_(rows.transpose(1, 2), rows)
+    stride = (len(columns) * columns.shape[-1] // most) | 1
+    return columns[..., offset % stride :: stride].permute(1, 0, 3, 2).flatten(1, 2)

@@ -91,6 +91,11 @@ class SimulatedLayer:
             .mul_(self._output_scale)
         )
 
+    def input_values(self, x: Tensor) -> Tensor:
+        """`x` as the weights see it: rounded to codes, and scaled back."""
+        codes = self._codes(x)
+        return codes if self._layer.weight_only else codes * self._input_scale
+
     def _codes(self, x: Tensor) -> Tensor:
         """What the weight codes are multiplied with: codes of the input, or `x` where it is not quantized."""
         if self._layer.weight_only:
