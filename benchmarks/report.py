@@ -21,6 +21,7 @@ SECTIONS = {
     "weights": _BENCHMARKS,
     "engine-builds": _BENCHMARKS,
     "quality": _BENCHMARKS,
+    "rounding": _BENCHMARKS,
     "switching": _BENCHMARKS,
     "recipe-keys": ROOT / "docs" / "recipe.md",
 }

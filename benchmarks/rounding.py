@@ -46,7 +46,9 @@ HEADER = ("precision", "rounding", "SNR_Q, dB", "PSNR, dB", "PSNR corrected, dB"
 BATCH = 16
 
 
-def samples(network: Network, sampling: Sampling, n: int, seed: int, net: object, correction: object) -> object:
+def samples(
+    network: Network, sampling: Sampling, n: int, seed: int, net: object, correction: object
+) -> object:
     """n samples (n, C, H, W) of a quantized network; of the full-precision one if it is None."""
     module = network.module if net is None else simulate(network, net, Emission.PORTABLE)
     labels = network.info.labels_in_turn(range(n))
@@ -66,10 +68,9 @@ def figures(
     """The row of one configuration."""
     started = time.process_time()
     seen = observe(network, sampling, recipe, paths)
-    observed = time.process_time()
     start = quantize(network, seen, precision, recipe)
     net = refine(network, sampling, start, paths, recipe, OUT / "rounding.work", str(time.time()))
-    seconds = time.process_time() - observed
+    seconds = time.process_time() - started
     size = recipe.calibration.size
     with TorchEngine(simulate(network, net, Emission.PORTABLE), sampling) as engine:
         parts = measure(engine, sampling, paths)
@@ -82,7 +83,6 @@ def figures(
         "plain": plain,
         "corrected": corrected,
         "seconds": seconds,
-        "observe": observed - started,
     }
 
 
@@ -113,7 +113,11 @@ def main() -> None:
     for precision in PRECISIONS:
         for rounding in ROUNDINGS:
             name = f"{precision}/{rounding}"
-            own = {**setting, "name": name, **({"iterations": args.iterations} if rounding == "adaround" else {})}
+            own = {
+                **setting,
+                "name": name,
+                **({"iterations": args.iterations} if rounding == "adaround" else {}),
+            }
             lines = log.read_text("utf-8").splitlines() if log.exists() else []
             known = [entry["result"] for entry in map(json.loads, lines) if entry["setting"] == own]
             if not known and (not args.only or name in args.only):
@@ -122,7 +126,9 @@ def main() -> None:
                     paths = collect(network, sampling, recipe, folder)
                 of = recipe.override(
                     quantization={
-                        "precisions": (precision,), "rounding": rounding, "iterations": args.iterations
+                        "precisions": (precision,),
+                        "rounding": rounding,
+                        "iterations": args.iterations,
                     }
                 )
                 known = [figures(network, sampling, of, paths, Precision.parse(precision), args)]
@@ -134,7 +140,9 @@ def main() -> None:
                 cells = (f"{r[key]:.1f}" for key in ("snr", "plain", "corrected"))
                 rows.append([precision, label, *cells, f"{r['seconds']:.0f}"])
     n = f"{args.n_steps} steps, {size} calibration trajectories, {args.samples} samples of seed {args.seed}"
-    text = f"{table(HEADER, rows)}\n\n{network.info.name}, {n}; seconds are of one CPU core. {machine('torch')}."
+    text = (
+        f"{table(HEADER, rows)}\n\n{network.info.name}, {n}; seconds are of one CPU core. {machine('torch')}."
+    )
     print(text)
     if args.write:
         write_section("rounding", text)

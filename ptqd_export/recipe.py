@@ -266,7 +266,7 @@ def check(recipe: Recipe) -> None:
     adaround = q.rounding == "adaround"
     need(
         not adaround or all(p.number == "int" for p in precisions),
-        "quantization.rounding is adaround, which chooses integer codes: leave w8a8-fp8 out, or set it to gptq",
+        "quantization.rounding is adaround, which chooses integers: leave w8a8-fp8 out, or set it to gptq",
     )
     need(q.iterations >= 1, f"quantization.iterations is {q.iterations}: give at least 1")
     need(

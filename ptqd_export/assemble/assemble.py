@@ -93,9 +93,7 @@ def _fill(
             "float"
         )
     codes = work / "codes"
-    quantized = {
-        p: refine(network, sampling, net, paths, recipe, codes, key) for p, net in started.items()
-    }
+    quantized = {p: refine(network, sampling, net, paths, recipe, codes, key) for p, net in started.items()}
     measured = measure_all(recipe, network, sampling, paths, quantized, work, key)
     graphs = emit(base, sampling, quantized, measured, folder)
     verdicts = judge(graphs, folder, sampling, paths, quantized, measured, network, say)

@@ -123,9 +123,7 @@ def _shown(network: Network, sampling: Sampling, trajectories: Trajectories, row
     return calls(sampling, trajectories, seen, stride)
 
 
-def _put(
-    network: Network, module: nn.Module, layers: dict[str, LayerQuant], codes: Mapping[str, I8]
-) -> None:
+def _put(network: Network, module: nn.Module, layers: dict[str, LayerQuant], codes: Mapping[str, I8]) -> None:
     """Let the simulated network and `layers` have these codes."""
     for name, value in codes.items():
         layers[name] = dataclasses.replace(layers[name], weight=value)

@@ -1,4 +1,4 @@
-"""What calibration shows to the network: which trajectories, at which steps, and how much each step counts."""
+"""What calibration shows to the network: which trajectories and steps, and how much each step counts."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 The Hessian of a layer is a sum over inputs x of the simulated network, in which all layers are quantized and
 those of earlier stages have their final codes; x is rounded to the layer's own input grid. Each row counts as
-much as an error at its denoising step does. A stage is a run of layers of about the same multiply-accumulates,
-so a network takes STAGES partial passes over the trajectories, not one per layer.
+much as an error at its denoising step does. A stage is a run of layers. All have about the same share of the
+multiply-accumulates, so a network takes STAGES partial passes over the trajectories, not one per layer.
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ def round_in_stages(
                 weight: Any = original.weight
                 codes = gptq(weight.detach().numpy(), layer.weight_scale, layer.weight_bits, sums)
                 layers[name] = dataclasses.replace(layer, weight=codes)
-                module.get_submodule(name).forward = SimulatedLayer(
-                    layers[name], Emission.PORTABLE, original
-                )
+                module.get_submodule(name).forward = SimulatedLayer(layers[name], Emission.PORTABLE, original)
     return dataclasses.replace(start, layers=layers)
 
 

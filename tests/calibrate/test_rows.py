@@ -43,7 +43,9 @@ def test_weights_are_those_of_the_sampler(case: Case) -> None:
     schedule = case.sampling.schedule
     weights = error_weights(case.sampling)
     assert weights.mean() == pytest.approx(1)
-    np.testing.assert_allclose(weights / weights[0], (schedule.epsilon_gains / schedule.epsilon_gains[0]) ** 2)
+    np.testing.assert_allclose(
+        weights / weights[0], (schedule.epsilon_gains / schedule.epsilon_gains[0]) ** 2
+    )
     # epsilon = sqrt(abar) v + ...: an error of v counts less where abar is small.
     v = dataclasses.replace(schedule, prediction_type="v_prediction")
     of_v = error_weights(dataclasses.replace(case.sampling, schedule=v))

@@ -43,8 +43,12 @@ def test_hessians_are_of_quantized_and_weighted_inputs(started: Started) -> None
     assert not torch.allclose(got, full, rtol=0.02)
     outputs: list[torch.Tensor] = []
     layer = dataclasses.replace(start.layers[name], bias=None)
-    unbiased = simulate(case.network, dataclasses.replace(start, layers={**start.layers, name: layer}), Emission.PORTABLE)
-    handle = unbiased.get_submodule(name).register_forward_hook(lambda m, args, output: outputs.append(output))
+    unbiased = simulate(
+        case.network, dataclasses.replace(start, layers={**start.layers, name: layer}), Emission.PORTABLE
+    )
+    handle = unbiased.get_submodule(name).register_forward_hook(
+        lambda m, args, output: outputs.append(output)
+    )
     with torch.inference_mode():
         for call in shown:
             unbiased(**call.feeds)
@@ -53,7 +57,9 @@ def test_hessians_are_of_quantized_and_weighted_inputs(started: Started) -> None
         float((output.double().square().sum((1, 2, 3)) * call.weights).sum())
         for output, call in zip(outputs, shown, strict=True)
     )
-    weight = torch.from_numpy(layer.weight * layer.weight_scale[:, None, None, None]).reshape(len(layer.weight), -1)
+    weight = torch.from_numpy(layer.weight * layer.weight_scale[:, None, None, None]).reshape(
+        len(layer.weight), -1
+    )
     energy = float(torch.einsum("ok,kl,ol->", weight, got[0], weight))
     assert energy == pytest.approx(expected, rel=1e-4)
 

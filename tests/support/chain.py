@@ -1,4 +1,4 @@
-"""A chain of small residual blocks, quantized: quick to reconstruct, and bad when rounded to the nearest."""
+"""A chain of small blocks, quantized: quick to reconstruct."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ptqd_export.core.quant import QuantizedNetwork
 from ptqd_export.recipe import Recipe
 
 INIT = """
-import itertools
 torch.manual_seed(0)
 self.first = nn.Conv2d(1, 8, 3, padding=1)
-self.blocks = nn.ModuleList([nn.Sequential(nn.Conv2d(8, 12, 3, padding=1), nn.SiLU(), nn.Conv2d(12, 8, 1)) for _ in range(3)])
+makers = [lambda: nn.Conv2d(8, 12, 3, padding=1), nn.SiLU, lambda: nn.Conv2d(12, 8, 1)]
+self.blocks = nn.ModuleList([nn.Sequential(*(make() for make in makers)) for _ in range(2)])
 self.mix = nn.Conv2d(8, 8, 1)
 self.last = nn.Conv2d(8, 1, 3, padding=1)
 """
-RETURNS = "self.last(self.mix(self.blocks[2](self.blocks[1](self.blocks[0](self.first(sample))))))"
-BLOCKS = ("blocks.0", "blocks.1", "blocks.2", "mix")
+RETURNS = "self.last(self.mix(self.blocks[1](self.blocks[0](self.first(sample)))))"
+BLOCKS = ("blocks.0", "blocks.1", "mix")
 
 
 def chain_recipe(folder: Path, rounding: str) -> Recipe:
