@@ -56,6 +56,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/quality.py --samples 128 --write
 	$(BIN)/python benchmarks/plan_ranking.py --samples 256 --write
 	$(BIN)/python benchmarks/corrections.py --samples 128 --write
+	$(BIN)/python benchmarks/rounding.py --iterations 500 --write
 	$(BIN)/python benchmarks/summary.py --write
 	$(BIN)/python benchmarks/samples.py
 	$(BIN)/python benchmarks/recipe_reference.py --write

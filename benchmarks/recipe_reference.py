@@ -30,6 +30,8 @@ OPTION: Mapping[str, str] = {
     "calibration.batch_size": "--batch-size",
     "calibration.seed": "--seed",
     "quantization.precisions": "--precision",
+    "quantization.rounding": "--rounding",
+    "quantization.iterations": "--iterations",
     "quantization.correction": "--correction",
     "quantization.recalibrate_variance": "--recalibrate-variance",
     "plan.rule": "--plan",
@@ -62,7 +64,8 @@ MEANING: Mapping[str, str] = {
     "calibration.trajectory": "where corrections are measured; own: where each quantized network goes itself",
     "quantization.precisions": "one set of graphs each; see Precisions above",
     "quantization.edge_layers": "the first and last conv: float, or 8 bits as in the paper",
-    "quantization.rounding": "of weights below 8 bits; 8 bits are always rounded to the nearest",
+    "quantization.rounding": "of weights below 8 bits; at 8 bits always to the nearest, but with adaround",
+    "quantization.iterations": "for adaround: steps of gradient descent per block, at least 1",
     "quantization.weight_scales": "one scale per output channel, or one per layer",
     "quantization.skip": "globs of module paths that stay float, such as `up_blocks.*`",
     "quantization.correction": "ptqd: gain per step, offset per step and channel; bias: the offset alone; "

@@ -23,6 +23,7 @@ SECTIONS = {
     "quality": _BENCHMARKS,
     "plan-ranking": _BENCHMARKS,
     "corrections": _BENCHMARKS,
+    "rounding": _BENCHMARKS,
     "switching": _BENCHMARKS,
     "recipe-keys": ROOT / "docs" / "recipe.md",
 }

@@ -82,7 +82,8 @@ class QuantizationSpec:
     """How layers are quantized and corrected.
 
     `edge_layers`: first and last conv in "float", or at 8 bits ("w8a8") as in the paper.
-    `rounding`: how weights below 8 bits are rounded.
+    `rounding`: how weights below 8 bits are rounded; "adaround" rounds 8 bits too.
+    `iterations`: steps of gradient descent per block, for "adaround".
     `weight_scales`: one scale per output "channel", or one for the whole "tensor".
     `skip`: globs of module paths left in float.
     `gate`: keep of a step's correction what is significant (`core.gate`), or all of it.
@@ -97,7 +98,8 @@ class QuantizationSpec:
 
     precisions: tuple[str, ...] = ("w8a8", "w4a8", "w4a4")
     edge_layers: Literal["float", "w8a8"] = "float"
-    rounding: Literal["gptq", "nearest"] = "gptq"
+    rounding: Literal["gptq", "gptq-sequential", "adaround", "nearest"] = "gptq"
+    iterations: int = 10_000
     weight_scales: Literal["channel", "tensor"] = "channel"
     skip: tuple[str, ...] = ()
     input_grids: Literal["asymmetric", "symmetric"] = "asymmetric"
@@ -297,6 +299,12 @@ def check(recipe: Recipe) -> None:
         len(set(precisions)) == len(precisions),
         f"quantization.precisions holds a precision twice: {', '.join(q.precisions)}",
     )
+    adaround = q.rounding == "adaround"
+    need(
+        not adaround or all(p.number == "int" for p in precisions),
+        "quantization.rounding is adaround, which chooses integers: leave w8a8-fp8 out, or set it to gptq",
+    )
+    need(q.iterations >= 1, f"quantization.iterations is {q.iterations}: give at least 1")
     need(
         0 < p.budget <= 1,
         f"plan.budget is {p.budget}: give a fraction in (0, 1] of the dearest precision's cost",

@@ -97,6 +97,7 @@ def test_unknown_key(path: str, hint: str) -> None:
         ("quantization.precisions", "w8a8", "expected an array"),
         ("quantization.precisions", [8], "expected str"),
         ("quantization.gate", 1, "expected bool"),
+        ("quantization.rounding", "adaptive", "expected one of gptq, gptq-sequential, adaround, nearest"),
         ("quantization.edge_layers", "w4a4", "expected one of float, w8a8"),
         ("model.inputs", [{"dtype": "int64"}], "name"),
         ("model.inputs", [{"name": "y", "dtype": "int32"}], r"inputs\[0\].dtype: got 'int32'"),
@@ -129,6 +130,7 @@ def test_wrong_type(path: str, value: Any, expected: str) -> None:
         ("quantization.precisions", []),
         ("quantization.precisions", ["w8a8", "w8a8"]),
         ("quantization.precisions", ["w16a16"]),
+        ("quantization.iterations", 0),
         ("plan.budget", 0.0),
         ("plan.budget", 1.5),
         ("plan.batch_size", 0),
@@ -155,6 +157,14 @@ def test_out_of_range(path: str, value: Any) -> None:
     with pytest.raises(RecipeError, match=f"{key}|precision") as caught:
         Recipe.from_dict(_nested(path, value))
     assert "\n" not in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_codes_of_fp8_are_not_optimised() -> None:
+    quantization = {"rounding": "adaround", "precisions": ["w4a8", "w8a8-fp8"]}
+    with pytest.raises(RecipeError, match="adaround, which chooses integers: leave w8a8-fp8 out") as caught:
+        Recipe.from_dict({"quantization": quantization})
+    assert "\n" not in str(caught.value)
+    Recipe.from_dict({"quantization": {**quantization, "precisions": ["fp32", "w8a8", "w4a16"]}})
 
 
 @pytest.mark.parametrize(

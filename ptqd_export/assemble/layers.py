@@ -12,6 +12,7 @@ from ..calibrate import (
     Trajectories,
     given_layers,
     quantize,
+    refine,
     sensitivity,
 )
 from ..core.bits import LayerSensitivity, assign
@@ -58,7 +59,8 @@ def quantize_all(
             assigned = assign(known, precision.levels, recipe.quantization.layer_budget, given)
             raised = sum(assigned[n] != precision.levels[0] for n in known.layers)
             say(f"{precision}: {raised} of {len(assigned)} layers get more bits than {precision.levels[0]}")
-        quantized[precision] = quantize(network, seen, precision, recipe, assigned).only(exported)
+        start = quantize(network, seen, precision, recipe, assigned).only(exported)
+        quantized[precision] = refine(network, sampling, start, trajectories, recipe, work / "codes", key)
     return quantized, found
 
 

@@ -6,6 +6,7 @@ from .measure import measure, measure_own
 from .network import Network
 from .observe import Observed, observe
 from .quantize import quantize
+from .refine import refine
 from .simulate import LayerSimulator, SimulatedLayer, simulate
 from .torch_engine import TorchEngine, set_threads
 from .trajectories import Batch, Trajectories, collect
@@ -25,6 +26,7 @@ __all__ = [
     "observe",
     "open_model",
     "quantize",
+    "refine",
     "sensitivity",
     "set_threads",
     "simulate",

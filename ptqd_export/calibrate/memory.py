@@ -48,7 +48,7 @@ def largest_layer_bytes(network: Network) -> int:
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         nonlocal largest
-        largest = max(largest, sum(t.numel() * t.element_size() for t in _tensors((args, kwargs, output))))
+        largest = max(largest, sum(t.numel() * t.element_size() for t in tensors_in((args, kwargs, output))))
 
     handles = [m.register_forward_hook(hook, with_kwargs=True) for m in network.module.modules()]
     try:
@@ -62,14 +62,15 @@ def largest_layer_bytes(network: Network) -> int:
     return largest
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and dicts."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, dict):
-        yield from _tensors(tuple(tree.values()))
+        yield from tensors_in(tuple(tree.values()))
     elif isinstance(tree, list | tuple):
         for item in tree:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def available_bytes() -> int:

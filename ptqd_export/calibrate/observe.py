@@ -250,22 +250,28 @@ def _see_values(
 
 
 def _add_products(layer: ObservedLayer, module: Any, x: Tensor, step: int) -> None:
-    """Add x x^T to the layer's Hessians.
-
-    It takes up to HESSIAN_ROWS of the positions at which the weight is applied to `x`, in up to
-    HESSIAN_SAMPLES samples.
-    """
+    """Add x x^T to the layer's Hessians."""
     some = -(-len(x) // HESSIAN_SAMPLES)
-    x = x[step % some :: some]
-    if layer.kind == "linear":
+    rows = weight_inputs(module, x[step % some :: some], step)
+    if layer.hessians is None:
+        layer.hessians = torch.zeros(len(rows), rows.shape[-1], rows.shape[-1])
+    layer.hessians.baddbmm_(rows.transpose(1, 2), rows)
+
+
+def weight_inputs(module: Any, x: Tensor, offset: int, most: int = HESSIAN_ROWS) -> Tensor:
+    """Up to `most` of the vectors that a layer's weight rows are multiplied with, (groups, rows, K).
+
+    Args:
+        module: a Conv2d or Linear.
+        x: its input.
+        offset: of the first position that is taken; others give others.
+    """
+    if isinstance(module, nn.Linear):
         columns = x.reshape(-1, x.shape[-1]).T[None, None]  # (1, groups, K, L)
     else:
         padded = F.pad(x, module._reversed_padding_repeated_twice)
         columns = F.unfold(padded, module.kernel_size, module.dilation, 0, module.stride)  # (B, C kh kw, L)
         columns = columns.reshape(len(x), module.groups, -1, columns.shape[-1])
     # An odd stride shares no factor with an image width of a power of two, so it reaches every column.
-    stride = (len(columns) * columns.shape[-1] // HESSIAN_ROWS) | 1
-    rows = columns[..., step % stride :: stride].permute(1, 0, 3, 2).flatten(1, 2)  # (groups, rows, K)
-    if layer.hessians is None:
-        layer.hessians = torch.zeros(len(rows), rows.shape[-1], rows.shape[-1])
-    layer.hessians.baddbmm_(rows.transpose(1, 2), rows)
+    stride = (len(columns) * columns.shape[-1] // most) | 1
+    return columns[..., offset % stride :: stride].permute(1, 0, 3, 2).flatten(1, 2)

@@ -16,7 +16,7 @@ from ..recipe import Recipe
 from .network import Network
 from .observe import GPTQ_BITS, Observed, ObservedLayer
 from .ranges import ChannelRanges, weight_scales
-from .rounding import gptq, nearest
+from .rounding import gptq, nearest, smoothed_weight
 
 EDGE_BITS = 8
 MAX_BIAS_CODE = 1 << 30
@@ -86,9 +86,7 @@ def _quantize_layer(
     spec = recipe.quantization
     integers = not precision.weight_only and precision.number == "int"
     smooth = seen.smooth if integers else None
-    weight: F32 = np.ascontiguousarray(module.weight.detach().numpy(), np.float32)
-    if smooth is not None:
-        weight = weight * smooth[:, None, None]
+    weight = smoothed_weight(module, smooth)
     bias: F32 | None = None if module.bias is None else module.bias.detach().numpy().astype(np.float32)
     grid = _input_grid(seen, precision, recipe)
     scale = _weight_scales(weight, precision, recipe)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,6 +22,12 @@ BLOCK = 64
 def per_channel(scale: F32, ndim: int) -> F32:
     """`scale` (O,) as (O, 1, ...), which broadcasts to a weight of `ndim` dimensions."""
     return scale.reshape(-1, *[1] * (ndim - 1))
+
+
+def smoothed_weight(module: Any, smooth: F32 | None) -> F32:
+    """The weight that is rounded, (O, ...): W m for smoothed inputs x / m (`LayerQuant.smooth`)."""
+    weight: F32 = np.ascontiguousarray(module.weight.detach().numpy(), np.float32)
+    return weight if smooth is None else weight * smooth[:, None, None]
 
 
 def nearest(weight: F32, scale: F32, bits: int, number: Number = "int") -> I8 | U8:

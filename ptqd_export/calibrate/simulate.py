@@ -98,6 +98,11 @@ class SimulatedLayer:
         acc = acc.add_(self._bias).mul_(self._scale).round_()
         return acc.clamp_(-OUTPUT_MIDDLE, 255 - OUTPUT_MIDDLE).add_(self._middle).mul_(self._output_scale)
 
+    def input_values(self, x: Tensor) -> Tensor:
+        """`x` as the weights see it: smoothed, rounded to codes, and scaled back."""
+        codes = self._codes(x)
+        return codes if self._layer.weight_only else codes * self._layer.input_scale
+
     def _codes(self, x: Tensor) -> Tensor:
         """What the weight codes are multiplied with: codes of the input, or `x` where it is not quantized."""
         grid = self._layer.input

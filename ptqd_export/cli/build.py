@@ -51,6 +51,12 @@ ENGINES = Path("engines")
     help="Mean cost per step (--plan budget): a fraction of full precision's, or of the dearest's.",
 )
 @click.option("--cost", type=click.Choice(["time", "bops"]), help="What the budget counts.")
+@click.option(
+    "--rounding",
+    type=click.Choice(["gptq", "gptq-sequential", "adaround", "nearest"]),
+    help="How weights are rounded; adaround takes hours.",
+)
+@click.option("--iterations", type=int, help="Steps per block of --rounding adaround.")
 @click.option("--correction", type=click.Choice(["ptqd", "bias", "affine", "none"]))
 @click.option(
     "--recalibrate-variance/--no-recalibrate-variance",
@@ -152,6 +158,8 @@ def override(recipe: Recipe, **options: Any) -> Recipe:
     put("calibration", "batch_size", options["batch_size"])
     put("calibration", "seed", options["seed"])
     put("quantization", "precisions", options["precisions"] or None)
+    put("quantization", "rounding", options["rounding"])
+    put("quantization", "iterations", options["iterations"])
     put("quantization", "correction", options["correction"])
     put("quantization", "recalibrate_variance", options["recalibrate_variance"])
     plan = options["plan"]

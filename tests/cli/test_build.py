@@ -38,6 +38,7 @@ def test_build_options_reach_the_recipe() -> None:
     words = (
         "model --out o --precision w4a8 --precision fp32 --solver ddpm --n-steps 7 --calib-size 6 "
         "--batch-size 3 --seed 5 --budget 0.5 --cost bops "
+        "--rounding adaround --iterations 7 "
         "--plan w4a8*6,fp32 --correction affine --no-recalibrate-variance --backend ort-cuda "
         "--compute-capability 8.9"
     )
@@ -56,6 +57,7 @@ def test_build_options_reach_the_recipe() -> None:
         "bops",
         ("ort-cuda",),
     )
+    assert (q.rounding, q.iterations) == ("adaround", 7)
     assert recipe.tensorrt.compute_capabilities == ("8.9",)
     nothing = {name: () if isinstance(value, tuple) else None for name, value in params.items()}
     assert override(Recipe(), **nothing) == Recipe()
