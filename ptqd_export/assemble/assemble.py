@@ -86,8 +86,8 @@ def _fill(
     paths = collect(network, sampling, recipe, work / f"trajectories-{key[:16]}")
     seen = observe(network, sampling, recipe, paths)
     exported = exported_layers(base)
-    quantized = {p: quantize(network, seen, p, recipe).only(exported) for p in recipe.precisions}
-    if lost := sorted(set(seen.layers) - exported):
+    quantized = {p: quantize(network, seen, p, recipe).exported(exported) for p in recipe.precisions}
+    if lost := sorted(set(seen.layers) - set(exported)):
         say(
             f"{len(lost)} layers are not in the exported graph as themselves (such as {lost[0]}): they stay "
             "float"

@@ -16,6 +16,7 @@ from .network import Network
 from .observe import GPTQ_BITS, Observed, ObservedLayer
 from .ranges import weight_scales
 from .rounding import gptq, nearest
+from .simulate import geometry_of
 
 EDGE_BITS = 8
 MAX_BIAS_CODE = 1 << 30
@@ -112,6 +113,7 @@ def _quantize_layer(
         bias,
         seen.macs,
         precision.number,
+        geometry_of(module),
     )
 
 

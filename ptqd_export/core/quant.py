@@ -7,7 +7,7 @@ Quantization is symmetric throughout: real = code * scale, zero_point 0. Codes a
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +72,22 @@ def from_e4m3(codes: U8) -> F32:
 
 
 @dataclass(frozen=True)
+class Geometry:
+    """How a conv moves over its input.
+
+    Attributes:
+        stride, dilation: along (height, width).
+        padding: zeros before and after: (top, left, bottom, right), as in an ONNX Conv.
+        groups: of channels.
+    """
+
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+@dataclass(frozen=True)
 class LayerQuant:
     """One quantized Conv2d or Linear.
 
@@ -90,6 +106,8 @@ class LayerQuant:
         bias: float32 (O,) or None.
         macs: multiply-accumulates for one sample.
         number: how the codes of weights and input represent numbers.
+        geometry: of the layer where it stands alone; None for "linear", and where it is not known. A graph's
+            conv may hold padding that the network does in front of the module, which then has less.
     """
 
     name: str
@@ -103,6 +121,7 @@ class LayerQuant:
     bias: F32 | None
     macs: int
     number: Number = "int"
+    geometry: Geometry | None = None
 
     @property
     def weight_only(self) -> bool:
@@ -155,6 +174,16 @@ class QuantizedNetwork:
             {n: v for n, v in self.layers.items() if n in names},
             {**self.float_macs, **dropped},
         )
+
+    def exported(self, layers: Mapping[str, Geometry | None]) -> QuantizedNetwork:
+        """The network with the layers that an exported graph holds, in their geometry there.
+
+        Args:
+            layers: of the graph, by module path; all others are left in float.
+        """
+        net = self.only(layers)
+        placed = {name: replace(layer, geometry=layers[name]) for name, layer in net.layers.items()}
+        return replace(net, layers=placed)
 
     @property
     def macs(self) -> int:

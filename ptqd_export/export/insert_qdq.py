@@ -33,9 +33,12 @@ from ..core.backend import Emission
 from ..core.quant import OUTPUT_BITS, LayerQuant, QuantizedNetwork, qmax, qmin
 from ..errors import GraphError
 from .dialect import LAYER, LAYER_INPUT, LAYER_OUTPUT
-from .graph import Builder, prune, static_dims, take_over
+from .graph import Builder, producer, prune, static_dims, take_over
 
 FLOAT, FP8 = ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN
+LOWEST = float(np.finfo(np.float32).min)
+MOVING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "MaxPool", "Concat", "Split")
+"""Operators that ONNX Runtime computes on codes, with Q and DQ moved past them."""
 PACKED_BITS = 4
 """Where weights alone are quantized, they are stored as INT4 up to this many bits."""
 
@@ -87,6 +90,7 @@ class _Rewriter:
         self.zero = 128 if fused else 0
         self.container = np.dtype(np.uint8) if fused else np.dtype(np.int8)
         self.shared: dict[tuple[ir.Value, float, int, str], ir.Value] = {}
+        self.kept: dict[ir.Value, ir.Value] = {}
         self.consts: dict[str, ir.Value] = {}
 
     def conv(self, node: ir.Node, layer: LayerQuant) -> None:
@@ -175,6 +179,8 @@ class _Rewriter:
         assert value is not None
         if layer.weight_only:
             return value
+        if self.fused and _follows_codes(value):
+            value = self._apart(node, value)
         key = (value, float(np.float32(layer.input_scale)), layer.activation_bits, layer.number)
         if key not in self.shared:
             name, scale, marks = str(value.name), key[1], {LAYER_INPUT: "1"}
@@ -185,6 +191,15 @@ class _Rewriter:
                     node, value, name, scale, layer.activation_bits, marks
                 )
         return self.shared[key]
+
+    def _apart(self, before: ir.Node, value: ir.Value) -> ir.Value:
+        """`value`, passed on by a node that ONNX Runtime keeps, created once."""
+        if value not in self.kept:
+            inputs = [value, self._const("ptqd.lowest", np.array(LOWEST, np.float32))]
+            self.kept[value] = self.build.node(
+                before, "Max", inputs, f"{value.name}.kept", FLOAT, value.shape
+            )
+        return self.kept[value]
 
     def _quantize_dequantize(
         self, before: ir.Node, value: ir.Value, name: str, scale: float, bits: int, marks: dict[str, str]
@@ -300,6 +315,17 @@ class _Rewriter:
         if name not in self.consts:
             self.consts[name] = self.build.const(name, array)
         return self.consts[name]
+
+
+def _follows_codes(value: ir.Value) -> bool:
+    """Whether a value is a layer's dequantized output, or one that was moved or picked from it."""
+    while (node := producer(value)) is not None:
+        if node.op_type == "DequantizeLinear":
+            return True
+        if node.op_type not in MOVING or node.inputs[0] is None:
+            return False
+        value = node.inputs[0]
+    return False
 
 
 def _codes(layer: LayerQuant) -> npt.NDArray[np.generic]:

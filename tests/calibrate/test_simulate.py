@@ -16,6 +16,7 @@ from torch import nn
 
 from ptqd_export.backends import OrtEngine
 from ptqd_export.calibrate import SimulatedLayer
+from ptqd_export.calibrate.simulate import geometry_of
 from ptqd_export.core.backend import Emission
 from ptqd_export.core.precision import Precision
 from ptqd_export.core.quant import LayerQuant, from_e4m3, qmax, qmin, to_codes, to_e4m3
@@ -131,7 +132,7 @@ def test_simulation_equals_onnx_runtime(
         ort_model(layer, emission, module if isinstance(module, nn.Conv2d) else None), x, tmp_path, optimise
     )
     with torch.inference_mode():
-        simulated = SimulatedLayer(layer, emission, module)(torch.from_numpy(x)).numpy()
+        simulated = SimulatedLayer(layer, emission, layer.geometry)(torch.from_numpy(x)).numpy()
     axis = (1, -1)[kind == "linear"]
     if emission is Emission.ORT_CPU and layer.kind == "conv":
         assert "QLinearConv" in ops
@@ -153,7 +154,7 @@ def test_simulation_equals_onnx_runtime(
     )
     moved = dataclasses.replace(layer, **scales)
     with torch.inference_mode():
-        other = SimulatedLayer(moved, emission, module)(torch.from_numpy(x)).numpy()
+        other = SimulatedLayer(moved, emission, layer.geometry)(torch.from_numpy(x)).numpy()
     assert (np.abs(other - got) > 0.5 * (layer.output_scale or 0) + 1e-5).mean() > (
         0.005 if axis == 1 else 0.5
     )
@@ -179,7 +180,7 @@ def test_simulated_accumulator_is_the_integer_one(precision: Precision, rng: np.
         layer.output_scale
     )
     with torch.inference_mode():
-        simulated = SimulatedLayer(layer, Emission.ORT_CPU, conv)(torch.from_numpy(x)).numpy()
+        simulated = SimulatedLayer(layer, Emission.ORT_CPU, layer.geometry)(torch.from_numpy(x)).numpy()
     assert np.array_equal(simulated, out)
 
 
@@ -195,7 +196,8 @@ def test_simulated_products_are_those_of_the_grid(precision: Precision, rng: np.
     assert layer.bias is not None
     with torch.inference_mode():
         simulated = [
-            SimulatedLayer(layer, emission, conv)(torch.from_numpy(x)).numpy() for emission in Emission
+            SimulatedLayer(layer, emission, layer.geometry)(torch.from_numpy(x)).numpy()
+            for emission in Emission
         ]
     assert all(np.array_equal(simulated[0], other) for other in simulated[1:])
 
@@ -241,7 +243,7 @@ def test_fp8_inputs_are_rounded_as_the_codes_are(rng: np.random.Generator) -> No
         layer = LayerQuant(
             "one", "conv", one, np.array([1 / scale], np.float32), 8, scale, 8, None, None, 1, "fp8"
         )
-        simulated = SimulatedLayer(layer, Emission.PORTABLE, conv)
+        simulated = SimulatedLayer(layer, Emission.PORTABLE, geometry_of(conv))
         with torch.inference_mode():
             got = simulated(torch.from_numpy(x * np.float32(scale))).numpy()
             assert np.isnan(

@@ -91,7 +91,7 @@ def test_a_limit_of_few_trajectories_is_not_called_a_check(rng: np.random.Genera
     t = 5
     e: list[Array] = [rng.standard_normal((1, C, PIXELS)) for _ in range(N * t)]
     figures = check_noise("x", stats(rng, t, 0.1, e=e)[:n], stats(rng, t, 0.1, e=e)[:n])
-    limit = max_standard_errors(n, t)
+    limit = max_standard_errors(n, t * (3 + C))
     assert max(figures.largest_z.values()) <= limit
     told = QuantizedFigures(0.0, LayerFigures(3, 100, 0.0, 0.0), figures).summary()
     if n < FEW:
