@@ -15,11 +15,11 @@ from onnx import TensorProto, checker, helper, numpy_helper
 from torch import nn
 
 from ptqd_export.backends import OrtEngine
-from ptqd_export.calibrate import SimulatedLayer
+from ptqd_export.calibrate import LayerSimulator, SimulatedLayer
 from ptqd_export.calibrate.simulate import geometry_of
 from ptqd_export.core.backend import Emission
 from ptqd_export.core.precision import Precision
-from ptqd_export.core.quant import LayerQuant, from_e4m3, qmax, qmin, to_codes, to_e4m3
+from ptqd_export.core.quant import Geometry, LayerQuant, from_e4m3, qmax, qmin, to_codes, to_e4m3
 
 
 def ort_model(layer: LayerQuant, emission: Emission, conv: nn.Conv2d | None) -> bytes:
@@ -252,3 +252,17 @@ def test_fp8_inputs_are_rounded_as_the_codes_are(rng: np.random.Generator) -> No
         expected = from_e4m3(to_e4m3(x * np.float32(scale) / np.float32(scale))) * layer.bias_scale()
         assert np.array_equal(got, expected) and got.max() == expected.max()
         assert len(np.unique(got)) == 2 * 126 + 1
+
+
+@pytest.mark.parametrize("emission", list(Emission))
+def test_padding_of_a_layer_that_stands_alone(emission: Emission, rng: np.random.Generator) -> None:
+    """That of the graph's conv gives what the module gives on an input that the network has padded."""
+    torch.manual_seed(2)
+    conv = nn.Conv2d(4, 6, 3, stride=2)
+    x = rng.standard_normal((2, 4, 8, 6)).astype(np.float32)
+    layer = make_layer(conv, W8A8, x)
+    around = Geometry((2, 2), (0, 1, 1, 2), (1, 1), 1)
+    alone = LayerSimulator(dataclasses.replace(layer, geometry=around), emission)(x)
+    inside = LayerSimulator(layer, emission)(np.pad(x, ((0, 0), (0, 0), (0, 1), (1, 2))))
+    assert alone.shape == (2, 6, 4, 4) and np.array_equal(alone, inside)
+    assert LayerSimulator(layer, emission)(x).shape == (2, 6, 3, 2)

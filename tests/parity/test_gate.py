@@ -58,13 +58,18 @@ def test_a_verdict_per_graph(case: Case, emission: Emission, monkeypatch: pytest
     refused."""
     with TorchEngine(simulate(case.network, case.quantized, emission), case.sampling) as engine:
         held_out = measure(engine, case.sampling, case.trajectories, "held_out")
-    identity = Correction.identity(3, case.network.info.channels)
     judged = gate.Case(
-        "w4a4", case.graph(emission), case.quantized.precision, emission, case.quantized, identity, held_out
+        "w4a4",
+        case.graph(emission),
+        case.quantized.precision,
+        emission,
+        case.quantized,
+        case.correction,
+        held_out,
     )
     before = sorted(path.name for path in case.folder.iterdir())
     verdict = judge_graph(judged, case.sampling, case.trajectories, case.network)
-    assert isinstance(verdict.figures, QuantizedFigures) and verdict.figures.noise.limit_z is None
+    assert isinstance(verdict.figures, QuantizedFigures) and verdict.figures.noise.limit_z is not None
     assert (
         verdict.epsilon.shape == (2, *case.network.info.sample_shape) and np.isfinite(verdict.epsilon).all()
     )
