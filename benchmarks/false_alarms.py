@@ -1,6 +1,6 @@
 """False alarms of the parity gate: right builds of many small networks, and how many of them it refuses.
 
-    python benchmarks/false_alarms.py [NAME ...] [--jobs 2] [--write]
+    python benchmarks/false_alarms.py [NAME ...] [--jobs 2] [--resume] [--write]
 
 Every network of `random_models.py` has seeded random weights. It is calibrated on few trajectories, each of
 its graphs is written, and each is judged as a build judges it. No engine is built and nothing is timed. All
@@ -10,16 +10,17 @@ of them are right, so every refusal is a fault of the gate, the simulation or th
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import tempfile
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from random_models import ARCHITECTURES, Architecture, write_model
-from report import machine, table, write_section
+from report import OUT, machine, table, write_section
 
 from ptqd_export.assemble.graphs import emit, judge
 from ptqd_export.assemble.measure import measure_all
@@ -30,6 +31,7 @@ from ptqd_export.errors import ParityError
 from ptqd_export.export import export_fp, exported_layers
 from ptqd_export.recipe import Recipe
 
+KEPT = OUT / "false_alarms.jsonl"
 HEADER = (
     "networks", "builds", "graphs", "refused", "quantized layers", "outputs a step apart",
     "noise beyond its margin, standard errors",
@@ -134,12 +136,24 @@ def report(found: Iterable[Found]) -> str:
     return f"{table(HEADER, rows)}\n" + (f"\nRefused:\n\n{said}\n" if refusals else "")
 
 
+def kept() -> dict[str, Found]:
+    """What an earlier run found, by name, of the networks that are still the same and were not refused."""
+    found = {}
+    for line in KEPT.read_text().splitlines() if KEPT.is_file() else ():
+        data = json.loads(line)
+        of, one = data.pop("of"), Found(**data)
+        if not one.refusals and one.name in ARCHITECTURES and of == repr(ARCHITECTURES[one.name]):
+            found[one.name] = one
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="networks; all if none is named")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--resume", action="store_true", help="take up what a stopped run has judged")
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     options = parser.parse_args()
     if unknown := set(options.names) - set(ARCHITECTURES):
@@ -147,12 +161,19 @@ def main() -> None:
     chosen = [a for name, a in ARCHITECTURES.items() if not options.names or name in options.names]
     if options.write and len(chosen) < len(ARCHITECTURES):
         raise SystemExit("the table is that of all networks: leave out the names")
-    found = []
+    done = kept() if options.resume else {}
+    if not options.resume:
+        KEPT.unlink(missing_ok=True)
+    KEPT.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        for one in pool.map(judged, chosen):
-            found.append(one)
+        waiting = {pool.submit(judged, a): a for a in chosen if a.name not in done}
+        for future in as_completed(waiting):
+            one = done[waiting[future].name] = future.result()
             told = "; ".join(f"{graph}: {text}" for graph, text in one.refusals.items()) or "none refused"
             print(f"{one.name}: {one.graphs} graphs, {one.seconds:.0f} s, {told}", flush=True)
+            with KEPT.open("a") as file:
+                file.write(json.dumps({"of": repr(waiting[future]), **asdict(one)}) + "\n")
+    found = [done[a.name] for a in chosen]
     text = f"{report(found)}\n{machine('onnxruntime', 'torch', 'diffusers')}."
     print(text)
     if options.write:

@@ -232,7 +232,10 @@ _UNETS: dict[str, dict[str, Any]] = {
     "attention": _ATTENTION,
     "resnet-blocks": _blocks("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"),
     "skip": _blocks("SkipDownBlock2D", "SkipUpBlock2D"),
-    "attention-skip": _blocks("AttnSkipDownBlock2D", "AttnSkipUpBlock2D", "Skip"),
+    "attention-skip": {
+        **_blocks("AttnSkipDownBlock2D", "AttnSkipUpBlock2D", "Skip"),
+        "block_out_channels": (32, 32),
+    },
     "k": {**_blocks("KDownBlock2D", "KUpBlock2D"), "block_out_channels": (32, 64), "add_attention": False},
     "padded-outside": {**_ATTENTION, "downsample_padding": 0},
     "padded-outside-plain": {**_blocks("DownBlock2D", "UpBlock2D"), "downsample_padding": 0},
@@ -292,15 +295,14 @@ def _all() -> dict[str, Architecture]:
         }
         sections = {"sampler": sampler, "quantization": quantization, "calibration": {"size": 4 + i % 5}}
         dtype = ("float32", "float16", "bfloat16")[i % 3]
-        predicts = ("epsilon", "v_prediction", "sample")[(0, 0, 0, 1, 0, 2)[i % 6]]
-        shape = (
-            _SIZES[i % 4]
-            if kind == "ConvNet"
-            else ((1, 3)[i % 2], 16 if "skip" in name else 8, 8 * (1 + i % 2))
-        )
-        found[name] = Architecture(
-            name, kind, config, shape, i, dtype, {"prediction_type": predicts}, sections
-        )
+        scheduler = {"prediction_type": ("epsilon", "v_prediction", "sample")[(0, 0, 0, 1, 0, 2)[i % 6]]}
+        if "fourier" in name:  # the logarithm of the timestep, which must not be 0
+            scheduler["timestep_spacing"] = "trailing"
+        shape = _SIZES[i % 4]
+        if kind != "ConvNet":
+            skip = "skip" in name  # such blocks take three channels alone
+            shape = (3 if skip else 1 + i % 2, 16 if skip else 8, 8 * (1 + i % 2))
+        found[name] = Architecture(name, kind, config, shape, i, dtype, scheduler, sections)
     return found
 
 

@@ -13,6 +13,11 @@ scales s_W (per output channel) and s_x:
 Clip narrows the codes to [qmin, qmax] where the activation has fewer than 8 bits. The container stays 8 bits
 wide, for the weights too: TensorRT refuses INT4 weights where the activation is INT8.
 
+Where a layer's input is another layer's quantized output, DequantizeLinear and QuantizeLinear of two scales
+would meet. ONNX Runtime makes one scale of two such pairs: the layer would get other codes than it was
+calibrated for, and, because its bias has the scale of the old ones, run in float. So ort-cpu puts
+Max(x, lowest float32) between them.
+
 FP8 graphs are the same with E4M3 in place of int8. Where weights alone are quantized, x has no Q and DQ, and
 codes that fit are packed INT4. Both compute the same numbers as portable in every emission. ONNX Runtime's
 CPU optimiser breaks both forms (it turns a MatMul of dequantized FP8 into an invalid MatMulIntegerToFloat,

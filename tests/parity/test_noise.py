@@ -129,12 +129,13 @@ def test_a_margin_moves_the_end_result_by_its_share(k: float, bias: float, noise
         "k": (t,), "bias": (t, C), "var": (t,), "mse": (t,)
     }  # fmt: skip
 
-    def power(more_k: float, more_bias: float) -> float:
-        return t * noise**2 + t**2 * ((abs(k) + more_k) ** 2 + (abs(bias) + more_bias) ** 2)
-
-    before = power(0, 0)
-    for moved in (power(float(found["k"].mean()), 0), power(0, float(found["bias"].mean()))):
-        assert moved / before - 1 == pytest.approx(MARGIN, rel=0.15)
+    power = simulated.ee.mean(1) / simulated.count
+    systematic = simulated.k**2 * power + (simulated.bias**2).mean(1)
+    before = t * (found["mse"] / MARGIN - systematic) + t**2 * systematic
+    more_k = t**2 * ((np.abs(simulated.k) + found["k"]) ** 2 - simulated.k**2) * power
+    more_bias = t**2 * ((np.abs(simulated.bias) + found["bias"]) ** 2 - simulated.bias**2)
+    np.testing.assert_allclose(more_k / before, MARGIN, rtol=1e-6)
+    np.testing.assert_allclose(more_bias / before[:, None], MARGIN, rtol=1e-6)
     np.testing.assert_allclose(found["var"], MARGIN * simulated.var)
     np.testing.assert_allclose(found["mse"], MARGIN * (noise**2 + k**2 + bias**2), rtol=0.1)
 

@@ -75,12 +75,9 @@ def bias(graph: Graph) -> None:
     del graph.conv.input[2:]
 
 
-def clip(i: int) -> Callable[[Graph], None]:
-    def spoil(graph: Graph) -> None:
-        by = 1 if i == 1 else -1
-        graph.change_here(graph.up(graph.conv.input[0], "Clip"), i, lambda code: code + by)
-
-    return spoil
+def clip(graph: Graph) -> None:
+    """The upper bound of the codes: behind a SiLU none reaches the lower one."""
+    graph.change_here(graph.up(graph.conv.input[0], "Clip"), 2, lambda code: code.astype(int) - 1)
 
 
 def in_float(graph: Graph) -> None:
@@ -88,7 +85,7 @@ def in_float(graph: Graph) -> None:
 
 
 def zero_point(graph: Graph) -> None:
-    graph.change_here(graph.up(graph.conv.input[0], "DequantizeLinear"), 2, lambda zero: zero - 1)
+    graph.change_here(graph.up(graph.conv.input[0], "DequantizeLinear"), 2, lambda zero: zero.astype(int) - 1)
 
 
 def output_scale(graph: Graph) -> None:
@@ -117,9 +114,8 @@ def rows(change: Callable[[Any], Any]) -> Callable[[Graph], None]:
 
 def elsewhere(graph: Graph) -> None:
     """A float operator between layers: no layer is wrong, and no table."""
-    names = [name for name in graph.constants if name.endswith("down_blocks.1.resnets.0.norm2.weight")]
-    (name,) = names
-    graph.change(name, lambda weight: weight * 2.0)
+    norms = [node for node in graph.model.graph.node if node.op_type == "GroupNormalization"]
+    graph.change_here(norms[len(norms) // 2], 1, lambda weight: weight * 2.0)
 
 
 def judged(case: Case, emission: Emission, file: Path) -> gate.Case:
@@ -130,23 +126,24 @@ def judged(case: Case, emission: Emission, file: Path) -> gate.Case:
 
 
 DIFFERS = rf"layer {LAYER} at step 0 differs from its simulation"
+FUSION = "calls of quantized convs run as QLinearConv"
+EITHER = f"{DIFFERS}|{FUSION}"
+"""ONNX Runtime makes an integer conv only where the scale of the bias is that of the products."""
 TABLE = r"the correction of step \d in the graph is not its table's"
 KINDS = {
-    "scale a step off": (scale(1 + 1 / 7), DIFFERS, (PORTABLE, HALF, CPU)),
-    "scale 10 % off": (scale(1.1), DIFFERS, (PORTABLE, CPU)),
-    "scale 1 % off": (scale(1.01), DIFFERS, (PORTABLE, CPU)),
+    "scale a step off": (scale(1 + 1 / 7), EITHER, (PORTABLE, HALF, CPU)),
+    "scale 10 % off": (scale(1.1), EITHER, (PORTABLE, CPU)),
+    "scale 1 % off": (scale(1.01), EITHER, (PORTABLE, CPU)),
     "one weight code": (one_code, DIFFERS, (PORTABLE, HALF, CPU)),
     "bias dropped": (bias, DIFFERS, (PORTABLE, HALF, CPU)),
-    "upper bound of the codes": (clip(2), DIFFERS, (PORTABLE, HALF, CPU)),
-    "lower bound of the codes": (clip(1), DIFFERS, (PORTABLE,)),
-    "layer in float": (in_float, DIFFERS, (PORTABLE, HALF)),
-    "layer in float, fused": (in_float, "calls of quantized convs run as QLinearConv", (CPU,)),
-    "zero point": (zero_point, "QLinearConv|differs from its simulation", (CPU,)),
-    "scale of the output": (output_scale, "QLinearConv|differs from its simulation", (CPU,)),
+    "bound of the codes": (clip, DIFFERS, (PORTABLE, HALF, CPU)),
+    "layer in float": (in_float, DIFFERS, (PORTABLE, CPU)),
+    "zero point": (zero_point, EITHER, (CPU,)),
+    "scale of the output": (output_scale, EITHER, (CPU,)),
     "padding": (padding, DIFFERS, (PORTABLE, CPU)),
     "rows swapped": (rows(lambda t: t[[1, 0, 2]]), TABLE, (PORTABLE, HALF, CPU)),
     "rows of another step": (rows(lambda t: np.roll(t, 1, 0)), TABLE, (PORTABLE, CPU)),
-    "between the layers": (elsewhere, r"at step \d is .* standard errors apart", (PORTABLE, HALF)),
+    "between the layers": (elsewhere, r"at step \d is .* standard errors apart", (PORTABLE,)),
 }
 
 
