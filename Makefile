@@ -52,6 +52,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/step_time.py --write
 	taskset -c 0 $(BIN)/python benchmarks/switching.py --write
 	$(BIN)/python benchmarks/parity.py --write
+	$(BIN)/python benchmarks/false_alarms.py --write
 	$(BIN)/python benchmarks/engine_builds.py --write
 	$(BIN)/python benchmarks/quality.py --samples 128 --write
 	$(BIN)/python benchmarks/plan_ranking.py --samples 256 --write

@@ -191,7 +191,7 @@ def export(key: str, folder: Path) -> Graphs:
     schedule = NoiseSchedule.from_config(network.scheduler_config, TABLE_STEPS, 0.0)
     files = {}
     for precision in recipe.precisions:
-        net = quantize(network, seen, precision, recipe).only(exported_layers(base))
+        net = quantize(network, seen, precision, recipe).exported(exported_layers(base))
         graph = lower(insert_qdq(base, net, Emission.HALF), Emission.HALF, precision)
         save({str(precision): fold(graph, schedule, correction)}, folder, f"{precision}.safetensors")
         files[str(precision)] = folder / f"{precision}.onnx"

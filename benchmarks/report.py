@@ -18,6 +18,7 @@ SECTIONS = {
     "summary": _README,
     "step-time": _BENCHMARKS,
     "parity": _BENCHMARKS,
+    "false-alarms": _BENCHMARKS,
     "weights": _BENCHMARKS,
     "engine-builds": _BENCHMARKS,
     "quality": _BENCHMARKS,

@@ -97,7 +97,7 @@ def _fill(
     seen = observe(network, sampling, recipe, paths)
     exported = exported_layers(base)
     quantized, sensitivities = quantize_all(recipe, network, seen, sampling, paths, exported, work, key, say)
-    if lost := sorted(set(seen.layers) - exported):
+    if lost := sorted(set(seen.layers) - set(exported)):
         say(
             f"{len(lost)} layers are not in the exported graph as themselves (such as {lost[0]}): they stay "
             "float"

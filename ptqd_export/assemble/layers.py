@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..calibrate import (
@@ -17,7 +17,7 @@ from ..calibrate import (
 )
 from ..core.bits import LayerSensitivity, assign
 from ..core.precision import Precision
-from ..core.quant import QuantizedNetwork
+from ..core.quant import Geometry, QuantizedNetwork
 from ..core.sampling import Sampling
 from ..errors import PTQDError
 from ..files import digest, write_file
@@ -31,7 +31,7 @@ def quantize_all(
     seen: Observed,
     sampling: Sampling,
     trajectories: Trajectories,
-    exported: Collection[str],
+    exported: Mapping[str, Geometry | None],
     work: Path,
     key: str,
     say: Callable[[str], None],
@@ -39,7 +39,7 @@ def quantize_all(
     """The network at each precision, and the sensitivities that mixed ones were chosen by.
 
     Args:
-        exported: layers of the exported graph; the others stay float.
+        exported: layers of the exported graph, in their geometry there; the others stay float.
         work: folder of intermediate results, from which those of a stopped build are reused.
         key: key of everything before quantization that decides them.
     """
@@ -59,7 +59,7 @@ def quantize_all(
             assigned = assign(known, precision.levels, recipe.quantization.layer_budget, given)
             raised = sum(assigned[n] != precision.levels[0] for n in known.layers)
             say(f"{precision}: {raised} of {len(assigned)} layers get more bits than {precision.levels[0]}")
-        start = quantize(network, seen, precision, recipe, assigned).only(exported)
+        start = quantize(network, seen, precision, recipe, assigned).exported(exported)
         quantized[precision] = refine(network, sampling, start, trajectories, recipe, work / "codes", key)
     return quantized, found
 

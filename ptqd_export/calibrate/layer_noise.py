@@ -16,7 +16,7 @@ from ..recipe import Recipe
 from .network import Network
 from .observe import Observed
 from .quantize import quantize
-from .simulate import SimulatedLayer
+from .simulate import SimulatedLayer, geometry_of
 from .torch_engine import TorchEngine
 from .trajectories import Trajectories
 
@@ -55,7 +55,9 @@ def sensitivity(
         for name in first:
             target = network.module.get_submodule(name)
             for level, quantized in networks.items():
-                target.forward = SimulatedLayer(quantized.layers[name], Emission.PORTABLE, target)
+                target.forward = SimulatedLayer(
+                    quantized.layers[name], Emission.PORTABLE, geometry_of(target)
+                )
                 try:
                     row = []
                     for step, of in zip(steps, power, strict=True):

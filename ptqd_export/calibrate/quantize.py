@@ -17,6 +17,7 @@ from .network import Network
 from .observe import GPTQ_BITS, Observed, ObservedLayer
 from .ranges import ChannelRanges, weight_scales
 from .rounding import gptq, nearest, smoothed_weight
+from .simulate import geometry_of
 
 EDGE_BITS = 8
 MAX_BIAS_CODE = 1 << 30
@@ -119,6 +120,7 @@ def _quantize_layer(
         seen.macs,
         precision.number,
         smooth,
+        geometry_of(module),
     )
 
 

@@ -32,7 +32,7 @@ from .kept import KeptCodes
 from .network import Network
 from .rounding import per_channel, smoothed_weight
 from .rows import Call, calls, seen_trajectories
-from .simulate import SimulatedLayer, simulate
+from .simulate import SimulatedLayer, geometry_of, simulate
 from .trajectories import Trajectories
 
 ZETA, GAMMA = 1.1, -0.1
@@ -128,7 +128,9 @@ def _put(network: Network, module: nn.Module, layers: dict[str, LayerQuant], cod
     for name, value in codes.items():
         layers[name] = dataclasses.replace(layers[name], weight=value)
         original = network.module.get_submodule(name)
-        module.get_submodule(name).forward = SimulatedLayer(layers[name], Emission.PORTABLE, original)
+        module.get_submodule(name).forward = SimulatedLayer(
+            layers[name], Emission.PORTABLE, geometry_of(original)
+        )
 
 
 class SoftLayer:
@@ -139,7 +141,7 @@ class SoftLayer:
     """
 
     def __init__(self, layer: LayerQuant, module: Any) -> None:
-        self._simulated = SimulatedLayer(layer, Emission.PORTABLE, module)
+        self._simulated = SimulatedLayer(layer, Emission.PORTABLE, geometry_of(module))
         self._bits = layer.weight_bits
         weight = torch.from_numpy(smoothed_weight(module, layer.smooth))
         scale = torch.from_numpy(per_channel(layer.weight_scale, weight.ndim).copy())
@@ -197,7 +199,9 @@ def _round_block(
     for rounded in ({name: layers[name].weight for name in codes}, codes):
         for name, value in rounded.items():
             layer = dataclasses.replace(layers[name], weight=value)
-            simulated = SimulatedLayer(layer, Emission.PORTABLE, network.module.get_submodule(name))
+            simulated = SimulatedLayer(
+                layer, Emission.PORTABLE, geometry_of(network.module.get_submodule(name))
+            )
             _inside(module, block, name).forward = simulated
         errors.append(_error(module, examples))
     return codes if errors[1] < errors[0] else {name: layers[name].weight.view(np.int8) for name in codes}

@@ -26,7 +26,7 @@ from .network import Network
 from .observe import GPTQ_BITS, MAX_HESSIAN_SIZE, OBSERVED_TRAJECTORIES, weight_inputs
 from .rounding import gptq, smoothed_weight
 from .rows import Call, calls, seen_trajectories
-from .simulate import SimulatedLayer, simulate
+from .simulate import SimulatedLayer, geometry_of, simulate
 from .trajectories import Trajectories
 
 STAGES = 8
@@ -65,7 +65,9 @@ def round_in_stages(
                 weight = smoothed_weight(original, layer.smooth)
                 codes = gptq(weight, layer.weight_scale, layer.weight_bits, sums)
                 layers[name] = dataclasses.replace(layer, weight=codes)
-                module.get_submodule(name).forward = SimulatedLayer(layers[name], Emission.PORTABLE, original)
+                module.get_submodule(name).forward = SimulatedLayer(
+                    layers[name], Emission.PORTABLE, geometry_of(original)
+                )
     return dataclasses.replace(start, layers=layers)
 
 
@@ -96,7 +98,7 @@ def _hessians(
     """Weighted sums of x x^T over the inputs of the layers `names` in `module`, (groups, K, K) each."""
     found: dict[str, Tensor] = {}
     simulated = {
-        name: SimulatedLayer(layers[name], Emission.PORTABLE, network.module.get_submodule(name))
+        name: SimulatedLayer(layers[name], Emission.PORTABLE, geometry_of(network.module.get_submodule(name)))
         for name in names
     }
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ..core.backend import Emission
 from ..core.engine import Array
 from ..core.precision import Precision
-from ..core.quant import E4M3_MAX, F32, OUTPUT_MIDDLE, LayerQuant, QuantizedNetwork
+from ..core.quant import E4M3_MAX, F32, OUTPUT_MIDDLE, Geometry, LayerQuant, QuantizedNetwork
 from .network import Network
 from .rounding import per_channel
 from .torch_engine import as_tensor
@@ -44,18 +44,17 @@ class SimulatedLayer:
     Args:
         layer: codes and scales.
         emission: the emission whose arithmetic is simulated.
-        module: the Conv2d or Linear that `layer` was made from: stride, padding, dilation and groups.
+        geometry: of the conv: that of the module inside the network, the layer's own where it stands alone.
     """
 
-    def __init__(self, layer: LayerQuant, emission: Emission, module: Any) -> None:
+    def __init__(self, layer: LayerQuant, emission: Emission, geometry: Geometry | None) -> None:
         self._layer = layer
         self._portable = (
             emission.numerics(Precision(layer.weight_bits, layer.activation_bits, layer.number))
             is Emission.PORTABLE
         )
-        self._geometry = (
-            (module.stride, module.padding, module.dilation, module.groups) if layer.kind == "conv" else None
-        )
+        assert (geometry is None) is (layer.kind == "linear")
+        self._geometry = geometry
         scale = layer.accumulator_scale()
         weight = layer.weight_values()
         grid = layer.input
@@ -121,23 +120,31 @@ class SimulatedLayer:
     def _multiply(self, codes: Tensor, bias: Tensor | None) -> Tensor:
         if self._geometry is None:
             return F.linear(codes, self._weight, bias)
-        stride, padding, dilation, groups = self._geometry
-        return F.conv2d(codes, self._weight, bias, stride, padding, dilation, groups)
+        g = self._geometry
+        top, left, bottom, right = g.padding
+        even = (top, left) == (bottom, right)
+        if not even:
+            codes = F.pad(codes, (left, right, top, bottom))
+        return F.conv2d(codes, self._weight, bias, g.stride, (top, left) if even else 0, g.dilation, g.groups)
 
 
 def _channels(values: Tensor) -> Tensor:
     return values[:, None, None]
 
 
+def geometry_of(module: Any) -> Geometry | None:
+    """The geometry of a Conv2d; None of a Linear."""
+    if isinstance(module, nn.Linear):
+        return None
+    left, right, top, bottom = module._reversed_padding_repeated_twice
+    return Geometry(module.stride, (top, left, bottom, right), module.dilation, module.groups)
+
+
 class LayerSimulator:
-    """SimulatedLayer on numpy arrays, for callers that do not import torch.
+    """A layer alone, as a SimulatedLayer on numpy arrays, for callers that do not import torch."""
 
-    Args:
-        network: the network that `layer` belongs to.
-    """
-
-    def __init__(self, network: Network, layer: LayerQuant, emission: Emission) -> None:
-        self._simulated = SimulatedLayer(layer, emission, network.module.get_submodule(layer.name))
+    def __init__(self, layer: LayerQuant, emission: Emission) -> None:
+        self._simulated = SimulatedLayer(layer, emission, layer.geometry)
 
     def __call__(self, x: Array) -> F32:
         with torch.inference_mode():
@@ -158,5 +165,5 @@ def simulate(network: Network, quantized: QuantizedNetwork, emission: Emission) 
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name, layer in quantized.layers.items():
         target = module.get_submodule(name)
-        target.forward = SimulatedLayer(layer, emission, target)
+        target.forward = SimulatedLayer(layer, emission, geometry_of(target))
     return module

@@ -148,6 +148,22 @@ LEAST_OUTPUT_SCALE = 2.0**-12
 
 
 @dataclass(frozen=True)
+class Geometry:
+    """How a conv moves over its input.
+
+    Attributes:
+        stride, dilation: along (height, width).
+        padding: zeros before and after: (top, left, bottom, right), as in an ONNX Conv.
+        groups: of channels.
+    """
+
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+@dataclass(frozen=True)
 class LayerQuant:
     """One quantized Conv2d or Linear.
 
@@ -168,6 +184,8 @@ class LayerQuant:
         number: how the codes of weights and input represent numbers.
         smooth: factors m per input channel, float32 (I,): the codes are those of x / m and of W m
             (SmoothQuant, Xiao et al. 2023, eq. 4); None for 1.
+        geometry: of the layer where it stands alone; None for "linear", and where it is not known. A graph's
+            conv may hold padding that the network does in front of the module, which then has less.
     """
 
     name: str
@@ -182,6 +200,7 @@ class LayerQuant:
     macs: int
     number: Number = "int"
     smooth: F32 | None = None
+    geometry: Geometry | None = None
 
     @property
     def weight_only(self) -> bool:
@@ -262,6 +281,16 @@ class QuantizedNetwork:
             layers={n: v for n, v in self.layers.items() if n in names},
             float_macs={**self.float_macs, **dropped},
         )
+
+    def exported(self, layers: Mapping[str, Geometry | None]) -> QuantizedNetwork:
+        """The network with the layers that an exported graph holds, in their geometry there.
+
+        Args:
+            layers: of the graph, by module path; all others are left in float.
+        """
+        net = self.only(layers)
+        placed = {name: replace(layer, geometry=layers[name]) for name, layer in net.layers.items()}
+        return replace(net, layers=placed)
 
     @property
     def macs(self) -> int:

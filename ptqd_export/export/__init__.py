@@ -10,12 +10,14 @@ from .lint import lint
 from .lower import lower
 from .save import save
 from .sites import LayerGraph, cut_layers, exported_layers, expose_layers, layer_sites, quantized_nodes
-from .structure import float_convs, op_counts, quantized_convs
+from .structure import Calls, calls, float_convs, op_counts
 from .update import sampler_update
 from .variants import write_variants
 
 __all__ = [
+    "Calls",
     "LayerGraph",
+    "calls",
     "cut_layers",
     "export_fp",
     "exported_layers",
@@ -27,7 +29,6 @@ __all__ = [
     "lint",
     "lower",
     "op_counts",
-    "quantized_convs",
     "quantized_nodes",
     "sampler_update",
     "save",

@@ -25,6 +25,11 @@ Zero points on TensorRT. It computes with zero point 0 alone, and codes of [lo, 
 below 8 bits. At 8 bits the half emission quantizes x - m with m = -(z_x) s_x, and adds what is missing, W m,
 after the layer: per output channel, or, where a Conv pads with zeros, as a constant map.
 
+Where a layer's input is another layer's quantized output, DequantizeLinear and QuantizeLinear of two scales
+would meet. ONNX Runtime makes one scale of two such pairs: the layer would get other codes than it was
+calibrated for, and, because its bias has the scale of the old ones, run in float. So ort-cpu puts
+Max(x, lowest float32) between them.
+
 FP8 graphs are the same with E4M3 in place of int8. Where weights alone are quantized, x has no Q and DQ, and
 codes that fit are packed INT4. Both compute the same numbers as portable in every emission. ONNX Runtime's
 CPU optimiser breaks both forms (it turns a MatMul of dequantized FP8 into an invalid MatMulIntegerToFloat,
@@ -45,9 +50,12 @@ from ..core.backend import Emission
 from ..core.quant import F32, OUTPUT_MIDDLE, LayerQuant, OutputGrid, QuantizedNetwork
 from ..errors import GraphError
 from .dialect import LAYER, LAYER_INPUT, LAYER_OUTPUT
-from .graph import Builder, prune, static_dims, take_over
+from .graph import Builder, producer, prune, static_dims, take_over
 
 FLOAT, FP8 = ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN
+LOWEST = float(np.finfo(np.float32).min)
+MOVING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "MaxPool", "Concat", "Split")
+"""Operators that ONNX Runtime computes on codes, with Q and DQ moved past them."""
 PACKED_BITS = 4
 """Where weights alone are quantized, they are stored as INT4 up to this many bits."""
 
@@ -99,6 +107,7 @@ class _Rewriter:
         self.centred = emission is Emission.HALF
         self.container = np.dtype(np.uint8) if fused else np.dtype(np.int8)
         self.shared: dict[object, ir.Value] = {}
+        self.kept: dict[ir.Value, ir.Value] = {}
         self.consts: dict[str, ir.Value] = {}
 
     def conv(self, node: ir.Node, layer: LayerQuant) -> None:
@@ -198,6 +207,8 @@ class _Rewriter:
         assert value is not None
         if layer.weight_only:
             return value
+        if self.fused and _follows_codes(value):
+            value = self._apart(node, value)
         smooth = None if layer.smooth is None else layer.smooth.tobytes()
         key = (value, layer.input, layer.number, smooth)
         if key not in self.shared:
@@ -207,6 +218,15 @@ class _Rewriter:
             else:
                 self.shared[key] = self._integers(node, value, layer)
         return self.shared[key]
+
+    def _apart(self, before: ir.Node, value: ir.Value) -> ir.Value:
+        """`value`, passed on by a node that ONNX Runtime keeps, created once."""
+        if value not in self.kept:
+            inputs = [value, self._const("ptqd.lowest", np.array(LOWEST, np.float32))]
+            self.kept[value] = self.build.node(
+                before, "Max", inputs, f"{value.name}.kept", FLOAT, value.shape
+            )
+        return self.kept[value]
 
     def _integers(self, before: ir.Node, value: ir.Value, layer: LayerQuant) -> ir.Value:
         """[Mul ->] [Sub ->] QuantizeLinear [-> Clip] -> DequantizeLinear, see the module's docstring."""
@@ -380,6 +400,17 @@ class _Rewriter:
         if name not in self.consts:
             self.consts[name] = self.build.const(name, array)
         return self.consts[name]
+
+
+def _follows_codes(value: ir.Value) -> bool:
+    """Whether a value is a layer's dequantized output, or one that was moved or picked from it."""
+    while (node := producer(value)) is not None:
+        if node.op_type == "DequantizeLinear":
+            return True
+        if node.op_type not in MOVING or node.inputs[0] is None:
+            return False
+        value = node.inputs[0]
+    return False
 
 
 def _codes(layer: LayerQuant) -> npt.NDArray[np.generic]:

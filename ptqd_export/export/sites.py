@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ..bundle.bundle import WEIGHTS
+from ..core.quant import Geometry
 from ..errors import GraphError
 from .dialect import LAYER, LAYER_INPUT, LAYER_OUTPUT, MACS
 from .graph import code_of, dequantizer, load, producer, uncast, with_outputs
@@ -22,13 +23,29 @@ FP8_SPACING = 32
 """Distance between the largest numbers of E4M3, 416 and 448."""
 
 
-def exported_layers(model: ir.Model) -> set[str]:
-    """Module paths of the Conv2d and Linear layers that the exported graph holds with their own weights."""
-    return {
-        node.metadata_props[LAYER]
-        for node in model.graph
-        if LAYER in node.metadata_props and node.op_type != "Add"
-    }
+def exported_layers(model: ir.Model) -> dict[str, Geometry | None]:
+    """The Conv2d and Linear layers that the exported graph holds with their own weights, by module path.
+
+    Returns:
+        the geometry of each conv in the graph, at its first call; None of a linear layer.
+    Raises:
+        GraphError: a conv has no numbers for its padding.
+    """
+    found: dict[str, Geometry | None] = {}
+    for node in model.graph:
+        path = node.metadata_props.get(LAYER)
+        if path is not None and node.op_type != "Add":
+            found.setdefault(path, _geometry(node) if node.op_type == "Conv" else None)
+    return found
+
+
+def _geometry(conv: ir.Node) -> Geometry:
+    given = conv.attributes
+    if given.get_string("auto_pad", "NOTSET") != "NOTSET":
+        raise GraphError(f"conv {conv.name} pads by a rule of its own: give it numbers for its padding")
+    stride, dilation = (tuple(given.get_ints(name, (1, 1))) for name in ("strides", "dilations"))
+    padding = tuple(given.get_ints("pads", (0, 0, 0, 0)))
+    return Geometry(stride, padding, dilation, given.get_int("group", 1))  # type: ignore[arg-type]
 
 
 def layer_sites(model: ir.Model) -> dict[str, tuple[str, str]]:

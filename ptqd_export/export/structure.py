@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 
 from ..errors import GraphError
+from .dialect import MACS
 
 FLOAT_CONVS = frozenset({"Conv", "FusedConv", "NhwcFusedConv"})
 """Float convolutions of ONNX and of ONNX Runtime's domains; integer ones are QLinearConv and ConvInteger."""
@@ -38,17 +40,44 @@ def float_convs(path: Path) -> list[str]:
     return [node.name or node.output[0] for node in _nodes(path) if node.op_type in FLOAT_CONVS]
 
 
-def quantized_convs(path: Path) -> int:
-    """How many convolutions of an emitted graph are meant to run as integers.
+@dataclass(frozen=True)
+class Calls:
+    """How often an emitted graph calls its layers; a runtime computes equal calls on equal inputs once.
 
-    They are those that take dequantized inputs and weights.
+    Attributes:
+        integer_convs, integer_linears: Conv, MatMul and Gemm nodes that take dequantized inputs and weights.
+        float_convs: all other Conv nodes.
+    """
+
+    integer_convs: int
+    integer_linears: int
+    float_convs: int
+
+
+def calls(path: Path) -> Calls:
+    """The calls of layers in an emitted graph.
 
     Raises:
         GraphError: the file is missing or is not an ONNX graph.
     """
-    nodes = list(_nodes(path))
-    dequantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
-    return sum(node.op_type == "Conv" and set(node.input[:2]) <= dequantized for node in nodes)
+    known: dict[tuple[object, ...], str] = {}
+    same: dict[str, str] = {}
+    dequantized: set[str] = set()
+    found: Counter[tuple[bool, bool]] = Counter()
+    for node in _nodes(path):
+        inputs = [same.get(name, name) for name in node.input]
+        about = sorted(attribute.SerializeToString(deterministic=True) for attribute in node.attribute)
+        key = (node.op_type, node.domain, *about, *inputs)
+        for i, name in enumerate(node.output):
+            same[name] = known.get((*key, i), name)
+        if (*key, 0) in known:
+            continue
+        known |= {(*key, i): name for i, name in enumerate(node.output)}
+        if node.op_type == "DequantizeLinear":
+            dequantized.add(node.output[0])
+        elif node.op_type in MACS:
+            found[node.op_type == "Conv", set(inputs[:2]) <= dequantized] += 1
+    return Calls(found[True, True], found[False, True], found[True, False])
 
 
 def _nodes(path: Path) -> Iterator[onnx.NodeProto]:

@@ -22,7 +22,7 @@ from ..core.precision import Precision
 from ..core.quant import QuantizedNetwork
 from ..core.sampling import Sampling
 from ..errors import ParityError
-from ..export import float_convs, op_counts, quantized_convs
+from ..export import calls, float_convs, op_counts
 from ..runtime.probe import probe
 from .judgement import HALF, max_float_error
 from .layers import check_layers
@@ -85,10 +85,8 @@ def judge_graph(case: Case, sampling: Sampling, trajectories: Trajectories, netw
                 figures: Figures = _check_float_case(case, engine, sampling, trajectories, network)
             else:
                 if native and case.emission.numerics(case.precision) is case.emission:
-                    check_structure(case.name, case.file, optimised, case.quantized)
-                figures = _check_quantized_case(
-                    case, case.correction, engine, sampling, trajectories, network
-                )
+                    check_structure(case.name, case.file, optimised)
+                figures = _check_quantized_case(case, case.correction, engine, sampling, trajectories)
             return Verdict(figures, probe(engine, sampling))
     finally:
         for leftover in case.file.parent.glob(".optimised*"):
@@ -109,12 +107,9 @@ def _check_quantized_case(
     engine: Engine,
     sampling: Sampling,
     trajectories: Trajectories,
-    network: Network,
 ) -> QuantizedFigures:
     fold = check_fold(case.name, engine, correction, sampling, trajectories)
-    layers = check_layers(
-        case.name, case.file, case.quantized, case.emission, sampling, trajectories, network
-    )
+    layers = check_layers(case.name, case.file, case.quantized, case.emission, sampling, trajectories)
     measured = measure(engine, sampling, trajectories, "held_out")
     simulated = [part.corrected(correction) for part in case.held_out]
     rounding = HALF if case.emission is Emission.HALF else 0.0
@@ -185,8 +180,8 @@ def check_float(
     return FloatFigures(worst)
 
 
-def check_structure(name: str, emitted: Path, optimised: Path, quantized: QuantizedNetwork) -> None:
-    """Check that every layer that was meant to run in integers does.
+def check_structure(name: str, emitted: Path, optimised: Path) -> None:
+    """Check that every call of a layer that was meant to run in integers does.
 
     Convs must run as QLinearConv, linear layers as MatMulIntegerToFloat.
 
@@ -194,20 +189,19 @@ def check_structure(name: str, emitted: Path, optimised: Path, quantized: Quanti
         emitted: the graph as written.
         optimised: the graph as ONNX Runtime runs it.
     Raises:
-        ParityError: a layer runs in float; gives the counts.
+        ParityError: a call runs in float; gives the counts.
     """
-    ops, convs = op_counts(optimised), quantized_convs(emitted)
+    ops, meant = op_counts(optimised), calls(emitted)
     advice = "this onnxruntime fuses the graph differently; install the pinned version"
-    left = len(float_convs(optimised)) - (len(float_convs(emitted)) - convs)
-    if ops["QLinearConv"] != convs or left:
+    convs, left = ops["QLinearConv"], len(float_convs(optimised)) - meant.float_convs
+    if convs != meant.integer_convs or left > 0:
         raise ParityError(
-            f"{name}: {ops['QLinearConv']} of {convs} quantized convs run as QLinearConv, "
-            f"{left} run in float that were not meant to: {advice}"
+            f"{name}: {convs} of {meant.integer_convs} calls of quantized convs run as QLinearConv, {left} "
+            f"run in float that were not meant to: {advice}"
         )
-    linears = sum(layer.kind == "linear" for layer in quantized.layers.values())
-    if ops["MatMulIntegerToFloat"] < linears:
+    linears = ops["MatMulIntegerToFloat"]
+    if linears != meant.integer_linears:
         raise ParityError(
-            f"{name}: {ops['MatMulIntegerToFloat']} of {linears} quantized linear layers run as "
-            "MatMulIntegerToFloat: "
-            f"{advice}"
+            f"{name}: {linears} of {meant.integer_linears} calls of quantized linear layers run as "
+            f"MatMulIntegerToFloat: {advice}"
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..backends.ort import OrtEngine
-from ..calibrate import LayerSimulator, Network, Trajectories
+from ..calibrate import LayerSimulator, Trajectories
 from ..core.backend import Emission
 from ..core.engine import Array
 from ..core.figures import LayerFigures
@@ -35,7 +35,6 @@ def check_layers(
     emission: Emission,
     sampling: Sampling,
     trajectories: Trajectories,
-    network: Network,
 ) -> LayerFigures:
     """Compare each quantized layer of a graph with its simulation, on the inputs that the engine computed.
 
@@ -62,7 +61,7 @@ def check_layers(
                 values = engine(sampling.conditional.feeds(x[step], step, conditions))
                 for layer_name, (source, target) in sites.items():
                     layer = quantized.layers[layer_name]
-                    simulator = LayerSimulator(network, layer, emission)
+                    simulator = LayerSimulator(layer, emission)
                     found = _compare(layer, emission, simulator, values[source], values[target])
                     if found.share > MAX_SHARE_APART or found.largest_steps > MAX_STEPS_APART:
                         raise ParityError(

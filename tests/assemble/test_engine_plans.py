@@ -73,7 +73,7 @@ def _trials(source: Path, folder: Path, precisions: tuple[str, ...]) -> dict[str
     )
     models = {}
     for p in recipe.precisions:
-        net = quantize(network, observed, p, recipe).only(exported_layers(base))
+        net = quantize(network, observed, p, recipe).exported(exported_layers(base))
         graph = lower(insert_qdq(base, net, Emission.HALF), Emission.HALF, p)
         models[f"{p}.plain"] = fold(graph, of_noise, identity)
         models[f"{p}.correction"] = fold(graph, of_noise, correction)

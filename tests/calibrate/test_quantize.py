@@ -220,7 +220,7 @@ def test_padding_modes_and_zero_weights(tmp_path: Path) -> None:
         (Emission.PORTABLE, 1e-7),
         (Emission.ORT_CPU, (layer.output_scale or 0) * 0.51),
     ):
-        output = LayerSimulator(network, layer, emission)(x)
+        output = LayerSimulator(layer, emission)(x)
         np.testing.assert_allclose(output[0, :, 0, 0], conv.bias.numpy(), atol=tolerance)
     # Codes are kept by number too: an all-zero layer has the same scales in integers and in FP8.
     observed = observe(network, sampling, recipe, trajectories)

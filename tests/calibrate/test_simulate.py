@@ -15,10 +15,11 @@ from onnx import TensorProto, checker, helper, numpy_helper
 from torch import nn
 
 from ptqd_export.backends import OrtEngine
-from ptqd_export.calibrate import SimulatedLayer
+from ptqd_export.calibrate import LayerSimulator, SimulatedLayer
+from ptqd_export.calibrate.simulate import geometry_of
 from ptqd_export.core.backend import Emission
 from ptqd_export.core.precision import Precision
-from ptqd_export.core.quant import LayerQuant, from_e4m3, qmax, qmin, to_codes, to_e4m3
+from ptqd_export.core.quant import Geometry, LayerQuant, from_e4m3, qmax, qmin, to_codes, to_e4m3
 
 
 def ort_model(layer: LayerQuant, emission: Emission, conv: nn.Conv2d | None) -> bytes:
@@ -131,7 +132,7 @@ def test_simulation_equals_onnx_runtime(
         ort_model(layer, emission, module if isinstance(module, nn.Conv2d) else None), x, tmp_path, optimise
     )
     with torch.inference_mode():
-        simulated = SimulatedLayer(layer, emission, module)(torch.from_numpy(x)).numpy()
+        simulated = SimulatedLayer(layer, emission, layer.geometry)(torch.from_numpy(x)).numpy()
     axis = (1, -1)[kind == "linear"]
     if emission is Emission.ORT_CPU and layer.kind == "conv":
         assert "QLinearConv" in ops
@@ -153,7 +154,7 @@ def test_simulation_equals_onnx_runtime(
     )
     moved = dataclasses.replace(layer, **scales)
     with torch.inference_mode():
-        other = SimulatedLayer(moved, emission, module)(torch.from_numpy(x)).numpy()
+        other = SimulatedLayer(moved, emission, layer.geometry)(torch.from_numpy(x)).numpy()
     assert (np.abs(other - got) > 0.5 * (layer.output_scale or 0) + 1e-5).mean() > (
         0.005 if axis == 1 else 0.5
     )
@@ -179,7 +180,7 @@ def test_simulated_accumulator_is_the_integer_one(precision: Precision, rng: np.
         layer.output_scale
     )
     with torch.inference_mode():
-        simulated = SimulatedLayer(layer, Emission.ORT_CPU, conv)(torch.from_numpy(x)).numpy()
+        simulated = SimulatedLayer(layer, Emission.ORT_CPU, layer.geometry)(torch.from_numpy(x)).numpy()
     assert np.array_equal(simulated, out)
 
 
@@ -195,7 +196,8 @@ def test_simulated_products_are_those_of_the_grid(precision: Precision, rng: np.
     assert layer.bias is not None
     with torch.inference_mode():
         simulated = [
-            SimulatedLayer(layer, emission, conv)(torch.from_numpy(x)).numpy() for emission in Emission
+            SimulatedLayer(layer, emission, layer.geometry)(torch.from_numpy(x)).numpy()
+            for emission in Emission
         ]
     assert all(np.array_equal(simulated[0], other) for other in simulated[1:])
 
@@ -241,7 +243,7 @@ def test_fp8_inputs_are_rounded_as_the_codes_are(rng: np.random.Generator) -> No
         layer = LayerQuant(
             "one", "conv", one, np.array([1 / scale], np.float32), 8, scale, 8, None, None, 1, "fp8"
         )
-        simulated = SimulatedLayer(layer, Emission.PORTABLE, conv)
+        simulated = SimulatedLayer(layer, Emission.PORTABLE, geometry_of(conv))
         with torch.inference_mode():
             got = simulated(torch.from_numpy(x * np.float32(scale))).numpy()
             assert np.isnan(
@@ -250,3 +252,17 @@ def test_fp8_inputs_are_rounded_as_the_codes_are(rng: np.random.Generator) -> No
         expected = from_e4m3(to_e4m3(x * np.float32(scale) / np.float32(scale))) * layer.bias_scale()
         assert np.array_equal(got, expected) and got.max() == expected.max()
         assert len(np.unique(got)) == 2 * 126 + 1
+
+
+@pytest.mark.parametrize("emission", list(Emission))
+def test_padding_of_a_layer_that_stands_alone(emission: Emission, rng: np.random.Generator) -> None:
+    """That of the graph's conv gives what the module gives on an input that the network has padded."""
+    torch.manual_seed(2)
+    conv = nn.Conv2d(4, 6, 3, stride=2)
+    x = rng.standard_normal((2, 4, 8, 6)).astype(np.float32)
+    layer = make_layer(conv, W8A8, x)
+    around = Geometry((2, 2), (0, 1, 1, 2), (1, 1), 1)
+    alone = LayerSimulator(dataclasses.replace(layer, geometry=around), emission)(x)
+    inside = LayerSimulator(layer, emission)(np.pad(x, ((0, 0), (0, 0), (0, 1), (1, 2))))
+    assert alone.shape == (2, 6, 4, 4) and np.array_equal(alone, inside)
+    assert LayerSimulator(layer, emission)(x).shape == (2, 6, 3, 2)

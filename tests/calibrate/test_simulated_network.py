@@ -34,7 +34,7 @@ def test_simulated_network(case: Case, rng: np.random.Generator) -> None:
 
     layer = quantize(network, observed, W8A8, recipe).layers["down_blocks.0.resnets.0.conv1"]
     x = rng.standard_normal((2, 16, 8, 8)).astype(np.float32)
-    output = LayerSimulator(network, layer, Emission.ORT_CPU)(x)
+    output = LayerSimulator(layer, Emission.ORT_CPU)(x)
     assert output.shape == (2, 16, 8, 8) and output.dtype == np.float32
     assert layer.output_scale is not None
     assert np.array_equal(

@@ -11,6 +11,7 @@ import pytest
 from ptqd_export.core.precision import Precision
 from ptqd_export.core.quant import (
     E4M3_MAX,
+    Geometry,
     LayerQuant,
     QuantizedNetwork,
     from_e4m3,
@@ -117,3 +118,13 @@ def test_a_network_of_some_layers_counts_the_others_as_float() -> None:
     assert alone.macs == network.macs == 1060
     assert alone.bops == 50 * 4 * 8 + 1010 * 32 * 32 > network.bops
     assert network.only(["conv", "b"]).bops == network.bops
+
+
+def test_layers_of_an_exported_graph_have_its_geometry() -> None:
+    """And the others stay float."""
+    own, other = (Geometry((2, 2), (0, 0, bottom, 1), (1, 1), 1) for bottom in (0, 1))
+    conv = dataclasses.replace(_layer(None), geometry=own)
+    network = QuantizedNetwork(Precision(4, 8), {"conv": conv, "lost": conv}, {"edge": 10})
+    found = network.exported({"conv": other, "edge": own})
+    assert {name: layer.geometry for name, layer in found.layers.items()} == {"conv": other}
+    assert dict(found.float_macs) == {"edge": 10, "lost": 1000} and network.layers["conv"].geometry == own

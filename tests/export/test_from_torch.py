@@ -11,10 +11,13 @@ import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from toy import INFO, copy_of, feeds_of, forward, layers_of, run
 
+from ptqd_export.calibrate.simulate import geometry_of
 from ptqd_export.core.backend import Emission
 from ptqd_export.core.model import ModelInfo
+from ptqd_export.core.quant import Geometry
 from ptqd_export.errors import GraphError
 from ptqd_export.export import export_fp, exported_layers, lint
 from ptqd_export.export.dialect import LAYER
@@ -33,7 +36,7 @@ def test_every_layer_is_noted_and_nothing_else_of_the_exporter_is_kept(
     nodes = [
         (node.metadata_props[LAYER], node.op_type) for node in base.graph if LAYER in node.metadata_props
     ]
-    assert {path for path, op in nodes if op != "Add"} == set(layers_of(toy)) == exported_layers(base)
+    assert {path for path, op in nodes if op != "Add"} == set(layers_of(toy)) == set(exported_layers(base))
     assert [path for path, op in nodes if op == "Conv"].count("twice") == 2
     text = ir.to_proto(base).SerializeToString()
     assert b"pkg.torch" not in text and b"stack_trace" not in text and str(Path.cwd()).encode() not in text
@@ -111,7 +114,36 @@ def test_a_folded_normalisation_hides_its_layer() -> None:
     module.norm.running_var.fill_(4.0)
     model = export_fp(module, ModelInfo("normed", (2, 8, 8), (), ""))
     assert [n.op_type for n in model.graph] == ["Conv"]
-    assert LAYER not in model.graph[0].metadata_props and exported_layers(model) == set()
+    assert LAYER not in model.graph[0].metadata_props and exported_layers(model) == {}
+
+
+class Padded(nn.Module):
+    """Convs with padding of their own, by a rule, and in front of them; one is called again without it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Conv2d(2, 2, 3, stride=(1, 2), padding=(1, 0), dilation=(1, 2), groups=2)
+        self.rule = nn.Conv2d(2, 2, (3, 2), padding="same")
+        self.outside = nn.Conv2d(2, 2, 3)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        h = self.outside(F.pad(self.rule(sample), (0, 1, 2, 3)))
+        return sample + self.own(h).mean((2, 3), True) + self.outside(h).mean((2, 3), True)
+
+
+def test_the_geometry_of_convs_is_the_graphs() -> None:
+    """Padding in front of a conv is a part of it there; of two calls, the first counts."""
+    module = Padded().eval()
+    found = exported_layers(export_fp(module, ModelInfo("padded", (2, 8, 8), (), "")))
+    assert found == {
+        "own": Geometry((1, 2), (1, 0, 1, 0), (1, 2), 2),
+        "rule": Geometry((1, 1), (1, 0, 1, 1), (1, 1), 1),
+        "outside": Geometry((1, 1), (2, 0, 3, 1), (1, 1), 1),
+    }
+    assert {name: geometry_of(module.get_submodule(name)) for name in found} == {
+        **found, "outside": Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1)
+    }  # fmt: skip
+    assert geometry_of(nn.Linear(2, 2)) is None
 
 
 def test_importing_export_leaves_torch_alone() -> None:

@@ -32,16 +32,7 @@ from ptqd_export.core.backend import Emission
 from ptqd_export.core.precision import FP32, Precision
 from ptqd_export.core.quant import QuantizedNetwork
 from ptqd_export.errors import GraphError
-from ptqd_export.export import (
-    fold,
-    insert_qdq,
-    lint,
-    lower,
-    op_counts,
-    quantized_convs,
-    quantized_nodes,
-    save,
-)
+from ptqd_export.export import calls, fold, insert_qdq, lint, lower, op_counts, quantized_nodes, save
 
 FP8, W4A16, W8A16 = Precision(8, 8, "fp8"), Precision(4, 16), Precision(8, 16)
 
@@ -132,7 +123,7 @@ def test_ort_cpu_optimised_computes_the_portable_numbers(
     session(tmp_path / "q.onnx", tmp_path / "optimised.onnx")
     ops = op_counts(tmp_path / "optimised.onnx")
     assert not {"MatMulIntegerToFloat", "MatMulNBits", "QLinearConv", "DequantizeLinear"} & set(ops)
-    assert quantized_convs(tmp_path / "q.onnx") == 0 and quantized_nodes(tmp_path / "q.onnx") == {}
+    assert calls(tmp_path / "q.onnx").integer_convs == 0 and quantized_nodes(tmp_path / "q.onnx") == {}
 
 
 def test_onnx_runtime_would_break_the_portable_forms(toy: nn.Module, base: ir.Model) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from torch import nn
-from toy import PRECISIONS, calibrated, emitted, graph_of, session
+from toy import PRECISIONS, calibrated, emitted, graph_of, run, session
 
 from ptqd_export.bundle.bundle import WEIGHTS
 from ptqd_export.core.backend import Emission
+from ptqd_export.core.model import ModelInfo
 from ptqd_export.core.precision import Precision
+from ptqd_export.core.quant import LayerQuant, QuantizedNetwork
 from ptqd_export.errors import GraphError
-from ptqd_export.export import float_convs, op_counts, quantized_convs, save
+from ptqd_export.export import Calls, calls, export_fp, float_convs, insert_qdq, op_counts, save
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
@@ -34,16 +39,80 @@ def test_every_quantized_conv_is_fused_into_an_integer_one(
 
 
 @pytest.mark.parametrize("emission", list(Emission))
-def test_convs_that_are_meant_to_run_as_integers(
+def test_calls_that_are_meant_to_run_as_integers(
     toy: nn.Module, base: ir.Model, emission: Emission, tmp_path: Path
 ) -> None:
     graphs = {"w8a8": graph_of(toy, base, Precision(8, 8), emission), "fp32": base}
     save({**graphs, "w4a16": graph_of(toy, base, Precision(4, 16), emission)}, tmp_path, WEIGHTS)
     convs = op_counts(tmp_path / "fp32.onnx")["Conv"]
-    found = {key: quantized_convs(tmp_path / f"{key}.onnx") for key in ("w8a8", "fp32", "w4a16")}
-    # In half graphs a Cast stands between the codes and the Conv, which ONNX Runtime would not fuse.
-    assert found == {"w8a8": 0 if emission is Emission.HALF else convs, "fp32": 0, "w4a16": 0}
     assert len(float_convs(tmp_path / "fp32.onnx")) == convs == 5  # one is called twice
+    found = {key: calls(tmp_path / f"{key}.onnx") for key in ("w8a8", "fp32", "w4a16")}
+    # In half graphs a Cast stands between codes and layers, which ONNX Runtime would not fuse; the layers of
+    # the timestep stay float32.
+    half = emission is Emission.HALF
+    assert found["w8a8"] == (Calls(0, 2, convs) if half else Calls(convs, 6, 0))
+    assert found["fp32"] == found["w4a16"] == Calls(0, 0, convs)
+
+
+class InARow(nn.Module):
+    """Layers whose input is another one's output as it is, or moved; a conv called again in two ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inlet, self.conv, self.outlet = (nn.Conv2d(i, o, 1) for i, o in ((2, 4), (4, 4), (4, 2)))
+        self.tokens = nn.Linear(4, 4)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        h = self.conv(self.conv(self.inlet(sample)))
+        h = h + self.tokens(h.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(h.shape)
+        return self.outlet(torch.relu(h) + self.conv(h) + self.conv(h))
+
+
+def layer_of(name: str, module: nn.Module, rng: np.random.Generator) -> LayerQuant:
+    codes = rng.integers(-127, 128, module.weight.shape).astype(np.int8)
+    ones, conv = np.ones(len(codes), np.float32), isinstance(module, nn.Conv2d)
+    scales = rng.uniform(0.01, 0.03, 2).tolist()
+    bias = module.bias.detach().numpy()
+    return LayerQuant(
+        name,
+        "conv" if conv else "linear",
+        codes,
+        ones / 500,
+        8,
+        scales[0],
+        8,
+        scales[1] if conv else None,
+        bias,
+        1,
+    )
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_layers_in_a_row_run_as_integers(
+    kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """ONNX Runtime makes one Q and DQ of two in a row, with another scale, and runs what follows in float.
+
+    A node between them keeps them apart. If the case without it fails, onnxruntime has learned to leave them
+    alone, and the node can go.
+    """
+    module = InARow().eval()
+    fp = export_fp(module, ModelInfo("row", (2, 6, 6), (), ""))
+    layers = {name: layer_of(name, m, rng) for name, m in module.named_modules() if name}
+    if not kept:
+        monkeypatch.setattr(sys.modules[insert_qdq.__module__], "_follows_codes", lambda value: False)
+    network = QuantizedNetwork(Precision(8, 8), layers)
+    save({"q": emitted(fp, network, Emission.ORT_CPU)}, tmp_path, WEIGHTS)
+    meant, sample = calls(tmp_path / "q.onnx"), rng.standard_normal((3, 2, 6, 6)).astype(np.float32)
+    x = {"sample": sample, "timestep": np.zeros(3, np.int64)}
+    with session(tmp_path / "q.onnx", tmp_path / "optimised.onnx") as engine:
+        got = engine(x)["output"]
+    ops = op_counts(tmp_path / "optimised.onnx")
+    assert meant == Calls(5, 1, 0)  # the last two calls of the conv are one
+    done = (ops["QLinearConv"], ops["MatMulIntegerToFloat"], len(float_convs(tmp_path / "optimised.onnx")))
+    expected = run(tmp_path / "q.onnx", x, optimise=False)["output"]
+    close = np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert (done == (5, 1, 0) and bool(close)) is kept, (done, close)
 
 
 def write(path: Path, body: str, functions: str = "") -> Path:
@@ -84,7 +153,7 @@ def test_what_is_no_graph_is_told(tmp_path: Path, content: bytes | None) -> None
     path = tmp_path / "m.onnx"
     if content is not None:
         path.write_bytes(content)
-    for read in (op_counts, float_convs, quantized_convs):
+    for read in (op_counts, float_convs, calls):
         with pytest.raises(
             GraphError, match=r"m\.onnx (cannot be read as an ONNX graph|holds no nodes)"
         ) as caught:

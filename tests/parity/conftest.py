@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import Built
 
@@ -26,6 +27,7 @@ class Case:
     trajectories: Trajectories
     quantized: QuantizedNetwork
     folder: Path
+    correction: Correction
 
     def graph(self, emission: Emission) -> Path:
         return self.folder / f"w4a4.{emission}.onnx"
@@ -33,11 +35,11 @@ class Case:
 
 @pytest.fixture(scope="session")
 def case(rgb: Built, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """The tiny RGB model, with nothing folded."""
+    """The tiny RGB model, with tables of numbers of their own folded into its graphs."""
     folder = tmp_path_factory.mktemp("parity")
     recipe = Recipe.load(rgb.recipe).override(
         sampler={"n_steps": 3},
-        calibration={"size": 2, "held_out": 2},
+        calibration={"size": 2, "held_out": 8},
         quantization={"precisions": ("w4a4",), "rounding": "nearest"},
     )
     network = open_model(recipe)
@@ -45,13 +47,16 @@ def case(rgb: Built, tmp_path_factory: pytest.TempPathFactory) -> Case:
     trajectories = collect(network, sampling, recipe, folder / "t")
     net = quantize(network, observe(network, sampling, recipe, trajectories), Precision(4, 4), recipe)
     base = export_fp(network.module, network.info)
-    one = Correction.identity(3, network.info.channels)
+    rows = np.arange(3 * network.info.channels).reshape(3, -1)
+    correction = Correction(1 + 0.01 * rows, 0.02 * rows[::-1], np.zeros(3))
     save(
         {
-            f"w4a4.{e}": fold(lower(insert_qdq(base, net, e), e, net.precision), sampling.schedule, one)
+            f"w4a4.{e}": fold(
+                lower(insert_qdq(base, net, e), e, net.precision), sampling.schedule, correction
+            )
             for e in Emission
         },
         folder,
         WEIGHTS,
     )
-    return Case(network, sampling, trajectories, net, folder)
+    return Case(network, sampling, trajectories, net, folder, correction)

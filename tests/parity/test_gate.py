@@ -33,11 +33,11 @@ C = 2
 def test_structure_is_that_of_integers(case: Case) -> None:
     graph, optimised = case.graph(Emission.ORT_CPU), case.folder / "optimised.onnx"
     OrtEngine(graph, optimised_path=optimised).close()
-    check_structure("w4a4", graph, optimised, case.quantized)
+    check_structure("w4a4", graph, optimised)
     unfused = case.folder / "unfused.onnx"
     OrtEngine(graph, optimise=False, optimised_path=unfused).close()
     with pytest.raises(ParityError, match=r"0 of .* run as QLinearConv"):
-        check_structure("w4a4", graph, unfused, case.quantized)
+        check_structure("w4a4", graph, unfused)
 
 
 def test_float_engine_is_held_to_the_model(case: Case) -> None:
@@ -58,13 +58,18 @@ def test_a_verdict_per_graph(case: Case, emission: Emission, monkeypatch: pytest
     refused."""
     with TorchEngine(simulate(case.network, case.quantized, emission), case.sampling) as engine:
         held_out = measure(engine, case.sampling, case.trajectories, "held_out")
-    identity = Correction.identity(3, case.network.info.channels)
     judged = gate.Case(
-        "w4a4", case.graph(emission), case.quantized.precision, emission, case.quantized, identity, held_out
+        "w4a4",
+        case.graph(emission),
+        case.quantized.precision,
+        emission,
+        case.quantized,
+        case.correction,
+        held_out,
     )
     before = sorted(path.name for path in case.folder.iterdir())
     verdict = judge_graph(judged, case.sampling, case.trajectories, case.network)
-    assert isinstance(verdict.figures, QuantizedFigures) and verdict.figures.noise.limit_z is None
+    assert isinstance(verdict.figures, QuantizedFigures) and verdict.figures.noise.limit_z is not None
     assert (
         verdict.epsilon.shape == (2, *case.network.info.sample_shape) and np.isfinite(verdict.epsilon).all()
     )

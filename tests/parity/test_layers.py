@@ -22,9 +22,7 @@ Case = Any
 @pytest.mark.parametrize("emission", list(Emission))
 def test_layers_agree_and_a_wrong_scale_is_named(case: Case, emission: Emission) -> None:
     def check(net: QuantizedNetwork) -> LayerFigures:
-        return check_layers(
-            "w4a4", case.graph(emission), net, emission, case.sampling, case.trajectories, case.network
-        )
+        return check_layers("w4a4", case.graph(emission), net, emission, case.sampling, case.trajectories)
 
     found = check(case.quantized)
     assert found.layers == len(case.quantized.layers) and found.share_apart <= MAX_SHARE_APART

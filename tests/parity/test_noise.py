@@ -13,7 +13,7 @@ from ptqd_export.core.figures import LayerFigures, QuantizedFigures
 from ptqd_export.core.noise import Correction, NoiseStats
 from ptqd_export.errors import ParityError
 from ptqd_export.parity.judgement import HALF
-from ptqd_export.parity.noise import FEW, check_noise, max_standard_errors
+from ptqd_export.parity.noise import FEW, MARGIN, STATISTICS, check_noise, margin, max_standard_errors
 
 N, C, PIXELS = 16, 2, 400
 
@@ -85,13 +85,79 @@ def test_a_right_engine_rarely_fails(rng: np.random.Generator) -> None:
         check_noise("x", stats(rng, t, 0.1, e=e), stats(rng, t, 0.1, e=e))
 
 
+def same(
+    rng: np.random.Generator, k: float, bias: float, noise: float, e: list[Array], t: int
+) -> list[NoiseStats]:
+    """N trajectories of t steps whose noise has a k and a bias to the last digit, and a given rest."""
+    parts = []
+    for n in range(N):
+        total = NoiseStats.zeros(t, C)
+        for step in range(t):
+            x = np.asarray(e[n * t + step], np.float64)
+            total += NoiseStats.of_step(step, t, x, x + k * x + bias + noise * rng.standard_normal(x.shape))
+        parts.append(total)
+    return parts
+
+
+def test_what_makes_no_difference_is_none() -> None:
+    """Noise that is small and the same in every trajectory: a right engine is 0.1 % of its k away, which is
+    many standard errors, and a wrong one 10 %."""
+    rng, t = np.random.default_rng(0), 4
+    e: list[Array] = [rng.standard_normal((1, C, PIXELS)) for _ in range(N * t)]
+
+    def engine(k: float, bias: float) -> list[NoiseStats]:
+        return same(np.random.default_rng(1), k, bias, 1e-6, e, t)
+
+    simulated = engine(-0.0002715, 1e-4)
+    right = check_noise("x", engine(-0.0002712, 1.001e-4), simulated)
+    assert max(right.largest_z.values()) == 0.0
+    for wrong, what in ((engine(-0.0002443, 1e-4), "k"), (engine(-0.0002715, 1.1e-4), "bias|mse")):
+        with pytest.raises(ParityError, match=rf"({what}) at step \d is .* beyond what makes no difference"):
+            check_noise("x", wrong, simulated)
+
+
+@pytest.mark.parametrize(
+    ("k", "bias", "noise"), [(0.0, 0.0, 0.1), (0.1, 0.0, 0.01), (0.0, 0.1, 0.01), (-0.05, 0.05, 0.05)]
+)
+def test_a_margin_moves_the_end_result_by_its_share(k: float, bias: float, noise: float) -> None:
+    """At the end of t steps: what is random adds up as powers, what is systematic as amplitudes."""
+    rng, t = np.random.default_rng(2), 8
+    e: list[Array] = [rng.standard_normal((1, C, PIXELS)) for _ in range(N * t)]
+    simulated = NoiseStats.pool(same(rng, k, bias, noise, e, t))
+    found = {name: margin(name, simulated) for name in STATISTICS}
+    assert {name: value.shape for name, value in found.items()} == {
+        "k": (t,), "bias": (t, C), "var": (t,), "mse": (t,)
+    }  # fmt: skip
+
+    power = simulated.ee.mean(1) / simulated.count
+    systematic = simulated.k**2 * power + (simulated.bias**2).mean(1)
+    before = t * (found["mse"] / MARGIN - systematic) + t**2 * systematic
+    more_k = t**2 * ((np.abs(simulated.k) + found["k"]) ** 2 - simulated.k**2) * power
+    more_bias = t**2 * ((np.abs(simulated.bias) + found["bias"]) ** 2 - simulated.bias**2)
+    np.testing.assert_allclose(more_k / before, MARGIN, rtol=1e-6)
+    np.testing.assert_allclose(more_bias / before[:, None], MARGIN, rtol=1e-6)
+    np.testing.assert_allclose(found["var"], MARGIN * simulated.var)
+    np.testing.assert_allclose(found["mse"], MARGIN * (noise**2 + k**2 + bias**2), rtol=0.1)
+
+
+def test_where_there_is_no_noise_there_is_no_margin() -> None:
+    rng = np.random.default_rng(3)
+    e: list[Array] = [rng.standard_normal((1, C, PIXELS)) for _ in range(N * 2)]
+    exact = same(rng, 0.0, 0.0, 0.0, e, 2)
+    assert all(np.abs(margin(name, NoiseStats.pool(exact))).max() == 0 for name in STATISTICS)
+    silent = NoiseStats.zeros(2, C)
+    assert all(np.isfinite(margin(name, silent)).all() for name in STATISTICS)
+    with pytest.raises(ParityError):
+        check_noise("x", same(rng, 1e-3, 0.0, 0.0, e, 2), exact)
+
+
 @pytest.mark.parametrize("n", [2, FEW - 1, FEW])
 def test_a_limit_of_few_trajectories_is_not_called_a_check(rng: np.random.Generator, n: int) -> None:
     """It still stops what is beyond it: that of two is more than a hundred times as wide as that of eight."""
     t = 5
     e: list[Array] = [rng.standard_normal((1, C, PIXELS)) for _ in range(N * t)]
     figures = check_noise("x", stats(rng, t, 0.1, e=e)[:n], stats(rng, t, 0.1, e=e)[:n])
-    limit = max_standard_errors(n, t)
+    limit = max_standard_errors(n, t * (3 + C))
     assert max(figures.largest_z.values()) <= limit
     told = QuantizedFigures(0.0, LayerFigures(3, 100, 0.0, 0.0), figures).summary()
     if n < FEW:

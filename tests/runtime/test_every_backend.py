@@ -62,8 +62,8 @@ def test_noise_is_that_of_the_graph_as_written(
         with open_artifact(bundle, m.artifact(precision, backend), None) as engine:
             got = measure(engine, m.sampling, trajectories, "held_out")
         figures = check_noise(str(precision), got, expected, rounding)
-        assert max(figures.largest_z.values()) <= max_standard_errors(6, len(m.sampling))
         n, channels = len(m.sampling.schedule), m.sampling.model.channels
+        assert max(figures.largest_z.values()) <= max_standard_errors(6, n * (3 + channels))
         off = Correction(np.full((n, channels), 1.2), np.zeros((n, channels)), np.zeros(n))
         with pytest.raises(ParityError):
             check_noise(str(precision), [part.corrected(off) for part in got], expected, rounding)

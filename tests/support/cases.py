@@ -11,6 +11,7 @@ from torch import nn
 from ptqd_export.calibrate import Network, Observed, Trajectories
 from ptqd_export.calibrate.ranges import weight_scales
 from ptqd_export.calibrate.rounding import nearest
+from ptqd_export.calibrate.simulate import geometry_of
 from ptqd_export.core.backend import Emission
 from ptqd_export.core.precision import Precision
 from ptqd_export.core.quant import E4M3_MAX, LayerQuant, qmax
@@ -80,4 +81,5 @@ def make_layer(module: nn.Module, precision: Precision, x: np.ndarray, name: str
         bias,
         1,
         number,
+        geometry_of(module),
     )
