@@ -124,7 +124,7 @@ def observe(network: Network, sampling: Sampling, recipe: Recipe, trajectories: 
         look(range(steps), partial(_see_values, hessians=hessians))
         macs, total = _count_macs(network, engine, sampling, trajectories)
     for name, layer in layers.items():
-        layer.macs = macs[name]
+        layer.macs = macs.get(name, 0)
     if not layers:
         raise ModelError(f"{network.info.name} calls no Conv2d and no Linear: there is nothing to quantize")
     return Observed(layers, total - sum(macs.values()))

@@ -113,7 +113,7 @@ class Histogram:
             each alone, by the ratios of WINDOW_RATIOS.
         """
         if self.largest == 0.0:
-            return Grid.symmetric(1.0 / qmax(bits), bits)
+            return Grid.symmetric(float(np.float32(1 / qmax(bits))), bits)
         low, high = self.low, self.high
         if method == "percentile":
             below, above = (
