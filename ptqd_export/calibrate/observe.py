@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.precision import Number
@@ -158,7 +159,12 @@ def _count_macs(
         layer.macs += output.numel() * module.weight[0].numel()
 
     _, x, _, conditions = trajectories.first(1)
-    with FlopCounterMode(display=False) as counter, _watching(network, counted, 0, count):
+    # The counter knows no fused attention of the CPU, but the products that it is made of.
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+        _watching(network, counted, 0, count),
+    ):
         engine(sampling.conditional.feeds(x[0], 0, conditions))
     macs = {name: layer.macs for name, layer in counted.items()}
     return macs, max(counter.get_total_flops() // 2, sum(macs.values()))
@@ -211,6 +217,7 @@ def _channel_axis(layer: ObservedLayer, x: Tensor) -> int:
 
 def _see_channels(layer: ObservedLayer, module: Any, x: Tensor, output: Tensor, step: int) -> None:
     layer.channels.add(x, _channel_axis(layer, x))
+    layer.output.add(output, _channel_axis(layer, output))
 
 
 def _see_values(

@@ -165,9 +165,15 @@ class ChannelRanges:
         self.high: F32 = np.zeros(0, np.float32)
 
     def add(self, values: Tensor, axis: int) -> None:
-        """Take in `values`, whose channels lie along `axis`; they are finite."""
+        """Take in `values`, whose channels lie along `axis`.
+
+        Raises:
+            ValueError: NaN or infinite values.
+        """
         rows = values.detach().float().movedim(axis, 0).flatten(1)
         low, high = (v.numpy() for v in torch.aminmax(rows, dim=1))
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise ValueError("NaN or infinite values")
         if not len(self.low):
             self.low, self.high = np.zeros_like(low), np.zeros_like(high)
         self.low, self.high = np.minimum(self.low, low), np.maximum(self.high, high)

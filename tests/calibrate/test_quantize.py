@@ -263,9 +263,7 @@ def test_what_the_recipe_says_of_grids(case: Case) -> None:
     even = quantize(
         network, observed, W4A4, nearest.override(quantization={"input_grids": "symmetric"})
     ).layers
-    one = quantize(
-        network, observed, W4A4, nearest.override(quantization={"conv_outputs": "tensor"})
-    ).layers
+    one = quantize(network, observed, W4A4, nearest.override(quantization={"conv_outputs": "tensor"})).layers
     assert {(layer.input.lo, layer.input.hi) for layer in even.values() if layer.input} == {(-8, 7)}
     assert len({layer.input.lo for layer in uneven.values() if layer.input}) > 1
     for name, layer in uneven.items():
@@ -276,7 +274,10 @@ def test_what_the_recipe_says_of_grids(case: Case) -> None:
             continue
         assert len(set(layer.output.scale)) > 1 and len(set(whole.scale)) == len(set(whole.zero_point)) == 1
         assert whole.common >= layer.output.common
-        for low, high, grid in ((seen.low, seen.high, layer.output), (seen.low.min(), seen.high.max(), whole)):
+        for low, high, grid in (
+            (seen.low, seen.high, layer.output),
+            (seen.low.min(), seen.high.max(), whole),
+        ):
             zero, scale = grid.zero_point.astype(np.float64), grid.scale.astype(np.float64)
             assert (-zero * scale <= low + 0.51 * scale).all()
             assert ((255 - zero) * scale >= high - 0.51 * scale).all()

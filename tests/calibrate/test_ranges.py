@@ -50,7 +50,9 @@ def test_minmax_and_percentile_on_known_data(rng: np.random.Generator) -> None:
     values = rng.permutation(np.arange(1, 10001) / 10000)
     values[::2] *= -1
     h = histogram(values)
-    assert h.range("minmax", 8) == h.largest == h.range("percentile", 8, 100.0) == pytest.approx(1.0, abs=1e-3)
+    assert (
+        h.range("minmax", 8) == h.largest == h.range("percentile", 8, 100.0) == pytest.approx(1.0, abs=1e-3)
+    )
     bin_width = h.limit / BINS
     for p in (60.0, 90.0, 99.9):
         assert h.range("percentile", 8, p) == pytest.approx(np.percentile(np.abs(values), p), abs=bin_width)
@@ -129,6 +131,9 @@ def test_channel_ranges(rng: np.random.Generator) -> None:
     last = ChannelRanges()
     last.add(torch.from_numpy(np.abs(x).transpose(0, 2, 3, 1).copy()), 3)
     np.testing.assert_array_equal(last.high, ranges.largest)
+    for bad in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            last.add(torch.tensor([[[[1.0], [bad]]]]), 1)
     assert not last.low.any()  # zero is within, though no value of channels 0 and 1 is
 
 

@@ -212,7 +212,9 @@ def test_simulated_accumulator_is_the_integer_one(precision: Precision, rng: np.
         simulated = SimulatedLayer(layer, Emission.ORT_CPU, conv)(torch.from_numpy(x)).numpy()
     assert np.array_equal(simulated, wanted)
     # The test can fail: a bias without what moves the codes.
-    still = dataclasses.replace(layer, output=dataclasses.replace(out, zero_point=np.full_like(out.zero_point, 128)))
+    still = dataclasses.replace(
+        layer, output=dataclasses.replace(out, zero_point=np.full_like(out.zero_point, 128))
+    )
     with torch.inference_mode():
         other = SimulatedLayer(still, Emission.ORT_CPU, conv)(torch.from_numpy(x)).numpy()
     assert (other != wanted).mean() > 0.01

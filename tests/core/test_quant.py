@@ -73,7 +73,8 @@ def test_e4m3_is_that_of_ml_dtypes(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize(
-    ("low", "high"), [(-0.28, 5.0), (-3.0, 3.0), (-1.0, 0.0), (0.0, 2.5), (-7.0, 0.1), (1.0, 2.0), (-2.0, -1.0)]
+    ("low", "high"),
+    [(-0.28, 5.0), (-3.0, 3.0), (-1.0, 0.0), (0.0, 2.5), (-7.0, 0.1), (1.0, 2.0), (-2.0, -1.0)],
 )
 def test_a_window_holds_zero_and_its_ends(low: float, high: float, bits: int) -> None:
     grid = Grid.window(low, high, bits)
@@ -131,7 +132,9 @@ def _layer(bias: np.ndarray | None, output: OutputGrid | None = None) -> LayerQu
     weight = np.zeros((3, 2, 3, 3), np.int8)
     scale = np.array([0.5, 0.25, 0.125], np.float32)
     plain = OutputGrid(np.full(3, 0.2, np.float32), np.full(3, 128, np.uint8))
-    return LayerQuant("conv", "conv", weight, scale, 4, Grid.symmetric(0.1, 8), 8, output or plain, bias, 1000)
+    return LayerQuant(
+        "conv", "conv", weight, scale, 4, Grid.symmetric(0.1, 8), 8, output or plain, bias, 1000
+    )
 
 
 def test_one_output_grid_about_zero_leaves_weights_and_bias() -> None:
@@ -192,7 +195,9 @@ def test_fused_convs_with_any_scales(rng: np.random.Generator) -> None:
     apart = np.abs(_fused_codes(layer, acc) - _own_codes(layer, acc))
     assert apart.max() <= 1 and (apart > 0).mean() < 0.02
     moved = dataclasses.replace(output, zero_point=output.zero_point + np.uint8(1))
-    assert (_fused_codes(dataclasses.replace(layer, output=moved), acc) != _own_codes(layer, acc)).mean() > 0.2
+    assert (
+        _fused_codes(dataclasses.replace(layer, output=moved), acc) != _own_codes(layer, acc)
+    ).mean() > 0.2
 
 
 def test_a_channel_that_hardly_moves_has_a_bias_that_int32_holds() -> None:

@@ -81,8 +81,6 @@ def bare(model: ir.Model) -> ir.Model:
         last = after[0].outputs[0]
         node.outputs[0].shape = last.shape
         last.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
-        if last.is_graph_output():
-            raise AssertionError(last.name)
     return prune(copy)
 
 
@@ -106,5 +104,5 @@ def test_onnx_runtime_fuses_every_conv_and_keeps_channels_in_front(
     assert op_counts(file)["QLinearConv"] == CALLS and set(axes(file)) != {1}
     # Both compute the same.
     feeds = feeds_of(2)
-    ours, theirs = (run(tmp_path / name / "q.onnx", feeds)["output"] for name in ("ours", "bare"))
+    ours, theirs = (next(iter(run(tmp_path / name / "q.onnx", feeds).values())) for name in ("ours", "bare"))
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(ours).max())

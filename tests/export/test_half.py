@@ -321,9 +321,7 @@ def test_halving_leaves_the_original_alone(toy: nn.Module, base: ir.Model) -> No
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["windows", "about zero"])
-def test_layers_with_windows_and_smoothing_are_half_too(
-    toy: nn.Module, base: ir.Model, plain: bool
-) -> None:
+def test_layers_with_windows_and_smoothing_are_half_too(toy: nn.Module, base: ir.Model, plain: bool) -> None:
     """What prepares an input for its codes is float32, as they are; what takes the codes is float16."""
     graph = checked(emitted(base, calibrated(toy, Precision(8, 8), plain=plain), Emission.HALF)).graph
     prepares = [n for n in graph if LAYER_INPUT in n.metadata_props and n.op_type in ("Mul", "Sub")]
@@ -332,7 +330,9 @@ def test_layers_with_windows_and_smoothing_are_half_too(
     assert ops == (set() if plain else {"Mul", "Sub"})
     convs = {n.name: n.outputs[0].dtype for n in graph if n.op_type == "Conv"}
     assert len(convs) == 5 and set(convs.values()) == {ir.DataType.FLOAT16}
-    maps = [n for n in graph if n.op_type == "Add" and str(n.outputs[0].name).endswith((".shifted", "output"))]
+    maps = [
+        n for n in graph if n.op_type == "Add" and str(n.outputs[0].name).endswith((".shifted", "output"))
+    ]
     assert all(n.outputs[0].dtype in (ir.DataType.FLOAT16, ir.DataType.FLOAT) for n in maps)
 
 

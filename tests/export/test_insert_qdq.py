@@ -62,7 +62,11 @@ def test_bits_and_containers(toy: nn.Module, base: ir.Model) -> None:
     network = calibrated(toy, Precision(4, 4))
     grids = {layer.input for layer in network.layers.values() if layer.input and layer.activation_bits == 4}
     assert len({grid.lo for grid in grids}) > 1
-    for emission, dtype in ((Emission.PORTABLE, np.int8), (Emission.ORT_CPU, np.uint8), (Emission.HALF, np.int8)):
+    for emission, dtype in (
+        (Emission.PORTABLE, np.int8),
+        (Emission.ORT_CPU, np.uint8),
+        (Emission.HALF, np.int8),
+    ):
         graph = insert_qdq(base, network, emission).graph
         clips = [n for n in graph if n.op_type == "Clip"]
         limits = {

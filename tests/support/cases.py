@@ -44,7 +44,13 @@ def sampling_of(network: Network, recipe: Recipe) -> Sampling:
 def equal(a: LayerQuant, b: LayerQuant) -> bool:
     """In what decides their numbers."""
     arrays = [
-        (x.weight, x.weight_scale, x.bias, x.smooth, *((x.output.scale, x.output.zero_point) if x.output else ()))
+        (
+            x.weight,
+            x.weight_scale,
+            x.bias,
+            x.smooth,
+            *((x.output.scale, x.output.zero_point) if x.output else ()),
+        )
         for x in (a, b)
     ]
     same = len(arrays[0]) == len(arrays[1]) and all(map(np.array_equal, *arrays))
@@ -88,6 +94,4 @@ def make_layer(module: nn.Module, precision: Precision, x: np.ndarray, name: str
         grid = Grid.window(float(np.quantile(x, 0.002)), float(np.quantile(x, 0.98)), bits[1])
     codes = nearest(weight, scale, bits[0], number)
     kind = "conv" if conv else "linear"
-    return LayerQuant(
-        name, kind, codes, scale, bits[0], grid, bits[1], output, bias, 1, number, smooth
-    )
+    return LayerQuant(name, kind, codes, scale, bits[0], grid, bits[1], output, bias, 1, number, smooth)
