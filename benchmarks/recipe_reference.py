@@ -68,8 +68,13 @@ MEANING: Mapping[str, str] = {
     "quantization.iterations": "for adaround: steps of gradient descent per block, at least 1",
     "quantization.weight_scales": "one scale per output channel, or one per layer",
     "quantization.skip": "globs of module paths that stay float, such as `up_blocks.*`",
+    "quantization.layer_budget": "bit operations of the layers of w4a4+ relative to w4a4's, at least 1",
+    "quantization.layer_bits": "layers of such a precision by hand, such as `*.conv_shortcut=w4a8`",
     "quantization.correction": "ptqd: gain per step, offset per step and channel; bias: the offset alone; "
     "affine: both per channel",
+    "quantization.input_grids": "inputs' codes between two ends of their own, or about zero",
+    "quantization.conv_outputs": "of 8-bit conv outputs (ONNX Runtime's CPU): per channel, or per layer",
+    "quantization.smoothing": "0 to 1: how much of their inputs' unevenness convs' weights take",
     "quantization.clamp_k": "hold k at 0 or above, as the paper does",
     "plan.rule": "budget: least error within a cost; snr, paper: the paper's rule, and its own plan; "
     "first-last: as many first and last steps at a precise choice as fit the budget; fixed: by hand",

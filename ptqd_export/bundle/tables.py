@@ -9,8 +9,8 @@ quantization.safetensors, which the torch backend simulates from:
                                      has its own
     <precision>/<layer>/weight_scale, bits
     <precision>/<layer>/input_scale, input_codes     where the input is quantized: `Grid`
-    <precision>/<layer>/output_scale, output_zero    `OutputGrid`, where there is one
-    <precision>/<layer>/smooth                       where there is one
+    <precision>/<layer>/output_scale, output_zero    `OutputGrid`, of convs with codes of integers
+    <precision>/<layer>/smooth                       of some of these convs
 """
 
 from __future__ import annotations
@@ -287,25 +287,25 @@ def _layer(
     dtype = np.uint8 if precision.number == "fp8" else np.int8
     if weight.shape != parameters["weight"].shape or weight.dtype != dtype:
         raise ValueError(f"layer {name} has weights of shape {weight.shape} and type {weight.dtype}")
-    channels = np.float32, (len(weight),)
-    weight_scale = _vector(arrays, f"{head}/weight_scale", *channels)
+    conv, integers = weight.ndim == 4, precision.number == "int" and not precision.weight_only
     grid = output = smooth = None
-    if f"{head}/input_scale" in arrays:
-        scale = _vector(arrays, f"{head}/input_scale", np.float32, (1,))
-        lo, hi = (int(code) for code in arrays[f"{head}/input_codes"])
-        grid = Grid(float(scale[0]), lo, hi)
-        if not (grid.scale > 0 and -448 <= lo <= 0 <= hi <= 448):
-            raise ValueError(f"layer {name} has an input grid of {lo} to {hi} in steps of {grid.scale}")
-    if f"{head}/output_scale" in arrays:
-        zero = _vector(arrays, f"{head}/output_zero", np.uint8, (len(weight),))
-        output = OutputGrid(_vector(arrays, f"{head}/output_scale", *channels), zero)
-    if f"{head}/smooth" in arrays:
-        smooth = _vector(arrays, f"{head}/smooth", np.float32, (weight.shape[1],))
+    if not precision.weight_only:
+        (scale,) = _factors(arrays, f"{head}/input_scale", 1)
+        lo, hi = (int(code) for code in _vector(arrays, f"{head}/input_codes", np.int64, 2))
+        grid = Grid(float(scale), lo, hi)
+        ends = (-448, 448) if precision.number == "fp8" else (max(-255, hi - 255), min(255, lo + 255))
+        if not ends[0] <= lo <= 0 <= hi <= ends[1]:
+            raise ValueError(f"layer {name} has an input grid of {lo} to {hi}")
+    if conv and integers:
+        zero = _vector(arrays, f"{head}/output_zero", np.uint8, len(weight))
+        output = OutputGrid(_factors(arrays, f"{head}/output_scale", len(weight)), zero)
+    if conv and integers and f"{head}/smooth" in arrays:
+        smooth = _factors(arrays, f"{head}/smooth", weight.shape[1])
     return LayerQuant(
         name=name,
-        kind="conv" if weight.ndim == 4 else "linear",
+        kind="conv" if conv else "linear",
         weight=weight,
-        weight_scale=weight_scale,
+        weight_scale=_factors(arrays, f"{head}/weight_scale", len(weight)),
         weight_bits=weight_bits,
         input=grid,
         activation_bits=activation_bits,
@@ -317,8 +317,15 @@ def _layer(
     )
 
 
-def _vector(arrays: Arrays, key: str, dtype: type, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+def _vector(arrays: Arrays, key: str, dtype: type, size: int) -> npt.NDArray[Any]:
     array = arrays[key]
-    if array.dtype != dtype or array.shape != shape:
+    if array.dtype != dtype or array.shape != (size,):
         raise ValueError(f"{key} is {array.dtype} {array.shape}")
+    return array
+
+
+def _factors(arrays: Arrays, key: str, size: int) -> npt.NDArray[np.float32]:
+    array = _vector(arrays, key, np.float32, size)
+    if not (np.isfinite(array) & (array > 0)).all():
+        raise ValueError(f"{key} holds other than finite values above 0")
     return array

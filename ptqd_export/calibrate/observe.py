@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.precision import Number
 from ..core.quant import F32, I8, U8
@@ -128,7 +129,7 @@ def observe(network: Network, sampling: Sampling, recipe: Recipe, trajectories: 
         look(stride, partial(_see_values, hessians=hessians))
         macs, total = _count_macs(network, engine, sampling, trajectories)
     for name, layer in layers.items():
-        layer.macs = macs[name]
+        layer.macs = macs.get(name, 0)
     if not layers:
         raise ModelError(f"{network.info.name} calls no Conv2d and no Linear: there is nothing to quantize")
     return Observed(layers, total - sum(macs.values()))
@@ -161,14 +162,6 @@ def smoothing(layer: ObservedLayer, module: Any, alpha: float) -> F32 | None:
     return np.clip(factors, 1 / MAX_SMOOTHING, MAX_SMOOTHING).astype(np.float32)
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *others: Any, **more: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
-
-
-ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-"""What the counter of this torch does not know by itself."""
-
-
 def _count_macs(
     network: Network, engine: TorchEngine, sampling: Sampling, trajectories: Trajectories
 ) -> tuple[dict[str, int], int]:
@@ -179,8 +172,10 @@ def _count_macs(
         layer.macs += output.numel() * module.weight[0].numel()
 
     _, x, _, conditions = trajectories.first(1)
+    # The counter knows no fused attention of the CPU, but the products that it is made of.
     with (
-        FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
         _watching(network, counted, 0, count),
     ):
         engine(sampling.conditional.feeds(x[0], 0, conditions))
@@ -235,6 +230,7 @@ def _channel_axis(layer: ObservedLayer, x: Tensor) -> int:
 
 def _see_channels(layer: ObservedLayer, module: Any, x: Tensor, output: Tensor, step: int) -> None:
     layer.channels.add(x, _channel_axis(layer, x))
+    layer.output.add(output, _channel_axis(layer, output))
 
 
 def _see_values(

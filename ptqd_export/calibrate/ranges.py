@@ -113,7 +113,7 @@ class Histogram:
             each alone, by the ratios of WINDOW_RATIOS.
         """
         if self.largest == 0.0:
-            return Grid.symmetric(1.0 / qmax(bits), bits)
+            return Grid.symmetric(float(np.float32(1 / qmax(bits))), bits)
         low, high = self.low, self.high
         if method == "percentile":
             below, above = (
@@ -165,9 +165,15 @@ class ChannelRanges:
         self.high: F32 = np.zeros(0, np.float32)
 
     def add(self, values: Tensor, axis: int) -> None:
-        """Take in `values`, whose channels lie along `axis`; they are finite."""
+        """Take in `values`, whose channels lie along `axis`.
+
+        Raises:
+            ValueError: NaN or infinite values.
+        """
         rows = values.detach().float().movedim(axis, 0).flatten(1)
         low, high = (v.numpy() for v in torch.aminmax(rows, dim=1))
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise ValueError("NaN or infinite values")
         if not len(self.low):
             self.low, self.high = np.zeros_like(low), np.zeros_like(high)
         self.low, self.high = np.minimum(self.low, low), np.maximum(self.high, high)

@@ -124,13 +124,16 @@ class OutputGrid:
 
     @classmethod
     def window(cls, low: F32, high: F32) -> OutputGrid:
-        """256 codes over [low, high] of each channel, both (O,)."""
+        """256 codes over [low, high] of each channel, both (O,).
+
+        Where more would fit, the zero point is as near to OUTPUT_MIDDLE as it can be: a channel that hardly
+        moves may have no accumulator that could hold what moves its codes.
+        """
         low64, high64 = np.minimum(low, 0).astype(np.float64), np.maximum(high, 0).astype(np.float64)
         scale = (high64 - low64) / 255
-        # A channel that hardly moves would need a bias beyond int32.
         scale = np.maximum(scale, max(scale.max(initial=0.0), 1e-30) * LEAST_OUTPUT_SCALE)
-        zero = np.clip(np.rint(-low64 / scale), 0, 255)
-        return cls(scale.astype(np.float32), zero.astype(np.uint8))
+        zero = np.clip(OUTPUT_MIDDLE, -low64 / scale, 255 - high64 / scale)
+        return cls(scale.astype(np.float32), np.rint(zero).clip(0, 255).astype(np.uint8))
 
     @property
     def common(self) -> np.float32:

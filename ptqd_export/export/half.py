@@ -103,7 +103,7 @@ class _Halving:
             for i, value in enumerate(node.inputs):
                 if value is not None and inputs[i] == variable and value.dtype in (FLOAT, HALF):
                     self._cast_input(node, i, value, FLOAT if float_only else HALF)
-            if quantizes:
+            if quantizes or prepares:
                 self.low.update(node.outputs)
             elif not float_only:
                 self._lower_outputs(node, [i for i, name in enumerate(outputs) if name == variable])

@@ -31,10 +31,11 @@ def lint(model: ir.Model | Path, emission: Emission) -> None:
     """Check a graph by onnx.checker, and by rules of our own and TensorRT's.
 
     onnx.checker must pass with full checks, and scales must be constant, finite and above zero. All emissions
-    except ORT_CPU must also keep TensorRT's rules:
+    except ORT_CPU must also keep TensorRT's rules, but for zero points, which it computes with at 0 alone:
+    portable graphs, which other tools read, have what the codes need.
 
         - opset 21 at most, no `Attention` and no operator of another domain;
-        - codes symmetric and signed, zero points constant;
+        - signed codes, zero points constant and, in the HALF emission, 0;
         - activations with one scale and 8 bits, weights with one scale or one per output channel;
         - both inputs of a layer in the same codes, INT4 only where weights alone are quantized;
         - a float bias;
@@ -53,12 +54,12 @@ def lint(model: ir.Model | Path, emission: Emission) -> None:
             onnx.checker.check_model(ir.to_proto(model), full_check=True)
     except Exception as error:  # the checker raises types of its own, ValueError and protobuf's
         raise GraphError(f"the graph does not pass onnx.checker: {first_line(error)}") from error
-    strict = emission is not Emission.ORT_CPU
-    for problem in _problems(model, strict):
+    for problem in _problems(model, emission):
         raise GraphError(problem)
 
 
-def _problems(model: ir.Model, strict: bool) -> Iterator[str]:
+def _problems(model: ir.Model, emission: Emission) -> Iterator[str]:
+    strict = emission is not Emission.ORT_CPU
     opset = model.opset_imports.get("", 0)
     if strict and opset > OPSET:
         yield f"the graph has opset {opset}: TensorRT takes {OPSET} at most; export it at {OPSET}"
@@ -74,7 +75,7 @@ def _problems(model: ir.Model, strict: bool) -> Iterator[str]:
         if node.op_type in (Q, DQ):
             yield from _scale(node, where)
             if strict:
-                yield from _codes(node, where)
+                yield from _codes(node, where, centred=emission is Emission.HALF)
         elif strict and node.op_type in MACS:
             yield from _layer(node, where)
 
@@ -90,12 +91,12 @@ def _scale(node: ir.Node, where: str) -> Iterator[str]:
         yield f"the scale of {where} is {scale.min()}: expected finite values above 0"
 
 
-def _codes(node: ir.Node, where: str) -> Iterator[str]:
-    """Rules for one QuantizeLinear or DequantizeLinear."""
+def _codes(node: ir.Node, where: str, centred: bool) -> Iterator[str]:
+    """Rules for one QuantizeLinear or DequantizeLinear; `centred`: its zero point must be 0."""
     codes = node.outputs[0] if node.op_type == Q else node.inputs[0]
     dtype = None if codes is None else codes.dtype
     if dtype in UNSIGNED:
-        yield f"{where} has {dtype} codes, which TensorRT reads as signed: quantize to INT8 with zero point 0"
+        yield f"{where} has {dtype} codes, which TensorRT reads as signed: quantize to INT8"
     elif dtype is ir.DataType.INT32:
         yield f"{where} dequantizes INT32, which TensorRT does not take: keep the bias in float"
     elif dtype not in (ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN):
@@ -103,11 +104,11 @@ def _codes(node: ir.Node, where: str) -> Iterator[str]:
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         zero = _constant(node.inputs[2])
         if zero is None:
-            yield f"the zero point of {where} is not a constant: give a constant 0"
-        elif (zero.astype(np.float32) != 0).any():
+            yield f"the zero point of {where} is not a constant: give a constant"
+        elif centred and (zero.astype(np.float32) != 0).any():
             yield (
-                f"{where} has a zero point other than 0, which TensorRT does not compute with: quantize "
-                "symmetrically"
+                f"{where} has a zero point other than 0, which TensorRT does not compute with: move "
+                "the value, and quantize with zero point 0"
             )
     if _is_constant(codes):
         return  # weights: their axis is checked where they are used

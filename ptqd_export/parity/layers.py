@@ -87,13 +87,17 @@ def _compare(
     if target.dtype == np.float16:
         # Every weight and input is rounded to float16, then the sum, then the bias.
         others = tuple(i for i in range(got.ndim) if i != axis)
-        moved = 0.0 if layer.input is None else -layer.input.zero_point(np.int8) * layer.input.scale
+        x, moved = np.asarray(source, np.float64), 0.0
+        if layer.smooth is not None:
+            x = x / layer.smooth[:, None, None]
+        if layer.input is not None and layer.number == "int":
+            moved = -layer.input.zero_point(np.int8) * layer.input.scale
         # What is added to make up for `moved`: more at borders, where taps that cancel are left out.
         taps = np.abs(layer.weight_values().sum(1)).reshape(len(layer.weight), -1).sum(1) * layer.weight_scale
         largest = np.abs(simulated).max(axis=others, keepdims=True) + _along(
             np.abs(moved) * taps.astype(np.float64), got.ndim, axis
         )
-        spread = _spread(layer, np.asarray(source, np.float64) - moved, got.ndim, axis)
+        spread = _spread(layer, x - moved, got.ndim, axis)
         return judge(got, simulated, step, np.asarray(2 * HALF * largest + ROUNDINGS * HALF * spread))
     return judge(got, simulated, step, float_tolerance(simulated, step, FLOAT_TOLERANCE))
 

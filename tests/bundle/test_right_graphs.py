@@ -21,7 +21,7 @@ from ptqd_export.bundle.graph_check import Expected, check_graph
 from ptqd_export.core.backend import Emission
 from ptqd_export.core.model import InputSpec, ModelInfo
 from ptqd_export.core.precision import FP32, Precision
-from ptqd_export.core.quant import LayerQuant, QuantizedNetwork, to_codes, to_e4m3
+from ptqd_export.core.quant import Grid, LayerQuant, OutputGrid, QuantizedNetwork, to_codes, to_e4m3
 from ptqd_export.core.sampling import Sampling
 from ptqd_export.export import export_fp, fold, save
 from ptqd_export.export.sites import exported_layers
@@ -175,19 +175,24 @@ def quantized(module: nn.Module, base: ir.Model, precision: Precision) -> Quanti
         weight = m.weight.detach().numpy()
         scale = np.linspace(0.01, 0.02, len(weight), dtype=np.float32)
         spread = scale.reshape(-1, *[1] * (weight.ndim - 1))
-        fp8 = precision.number == "fp8"
+        fp8, conv = precision.number == "fp8", weight.ndim == 4
+        integers = not fp8 and not precision.weight_only
+        grid = Grid(0.1, -448, 448) if fp8 else Grid.window(-0.28, 2.0, precision.activation_bits)
+        zero = np.linspace(0, 255, len(weight)).astype(np.uint8)
+        smooth = np.geomspace(0.5, 2, weight.shape[1]).astype(np.float32)
         layers[name] = LayerQuant(
             name=name,
-            kind="conv" if weight.ndim == 4 else "linear",
+            kind="conv" if conv else "linear",
             weight=to_e4m3(weight / spread) if fp8 else to_codes(weight, spread, precision.weight_bits),
             weight_scale=scale,
             weight_bits=precision.weight_bits,
-            input_scale=0.1,
+            input=None if precision.weight_only else grid,
             activation_bits=precision.activation_bits,
-            output_scale=0.1,
+            output=OutputGrid(scale, zero) if conv and integers else None,
             bias=None if m.bias is None else m.bias.detach().numpy(),
             macs=1,
             number=precision.number,
+            smooth=smooth if conv and integers and m.groups == 1 else None,
         )
     return QuantizedNetwork(precision, layers)
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from cases import Case, sampling_of
 from models import own_model
+from torch import nn
 
 from ptqd_export.calibrate import Network, collect, observe, open_model
+from ptqd_export.calibrate.observe import ObservedLayer, smoothing
 from ptqd_export.errors import ModelError
 
 
@@ -36,21 +38,91 @@ def test_observed_layers(case: Case) -> None:
     # conv_in sees the calibration trajectories' x_t, in both branches, at every step.
     x = np.concatenate([b.x for b in trajectories if b.indices.start in trajectories.calibration], axis=1)
     assert (
-        observed.layers["conv_in"].input.largest == np.abs(x).max()
+        observed.layers["conv_in"].channels.largest.tolist() == [np.abs(x).max()]
         and observed.layers["conv_in"].input.total == 2 * x.size
     )
     again = observe(network, sampling, recipe, trajectories)
     for name, layer in again.layers.items():
-        assert (
-            layer.output.counts == observed.layers[name].output.counts
-        ).all() and layer.output.largest == observed.layers[name].output.largest
+        assert (layer.input.counts == observed.layers[name].input.counts).all() and np.array_equal(
+            layer.output.high, observed.layers[name].output.high
+        )
+    assert again.product_macs == observed.product_macs
     assert not any(m._forward_hooks for m in network.module.modules())
+
+
+def test_products_outside_layers_are_counted(case: Case) -> None:
+    """Q K^T and softmax(..) V of each attention: 16 tokens of 32 channels."""
+    attentions = sum(name.endswith(".to_q") for name in case.observed.layers)
+    assert attentions >= 3 and case.observed.product_macs == attentions * 2 * 16 * 16 * 32
+
+
+def test_smoothing_evens_out_what_the_inputs_differ_in(case: Case) -> None:
+    observed, network = case.observed.layers, case.network.module
+    for name, seen in observed.items():
+        assert (seen.smooth is not None) == (seen.kind == "conv"), name
+        if seen.smooth is None:
+            continue
+        smooth = seen.smooth.astype(np.float64)
+        assert smooth.shape == seen.channels.largest.shape and seen.smooth.dtype == np.float32
+        assert np.exp(np.log(smooth).mean()) == pytest.approx(1, rel=1e-5), name
+        even = seen.channels.largest / seen.smooth
+        assert seen.input.largest == pytest.approx(even.max(), rel=1e-6), "the histogram is of x / m"
+        # It brings input and weight of a channel together: at alpha 0.5 both become as large as each other.
+        weight: Any = network.get_submodule(name).weight
+        ratio = seen.channels.largest / weight.abs().amax((0, 2, 3)).numpy()
+        spread = [np.log(v).std() for v in (ratio, ratio / smooth**2)]
+        assert spread[1] < 0.5 * spread[0] or spread[0] == 0, name
+    assert sum(len(set(seen.smooth)) > 1 for seen in observed.values() if seen.smooth is not None) > 5
+
+
+def test_smoothing_factors() -> None:
+    """alpha between inputs and weights; channels of nothing and convs with groups are left alone."""
+    conv = nn.Conv2d(4, 6, 3)
+    seen = ObservedLayer("conv")
+    seen.channels.add(torch.tensor([[1.0, -16.0, 0.25, 0.0]])[..., None, None], 1)
+    with torch.no_grad():
+        conv.weight[:, 1] *= 4
+        conv.weight[:, 2] = 0
+    x, w = (
+        v.detach().double().numpy()
+        for v in (torch.tensor([1.0, 16.0]), conv.weight.abs().amax((0, 2, 3))[:2])
+    )
+    for alpha in (0.25, 0.5, 1.0):
+        smooth = smoothing(seen, conv, alpha)
+        assert smooth is not None and smooth.dtype == np.float32 and smooth[2:].tolist() == [1, 1]
+        assert smooth[0] * smooth[1] == pytest.approx(1, rel=1e-6)
+        wanted = x**alpha / w ** (1 - alpha)
+        assert smooth[1] / smooth[0] == pytest.approx(wanted[1] / wanted[0], rel=1e-5)
+    with torch.no_grad():
+        conv.weight[:, 1] *= 1e-9
+    extreme = smoothing(seen, conv, 0.5)
+    assert extreme is not None and extreme[:2].tolist() == [1 / 64, 64]
+    assert smoothing(seen, nn.Conv2d(4, 6, 3, groups=2), 0.5) is None
+    assert smoothing(ObservedLayer("linear"), nn.Linear(4, 6), 0.5) is None
+    nothing = ObservedLayer("conv")
+    nothing.channels.add(torch.zeros(1, 4, 1, 1), 1)
+    assert smoothing(nothing, conv, 0.5) is None
+
+
+def test_smoothed_products_are_the_same(case: Case) -> None:
+    """W m times x / m is W x, and not with the factors of another channel."""
+    name = "down_blocks.0.resnets.0.conv1"
+    conv: Any = copy.deepcopy(case.network.module.get_submodule(name)).double()
+    smooth = case.observed.layers[name].smooth
+    assert smooth is not None
+    factors = torch.from_numpy(smooth).double()
+    x = torch.randn(2, conv.in_channels, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = conv(x)
+        conv.weight *= factors[:, None, None]
+        torch.testing.assert_close(conv(x / factors[:, None, None]), wanted)
+        assert float((conv(x / factors.flip(0)[:, None, None]) - wanted).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_hessians_are_those_of_the_flattened_weight(tmp_path: Path, groups: int) -> None:
     """Output energy from the Hessian, w^T H w summed, equals that of the layer itself when all positions are
-    taken."""
+    taken; w m where inputs are smoothed."""
     recipe = own_model(
         tmp_path,
         [2, 6, 6],
@@ -69,7 +141,10 @@ def test_hessians_are_those_of_the_flattened_weight(tmp_path: Path, groups: int)
     x = torch.from_numpy(trajectories.first(4).x.reshape(-1, 2, 6, 6))
     with torch.no_grad():
         expected = float((conv(x).double() ** 2).sum())
-    rows = conv.weight.reshape(groups, 4 // groups, -1)
+    smooth = seen["conv"].smooth
+    assert (smooth is None) == (groups == 2)
+    weight = conv.weight if smooth is None else conv.weight * torch.from_numpy(smooth)[:, None, None]
+    rows = weight.reshape(groups, 4 // groups, -1)
     got = float(torch.einsum("gok,gkl,gol->", rows, seen["conv"].hessians, rows))
     assert got == pytest.approx(expected, rel=1e-4)
 

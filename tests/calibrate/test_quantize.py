@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import FP8, W4A4, W4A8, W4A16, W8A8, Case, equal, sampling_of
+from cases import FP8, W4A4, W4A8, W4A16, W8A8, Case, equal, sampling_of, smoothed
 from models import own_model
 
 from ptqd_export.calibrate import (
     LayerSimulator,
-    Observed,
     TorchEngine,
     collect,
     measure,
@@ -38,7 +37,8 @@ def test_which_layers_are_quantized(case: Case) -> None:
     )
     assert {"down_blocks.0.resnets.0.conv1", "down_blocks.1.attentions.0.to_out.0"} <= set(net.layers)
     assert sorted([*net.layers, *net.float_macs]) == sorted(observed.layers)
-    assert net.macs == sum(layer.macs for layer in observed.layers.values())
+    assert net.product_macs == observed.product_macs > 0
+    assert net.macs == sum(layer.macs for layer in observed.layers.values()) + net.product_macs
     conv, linear = net.layers["down_blocks.0.resnets.0.conv1"], net.layers["down_blocks.1.attentions.0.to_q"]
     assert (conv.kind, conv.weight.shape, conv.weight_bits, conv.activation_bits) == (
         "conv",
@@ -46,12 +46,15 @@ def test_which_layers_are_quantized(case: Case) -> None:
         4,
         8,
     )
-    assert conv.output_scale is not None and linear.output_scale is None and linear.weight.shape == (32, 32)
+    assert conv.output is not None and linear.output is None and linear.weight.shape == (32, 32)
+    assert conv.smooth is not None and conv.smooth.shape == (16,) and linear.smooth is None
+    assert conv.input is not None and -128 < conv.input.lo < 0 and conv.input.hi - conv.input.lo == 255
     assert conv.weight.min() >= -8 and conv.weight.max() <= 7 and len(np.unique(conv.weight)) > 8
     assert np.float32(conv.input_scale) == conv.input_scale
     assert (
         net.bops
-        == sum(layer.macs * 32 for layer in net.layers.values()) + sum(net.float_macs.values()) * 1024
+        == sum(layer.macs * 32 for layer in net.layers.values())
+        + (sum(net.float_macs.values()) + net.product_macs) * 1024
     )
 
     edges = quantize(
@@ -98,10 +101,11 @@ def test_fp8_and_weights_alone(case: Case) -> None:
         layer.weight.dtype,
         layer.weight_bits,
         layer.activation_bits,
-        layer.output_scale,
-    ) == ("fp8", np.uint8, 8, 8, None)
+        layer.output,
+        layer.smooth,
+    ) == ("fp8", np.uint8, 8, 8, None, None)
     np.testing.assert_array_equal(layer.weight_scale, np.abs(weight).reshape(16, -1).max(1) / np.float32(448))
-    assert layer.input_scale == np.float32(observed.layers[name].input.largest / 448)
+    assert layer.input_scale == np.float32(observed.layers[name].channels.largest.max() / 448)
     # A normal FP8 number is off by at most 2^-4 of itself, a subnormal one by 2^-10 scales.
     error = np.abs(layer.weight_values() * layer.weight_scale[:, None, None, None] - weight)
     assert (
@@ -115,10 +119,13 @@ def test_fp8_and_weights_alone(case: Case) -> None:
             bits,
             16,
         )
-        assert (layer.input_scale, layer.output_scale) == (1.0, None) and layer.weight_only
-    # Weights do not know of their inputs' bits: GPTQ's codes at 4 bits are those of w4a8.
+        assert (layer.input, layer.input_scale, layer.output, layer.smooth) == (None, 1.0, None, None)
+        assert layer.weight_only
+    # Weights do not know of their inputs' bits: GPTQ's codes at 4 bits are those of w4a8, where that smooths
+    # nothing.
     w4a8 = quantize(network, observed, W4A8, recipe)
-    assert all(np.array_equal(w4a16.layers[n].weight, w4a8.layers[n].weight) for n in w4a8.layers)
+    for n, other in w4a8.layers.items():
+        assert np.array_equal(w4a16.layers[n].weight, other.weight) == (other.smooth is None), n
     near = quantize(network, observed, W4A16, recipe.override(quantization={"rounding": "nearest"}))
     assert not np.array_equal(near.layers[name].weight, w4a16.layers[name].weight)
 
@@ -143,12 +150,12 @@ def test_one_weight_scale_per_tensor(case: Case, text: str) -> None:
     per_tensor = per_channel.override(quantization={"weight_scales": "tensor"})
     channel = quantize(network, observed, precision, per_channel)
     tensor = quantize(network, observed, precision, per_tensor)
-    fresh = Observed({name: dataclasses.replace(layer, codes={}) for name, layer in observed.layers.items()})
-    again = quantize(network, fresh, precision, per_tensor)
+    fresh = {name: dataclasses.replace(layer, codes={}) for name, layer in observed.layers.items()}
+    again = quantize(network, dataclasses.replace(observed, layers=fresh), precision, per_tensor)
     assert all(equal(layer, again.layers[name]) for name, layer in tensor.layers.items())
     errors: dict[str, list[float]] = {"channel": [], "tensor": []}
     for name, layer in tensor.layers.items():
-        weight = network.module.get_submodule(name).weight.detach().numpy()
+        weight = smoothed(network.module.get_submodule(name), layer)
         assert (
             layer.weight_scale.shape == (len(weight),)
             and layer.weight_scale.dtype == np.float32
@@ -169,25 +176,33 @@ def test_one_weight_scale_per_tensor(case: Case, text: str) -> None:
         assert np.mean(errors["tensor"]) < 1.2 * np.mean(errors["channel"])
 
 
-def test_gptq_lowers_every_layer_s_noise(case: Case) -> None:
+@pytest.mark.parametrize("precision", [W4A8, W4A16], ids=str)
+def test_gptq_lowers_every_layer_s_noise(case: Case, precision: Precision) -> None:
+    """Hessians are those of the inputs that the weights are multiplied with: x / m where these are smoothed,
+    x where weights alone are quantized."""
     recipe, network, _, _, observed = case
     nets = [
-        quantize(network, observed, W4A8, recipe.override(quantization={"rounding": r}))
+        quantize(network, observed, precision, recipe.override(quantization={"rounding": r}))
         for r in ("nearest", "gptq")
     ]
     for name in nets[0].layers:
-        hessians = observed.layers[name].hessians
+        hessians, smooth = observed.layers[name].hessians, observed.layers[name].smooth
         assert hessians is not None
         # of the layer's output noise over the observed inputs: sum of d^T H d over the rows d of the weight
         # error
         powers = []
         for net in nets:
             layer = net.layers[name]
-            weight = network.module.get_submodule(name).weight.detach().numpy()
-            error = weight - layer.weight * layer.weight_scale.reshape(-1, *[1] * (weight.ndim - 1))
+            error = smoothed(network.module.get_submodule(name), layer) - layer.weight * (
+                layer.weight_scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
+            )
+            if smooth is not None and layer.smooth is None:
+                error = error * smooth[:, None, None]
             rows = torch.from_numpy(error.reshape(len(hessians), -1, hessians.shape[-1]))
             powers.append(float(torch.einsum("gok,gkl,gol->", rows, hessians, rows)))
         assert powers[1] < powers[0], name
+    if precision is W4A16:
+        return
     eight = [
         quantize(network, observed, W8A8, recipe.override(quantization={"rounding": r}))
         for r in ("nearest", "gptq")
@@ -213,15 +228,16 @@ def test_padding_modes_and_zero_weights(tmp_path: Path) -> None:
     net = quantize(network, observe(network, sampling, recipe, trajectories), W4A8, recipe)
     assert list(net.layers) == ["c"] and set(net.float_macs) == {"a", "b", "d"}
     layer = net.layers["c"]
+    assert layer.output is not None and layer.smooth is None
     assert (layer.weight == 0).all() and (layer.weight_scale > 0).all()
     x = np.ones((1, 4, 6, 6), np.float32)
     conv: Any = network.module.get_submodule("c")
     for emission, tolerance in (
         (Emission.PORTABLE, 1e-7),
-        (Emission.ORT_CPU, (layer.output_scale or 0) * 0.51),
+        (Emission.ORT_CPU, layer.output.scale * 0.51),
     ):
         output = LayerSimulator(layer, emission)(x)
-        np.testing.assert_allclose(output[0, :, 0, 0], conv.bias.numpy(), atol=tolerance)
+        assert (np.abs(output[0, :, 0, 0] - conv.bias.numpy()) <= tolerance).all()
     # Codes are kept by number too: an all-zero layer has the same scales in integers and in FP8.
     observed = observe(network, sampling, recipe, trajectories)
     assert [quantize(network, observed, p, recipe).layers["c"].weight.dtype for p in (W8A8, FP8)] == [
@@ -232,6 +248,36 @@ def test_padding_modes_and_zero_weights(tmp_path: Path) -> None:
     layer = quantize(
         network, observed, W8A8, recipe.override(quantization={"weight_scales": "tensor"})
     ).layers["c"]
-    codes = layer.bias_codes()
-    assert len(set(layer.weight_scale)) == 1 and codes is not None and len(set(codes)) == 4
+    assert layer.bias is not None
+    codes = layer.bias / layer.accumulator_scale()
+    assert len(set(layer.weight_scale)) == 1 and len(set(codes)) == 4
     assert np.abs(codes).max() == pytest.approx(MAX_BIAS_CODE, rel=1e-6)
+    assert 0 < np.abs(layer.fused().bias.astype(np.int64)).max() < 2**31 - 1
+
+
+def test_what_the_recipe_says_of_grids(case: Case) -> None:
+    """Symmetric inputs, one grid of a conv's outputs; `smoothing` is what was observed, see test_observe."""
+    recipe, network, _, _, observed = case
+    nearest = recipe.override(quantization={"rounding": "nearest"})
+    uneven = quantize(network, observed, W4A4, nearest).layers
+    even = quantize(
+        network, observed, W4A4, nearest.override(quantization={"input_grids": "symmetric"})
+    ).layers
+    one = quantize(network, observed, W4A4, nearest.override(quantization={"conv_outputs": "tensor"})).layers
+    assert {(layer.input.lo, layer.input.hi) for layer in even.values() if layer.input} == {(-8, 7)}
+    assert len({layer.input.lo for layer in uneven.values() if layer.input}) > 1
+    for name, layer in uneven.items():
+        seen, whole = observed.layers[name].output, one[name].output
+        assert layer.input == one[name].input
+        if layer.output is None or whole is None:
+            assert layer.kind == "linear" and layer.output is whole is None
+            continue
+        assert len(set(layer.output.scale)) > 1 and len(set(whole.scale)) == len(set(whole.zero_point)) == 1
+        assert whole.common >= layer.output.common
+        for low, high, grid in (
+            (seen.low, seen.high, layer.output),
+            (seen.low.min(), seen.high.max(), whole),
+        ):
+            zero, scale = grid.zero_point.astype(np.float64), grid.scale.astype(np.float64)
+            assert (-zero * scale <= low + 0.51 * scale).all()
+            assert ((255 - zero) * scale >= high - 0.51 * scale).all()

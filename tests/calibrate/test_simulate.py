@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from cases import FP8, W4A4, W4A8, W4A16, W8A8, make_layer
+from cases import FP8, W4A4, W4A8, W4A16, W8A8, make_layer, rescaled
 from onnx import TensorProto, checker, helper, numpy_helper
 from torch import nn
 
@@ -19,7 +19,7 @@ from ptqd_export.calibrate import LayerSimulator, SimulatedLayer
 from ptqd_export.calibrate.simulate import geometry_of
 from ptqd_export.core.backend import Emission
 from ptqd_export.core.precision import Precision
-from ptqd_export.core.quant import Geometry, LayerQuant, from_e4m3, qmax, qmin, to_codes, to_e4m3
+from ptqd_export.core.quant import Geometry, Grid, LayerQuant, from_e4m3, to_e4m3
 
 
 def ort_model(layer: LayerQuant, emission: Emission, conv: nn.Conv2d | None) -> bytes:
@@ -27,64 +27,81 @@ def ort_model(layer: LayerQuant, emission: Emission, conv: nn.Conv2d | None) -> 
     fp8 = layer.number == "fp8"
     cpu = emission is Emission.ORT_CPU
     weight = layer.weight.view(ml_dtypes.float8_e4m3fn) if fp8 else layer.weight
-    zero = np.array(128, np.uint8) if cpu else np.array(0, weight.dtype)
-    low, high = (int(zero) + q(min(layer.activation_bits, 8)) for q in (qmin, qmax))
-    linear = conv is None
-    constants = {
-        "sx": np.array(layer.input_scale, np.float32),
-        "zx": zero,
-        "low": np.array(low, np.uint8 if cpu else np.int8),
-        "high": np.array(high, np.uint8 if cpu else np.int8),
+    container = np.dtype(np.uint8 if cpu else np.int8)
+    linear, grid, nodes = conv is None, layer.input, []
+    constants: dict[str, Any] = {
         "w": weight.T.copy() if linear else weight,
         "sw": layer.weight_scale,
         "zw": np.zeros(len(weight), weight.dtype),
     }
-    nodes = [helper.make_node("QuantizeLinear", ["x", "sx", "zx"], ["xq"])]
-    quantized = "xq"
-    if layer.activation_bits < 8:
-        nodes.append(helper.make_node("Clip", ["xq", "low", "high"], ["xc"]))
-        quantized = "xc"
-    nodes.append(helper.make_node("DequantizeLinear", [quantized, "sx", "zx"], ["xd"]))
-    if layer.weight_only:
-        nodes = [helper.make_node("Identity", ["x"], ["xd"])]
-    nodes.append(helper.make_node("DequantizeLinear", ["w", "sw", "zw"], ["wd"], axis=1 if linear else 0))
+    if grid is None:
+        nodes.append(helper.make_node("Identity", ["x"], ["xd"]))
+    else:
+        zero = 0 if fp8 else grid.zero_point(container)
+        constants |= {"sx": np.array(grid.scale, np.float32)}
+        constants["zx"] = np.array(zero, weight.dtype if fp8 else container)
+        source, scale, point = "x", "sx", "zx"
+        if layer.smooth is not None and cpu:
+            scale, point = "sxs", "zxs"
+            constants[scale] = layer.smooth * np.float32(grid.scale)
+            constants[point] = np.full(len(layer.smooth), zero, container)
+        elif layer.smooth is not None:
+            constants["m"] = (np.float32(1) / layer.smooth)[:, None, None]
+            nodes.append(helper.make_node("Mul", ["x", "m"], ["xm"]))
+            source = "xm"
+        nodes.append(helper.make_node("QuantizeLinear", [source, scale, point], ["xq"], axis=1))
+        quantized = "xq"
+        if layer.activation_bits < 8:
+            constants["low"], constants["high"] = (np.array(zero + v, container) for v in (grid.lo, grid.hi))
+            nodes.append(helper.make_node("Clip", ["xq", "low", "high"], ["xc"]))
+            quantized = "xc"
+        nodes.append(helper.make_node("DequantizeLinear", [quantized, "sx", "zx"], ["xd"]))
     if linear:
         constants["b"] = layer.bias
+        shape: list[Any] = [["n", "l", layer.weight.shape[1]], ["n", "l", layer.weight.shape[0]]]
         nodes += [helper.make_node("MatMul", ["xd", "wd"], ["m"]), helper.make_node("Add", ["m", "b"], ["y"])]
-        # type: ignore[assignment]
-        shape: list[Any] = ["n", "l", layer.weight.shape[1]], ["n", "l", layer.weight.shape[0]]
     else:
-        # type: ignore[assignment, union-attr]
-        shape = ["n", conv.in_channels, "h", "w"], ["n", conv.out_channels, "p", "q"]
+        assert conv is not None
+        shape = [["n", conv.in_channels, "h", "w"], ["n", conv.out_channels, "p", "q"]]
         inputs = ["xd", "wd"]
-        if layer.bias is not None:
+        if cpu:
+            fused, out = layer.fused(), layer.output
+            assert out is not None
+            constants |= {
+                "sw": fused.weight_scale,
+                "b": fused.bias,
+                "sb": np.float32(layer.input_scale) * fused.weight_scale,
+                "zb": np.zeros(len(layer.weight), np.int32),
+                "sy": np.array(out.common),
+                "zy": np.array(128, np.uint8),
+                "sys": out.scale,
+                "zys": out.zero_point,
+            }
             inputs.append("bd")
-            if cpu:
-                constants |= {
-                    "b": layer.bias_codes(),
-                    "sb": layer.bias_scale(),
-                    "zb": np.zeros(len(layer.weight), np.int32),
-                }
-                nodes.append(helper.make_node("DequantizeLinear", ["b", "sb", "zb"], ["bd"], axis=0))
-            else:
-                constants["bd"] = layer.bias
-        pads = [*conv.padding, *conv.padding]  # type: ignore[union-attr]
+            nodes.append(helper.make_node("DequantizeLinear", ["b", "sb", "zb"], ["bd"], axis=0))
+        elif layer.bias is not None:
+            inputs.append("bd")
+            constants["bd"] = layer.bias
         result = "c" if cpu else "y"
-        # type: ignore[union-attr]
-        attributes = {"strides": conv.stride, "pads": pads, "dilations": conv.dilation, "group": conv.groups}
+        attributes = {
+            "strides": conv.stride,
+            "pads": [*conv.padding, *conv.padding],
+            "dilations": conv.dilation,
+            "group": conv.groups,
+        }
         nodes.append(helper.make_node("Conv", inputs, [result], **attributes))
         if cpu:
-            constants["sy"] = np.array(layer.output_scale, np.float32)
             nodes += [
-                helper.make_node("QuantizeLinear", ["c", "sy", "zx"], ["yq"]),
-                helper.make_node("DequantizeLinear", ["yq", "sy", "zx"], ["y"]),
+                helper.make_node("QuantizeLinear", ["c", "sy", "zy"], ["yq"]),
+                helper.make_node("DequantizeLinear", ["yq", "sys", "zys"], ["y"], axis=1),
             ]
+    nodes.insert(0, helper.make_node("DequantizeLinear", ["w", "sw", "zw"], ["wd"], axis=1 if linear else 0))
     graph = helper.make_graph(
         nodes,
         "layer",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape[0])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape[1])],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     checker.check_model(model, full_check=True)
@@ -133,12 +150,15 @@ def test_simulation_equals_onnx_runtime(
     )
     with torch.inference_mode():
         simulated = SimulatedLayer(layer, emission, layer.geometry)(torch.from_numpy(x)).numpy()
-    axis = (1, -1)[kind == "linear"]
+    assert layer.smooth is not None or kind in ("grouped", "linear") or precision in (FP8, W4A16)
+    step: Any = 0.0
     if emission is Emission.ORT_CPU and layer.kind == "conv":
         assert "QLinearConv" in ops
-        assert layer.output_scale is not None
-        steps = np.rint((got - simulated) / layer.output_scale)
-        assert len(np.unique(np.rint(got / layer.output_scale))) > 50
+        assert layer.output is not None
+        step = layer.output.scale[:, None, None]
+        steps = np.rint((got - simulated) / step)
+        codes = np.rint(got / step) + layer.output.zero_point[:, None, None]
+        assert len(np.unique(codes)) > 150 and codes.min() >= 0 and codes.max() <= 255
         assert np.abs(steps).max() <= 1 and (steps != 0).mean() < 1e-3
     else:
         assert emission is Emission.PORTABLE or "MatMulIntegerToFloat" in ops
@@ -146,18 +166,22 @@ def test_simulation_equals_onnx_runtime(
         # times that.
         assert np.abs(got - simulated).max() < 2e-6 * np.abs(got).max()
     # The test can fail: another scale of the input (of the weights, where the input has none) moves far more
-    # outputs.
-    scales: dict[str, Any] = (
-        {"weight_scale": layer.weight_scale * np.float32(1.02)}
-        if layer.weight_only
-        else {"input_scale": layer.input_scale * 1.02}
-    )
-    moved = dataclasses.replace(layer, **scales)
-    with torch.inference_mode():
-        other = SimulatedLayer(moved, emission, layer.geometry)(torch.from_numpy(x)).numpy()
-    assert (np.abs(other - got) > 0.5 * (layer.output_scale or 0) + 1e-5).mean() > (
-        0.005 if axis == 1 else 0.5
-    )
+    # outputs, and so do a window that begins elsewhere and other factors.
+    if layer.weight_only:
+        others = [dataclasses.replace(layer, weight_scale=layer.weight_scale * np.float32(1.02))]
+    else:
+        others = [rescaled(layer, 1.02)]
+    if layer.input is not None and layer.number == "int":
+        grid = layer.input
+        half = grid.lo // 2
+        others.append(dataclasses.replace(layer, input=Grid(grid.scale, half, half + grid.hi - grid.lo)))
+    if layer.smooth is not None:
+        others.append(dataclasses.replace(layer, smooth=layer.smooth[::-1].copy()))
+    for moved in others:
+        with torch.inference_mode():
+            other = SimulatedLayer(moved, emission, layer.geometry)(torch.from_numpy(x)).numpy()
+        share = (np.abs(other - got) > 0.5 * step + 1e-5).mean()
+        assert share > (0.5 if kind == "linear" else 0.005), moved
 
 
 @pytest.mark.parametrize("precision", [W8A8, W4A4], ids=str)
@@ -167,21 +191,34 @@ def test_simulated_accumulator_is_the_integer_one(precision: Precision, rng: np.
     conv = nn.Conv2d(256, 8, 3, padding=1)
     x = rng.standard_normal((1, 256, 6, 6)).astype(np.float32)
     layer = make_layer(conv, precision, x)
-    codes = np.pad(
-        to_codes(x, layer.input_scale, precision.activation_bits).astype(np.int64),
-        ((0, 0), (0, 0), (1, 1), (1, 1)),
-    )
-    windows = np.lib.stride_tricks.sliding_window_view(codes, (3, 3), axis=(2, 3))
-    bias = layer.bias_codes()
-    assert bias is not None and layer.output_scale is not None
+    grid, out = layer.input, layer.output
+    assert grid is not None and out is not None and layer.smooth is not None and layer.bias is not None
+    assert grid.lo != -(2 ** (precision.activation_bits - 1)) and len(set(out.zero_point)) > 1
+    ratio = x / (layer.smooth * np.float32(grid.scale))[:, None, None]
+    codes = np.clip(np.rint(ratio), grid.lo, grid.hi).astype(np.int64)
+    padded = np.pad(codes, ((0, 0), (0, 0), (1, 1), (1, 1)))  # code 0 is value 0
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
+    # Scales and the bias that one grid for all channels needs to give each channel its own, in float64.
+    unit = (np.float32(grid.scale) * layer.weight_scale).astype(np.float64)
+    moved = layer.bias + (out.zero_point.astype(np.float64) - 128) * out.scale
+    bias = np.rint(moved / unit).astype(np.int64)
     acc = np.einsum("nihwkl,oikl->nohw", windows, layer.weight.astype(np.int64)) + bias[:, None, None]
-    ratio = (layer.bias_scale() / np.float32(layer.output_scale))[:, None, None]
-    out = np.clip(np.rint(acc.astype(np.float32) * ratio), -128, 127).astype(np.float32) * np.float32(
-        layer.output_scale
-    )
+    assert np.abs(acc).max() < 2**24
+    wide = (layer.weight_scale * (out.common / out.scale)).astype(np.float32)
+    factor = (np.float32(grid.scale) * wide / out.common)[:, None, None]
+    code = np.clip(np.rint(acc.astype(np.float32) * factor) + 128, 0, 255)
+    zero = out.zero_point.astype(np.float32)[:, None, None]
+    wanted = (code.astype(np.float32) - zero) * out.scale[:, None, None]
     with torch.inference_mode():
         simulated = SimulatedLayer(layer, Emission.ORT_CPU, layer.geometry)(torch.from_numpy(x)).numpy()
-    assert np.array_equal(simulated, out)
+    assert np.array_equal(simulated, wanted)
+    # The test can fail: a bias without what moves the codes.
+    still = dataclasses.replace(
+        layer, output=dataclasses.replace(out, zero_point=np.full_like(out.zero_point, 128))
+    )
+    with torch.inference_mode():
+        other = SimulatedLayer(still, Emission.ORT_CPU, layer.geometry)(torch.from_numpy(x)).numpy()
+    assert (other != wanted).mean() > 0.01
 
 
 @pytest.mark.parametrize("precision", [FP8, W4A16], ids=str)
@@ -204,7 +241,7 @@ def test_simulated_products_are_those_of_the_grid(precision: Precision, rng: np.
     def reference(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
         padded = np.pad(values.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
         windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
-        scale = layer.bias_scale().astype(np.float64)[:, None, None]
+        scale = layer.accumulator_scale().astype(np.float64)[:, None, None]
         return np.asarray(np.einsum("nihwkl,oikl->nohw", windows, weight.astype(np.float64)) * scale)
 
     ratio = x / np.float32(layer.input_scale)
@@ -240,8 +277,9 @@ def test_fp8_inputs_are_rounded_as_the_codes_are(rng: np.random.Generator) -> No
     )
     x = np.concatenate([x, -x]).astype(np.float32)[None, None, None]
     for scale in (1.0, 0.25, float(np.float32(0.037))):
+        grid = Grid(scale, -448, 448)
         layer = LayerQuant(
-            "one", "conv", one, np.array([1 / scale], np.float32), 8, scale, 8, None, None, 1, "fp8"
+            "one", "conv", one, np.array([1 / scale], np.float32), 8, grid, 8, None, None, 1, "fp8"
         )
         simulated = SimulatedLayer(layer, Emission.PORTABLE, geometry_of(conv))
         with torch.inference_mode():
@@ -249,7 +287,7 @@ def test_fp8_inputs_are_rounded_as_the_codes_are(rng: np.random.Generator) -> No
             assert np.isnan(
                 simulated(torch.full((1, 1, 1, 1), np.nan)).numpy()
             ).all()  # said by measure, not hidden
-        expected = from_e4m3(to_e4m3(x * np.float32(scale) / np.float32(scale))) * layer.bias_scale()
+        expected = from_e4m3(to_e4m3(x * np.float32(scale) / np.float32(scale))) * layer.accumulator_scale()
         assert np.array_equal(got, expected) and got.max() == expected.max()
         assert len(np.unique(got)) == 2 * 126 + 1
 

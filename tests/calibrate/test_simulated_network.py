@@ -36,10 +36,9 @@ def test_simulated_network(case: Case, rng: np.random.Generator) -> None:
     x = rng.standard_normal((2, 16, 8, 8)).astype(np.float32)
     output = LayerSimulator(layer, Emission.ORT_CPU)(x)
     assert output.shape == (2, 16, 8, 8) and output.dtype == np.float32
-    assert layer.output_scale is not None
-    assert np.array_equal(
-        output, (np.rint(output / layer.output_scale) * layer.output_scale).astype(np.float32)
-    )
+    assert layer.output is not None
+    scale = layer.output.scale[:, None, None]
+    assert np.array_equal(output, (np.rint(output / scale) * scale).astype(np.float32))
 
 
 def test_noise_of_fp8_and_of_weights_alone(case: Case) -> None:

@@ -27,9 +27,10 @@ from toy import (
 from ptqd_export.bundle.bundle import WEIGHTS
 from ptqd_export.core.backend import Emission
 from ptqd_export.core.precision import FP32, Precision
-from ptqd_export.core.quant import LayerQuant
+from ptqd_export.core.quant import Grid, LayerQuant
 from ptqd_export.errors import GraphError
 from ptqd_export.export import fold, insert_qdq, layer_sites, lint, lower, quantized_nodes, save
+from ptqd_export.export.dialect import LAYER_INPUT
 from ptqd_export.export.graph import with_outputs
 from ptqd_export.export.half import halve, to_half
 
@@ -106,7 +107,7 @@ def test_every_layer_of_the_half_graph_equals_its_definition(
 ) -> None:
     """On the float16 graph's own inputs: input and weight of a product are rounded once each and the result
     once, so that an output is within 3 ULP of sum |w| |x| + |b|, the bias rounded as well (4 with the sum of
-    a bias Add)."""
+    a bias Add). Where x is moved by m, the product is of x - m, and W m is added."""
     network = calibrated(toy, precision)
     graph = checked(emitted(base, network, Emission.HALF))
     sites = layer_sites(graph)
@@ -132,7 +133,14 @@ def _share_outside(layer: LayerQuant, module: nn.Module, x: np.ndarray, got: np.
     wanted = simulate(layer, module, Emission.PORTABLE, x)
     weight = layer.weight & 127 if layer.number == "fp8" else np.abs(layer.weight.astype(np.int16))
     sizes = dataclasses.replace(layer, weight=weight, bias=None if layer.bias is None else np.abs(layer.bias))
-    bound = 4 * ULP * simulate(sizes, module, Emission.PORTABLE, np.abs(x)) + 2.0**-24
+    moved, grid = 0.0, layer.input
+    if grid is not None and layer.number == "int":
+        moved = 2 * abs(grid.zero_point(np.int8)) * grid.scale
+        sizes = dataclasses.replace(sizes, input=Grid(grid.scale, 0, max(-grid.lo, grid.hi)))
+    moved = moved * np.abs(weight.astype(np.float64)).reshape(len(weight), -1).sum(1) * layer.weight_scale
+    if layer.kind == "conv":
+        moved = np.reshape(moved, (-1, 1, 1))
+    bound = 4 * ULP * (simulate(sizes, module, Emission.PORTABLE, np.abs(x)) + moved) + 2.0**-24
     return float((np.abs(got.astype(np.float64) - wanted) > bound).mean())
 
 
@@ -310,6 +318,22 @@ def test_halving_leaves_the_original_alone(toy: nn.Module, base: ir.Model) -> No
     before = ir.to_proto(graph).SerializeToString(deterministic=True)
     halve(graph)
     assert ir.to_proto(graph).SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["windows", "about zero"])
+def test_layers_with_windows_and_smoothing_are_half_too(toy: nn.Module, base: ir.Model, plain: bool) -> None:
+    """What prepares an input for its codes is float32, as they are; what takes the codes is float16."""
+    graph = checked(emitted(base, calibrated(toy, Precision(8, 8), plain=plain), Emission.HALF)).graph
+    prepares = [n for n in graph if LAYER_INPUT in n.metadata_props and n.op_type in ("Mul", "Sub")]
+    assert all(n.outputs[0].dtype is ir.DataType.FLOAT for n in prepares)
+    ops = {n.op_type for n in prepares}
+    assert ops == (set() if plain else {"Mul", "Sub"})
+    convs = {n.name: n.outputs[0].dtype for n in graph if n.op_type == "Conv"}
+    assert len(convs) == 5 and set(convs.values()) == {ir.DataType.FLOAT16}
+    maps = [
+        n for n in graph if n.op_type == "Add" and str(n.outputs[0].name).endswith((".shifted", "output"))
+    ]
+    assert all(n.outputs[0].dtype in (ir.DataType.FLOAT16, ir.DataType.FLOAT) for n in maps)
 
 
 def test_a_single_quantized_layer_leaves_the_rest_half(toy: nn.Module, base: ir.Model) -> None:

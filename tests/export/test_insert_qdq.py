@@ -51,23 +51,34 @@ def test_quantized_graphs_are_close_to_float_and_closer_with_more_bits(
 
 def test_bits_and_containers(toy: nn.Module, base: ir.Model) -> None:
     network = calibrated(toy, Precision(4, 4))
-    for emission, dtype, zero in ((Emission.PORTABLE, np.int8, 0), (Emission.ORT_CPU, np.uint8, 128)):
+    grids = {layer.input for layer in network.layers.values() if layer.input and layer.activation_bits == 4}
+    assert len({grid.lo for grid in grids}) > 1
+    for emission, dtype in (
+        (Emission.PORTABLE, np.int8),
+        (Emission.ORT_CPU, np.uint8),
+        (Emission.HALF, np.int8),
+    ):
         graph = insert_qdq(base, network, emission).graph
         clips = [n for n in graph if n.op_type == "Clip"]
         limits = {
             tuple(int(v.const_value.numpy()) for v in n.inputs[1:] if v and v.const_value) for n in clips
         }
-        assert limits == {(zero - 8, zero + 7)}
-        assert {
-            n.inputs[2].const_value.numpy().dtype
+        points = {grid: grid.zero_point(dtype) for grid in grids}
+        assert limits == {(zero + grid.lo, zero + grid.hi) for grid, zero in points.items()}
+        zeros = [
+            n.inputs[2].const_value.numpy()
             for n in graph
-            if n.op_type == "QuantizeLinear" and n.inputs[2]
-        } == {np.dtype(dtype)}
+            if n.op_type == "QuantizeLinear" and n.inputs[2] and n.inputs[2].const_value
+        ]
+        assert {zero.dtype for zero in zeros} == {np.dtype(dtype)}
+        # Windows of 4 bits fit into int8 as they are; those of the first and last conv, at 8 bits, do not.
+        assert all((zero == 0).all() for zero in zeros) == (emission is Emission.HALF)
         narrow = [layer for layer in network.layers.values() if layer.activation_bits == 4]
         assert (
             0 < len(clips) <= len(narrow) + 1
         )  # to_q, to_k and to_v see one value; one conv is called twice
         assert all(np.abs(layer.weight).max() <= 8 for layer in narrow)
+        assert all(grid.zero_point(np.int8) == 0 for grid in grids)
 
 
 def test_one_value_is_quantized_once(toy: nn.Module, base: ir.Model) -> None:

@@ -96,7 +96,6 @@ BAD: dict[str, tuple[ir.Model, str]] = {
         "DequantizeLinear the_wd has UINT8 codes",
     ),
     "INT16 codes": (graph({"z": "int16 z = {0}"}), "QuantizeLinear the_q has INT16 codes: expected"),
-    "asymmetric": (graph({"z": "int8 z = {3}"}), "QuantizeLinear the_q has a zero point other than 0"),
     "scale from a table": (
         graph(
             {"table": "float[2] table = {0.5, 0.25}"},
@@ -183,6 +182,20 @@ UNCAST = {
 @pytest.mark.parametrize("emission", list(Emission))
 def test_good_graphs_pass(name: str, emission: Emission) -> None:
     lint(GOOD[name], emission)
+
+
+@pytest.mark.parametrize("tensors", [{"z": "int8 z = {3}"}, {"wz": "int8[2] wz = {0, 3}"}], ids=str)
+def test_only_half_graphs_need_zero_points_of_0(tensors: dict[str, str]) -> None:
+    """Of inputs and of weights alike. A portable graph's codes are INT8 all the same."""
+    body = {"wd": "wd = DequantizeLinear<axis = 0>(w, ws, wz)"} if "wz" in tensors else {}
+    moved = graph(tensors, body)
+    where = "DequantizeLinear the_wd" if body else "QuantizeLinear the_q"
+    with pytest.raises(GraphError, match=f"{where} has a zero point other than 0.*move the value"):
+        lint(moved, Emission.HALF)
+    for emission in (Emission.PORTABLE, Emission.ORT_CPU):
+        lint(moved, emission)
+    with pytest.raises(GraphError, match="UINT8 codes"):
+        lint(graph({"z": "uint8 z = {3}"}), Emission.PORTABLE)
 
 
 def test_fp8_passes() -> None:

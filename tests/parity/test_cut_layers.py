@@ -24,8 +24,8 @@ W8A8, W4A4, FP8, W4A16 = Precision(8, 8), Precision(4, 4), Precision(8, 8, "fp8"
 
 def step_of(layer: LayerQuant, numerics: Emission) -> np.ndarray:
     """One quantization step of a layer's output, from what was calibrated."""
-    if numerics is Emission.ORT_CPU and layer.output_scale is not None:
-        return np.full(len(layer.weight_scale), layer.output_scale)
+    if numerics is Emission.ORT_CPU and layer.output is not None:
+        return layer.output.scale
     if layer.weight_only:
         return layer.weight_scale
     largest = np.abs(layer.weight_values().reshape(len(layer.weight), -1)).max(1)

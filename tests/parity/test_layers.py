@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
 import pytest
+from cases import rescaled
 
 from ptqd_export.core.backend import Emission
 from ptqd_export.core.figures import LayerFigures
@@ -29,7 +29,7 @@ def test_layers_agree_and_a_wrong_scale_is_named(case: Case, emission: Emission)
     assert found.outputs > 1000 and found.largest_steps <= 1.5
     name = "down_blocks.1.resnets.0.conv1"
     layer = case.quantized.layers[name]
-    wrong = dataclasses.replace(layer, input_scale=float(np.float32(layer.input_scale * 1.05)))
+    wrong = rescaled(layer, 1.05)
     with pytest.raises(ParityError, match=rf"layer {name} at step 0"):
         check(dataclasses.replace(case.quantized, layers={**case.quantized.layers, name: wrong}))
     with pytest.raises(ParityError, match="not in the graph"):

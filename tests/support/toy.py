@@ -23,7 +23,17 @@ from ptqd_export.core.backend import Emission
 from ptqd_export.core.model import InputSpec, ModelInfo
 from ptqd_export.core.noise import Correction
 from ptqd_export.core.precision import Precision
-from ptqd_export.core.quant import E4M3_MAX, LayerQuant, QuantizedNetwork, from_e4m3, qmax, to_codes, to_e4m3
+from ptqd_export.core.quant import (
+    E4M3_MAX,
+    Grid,
+    LayerQuant,
+    OutputGrid,
+    QuantizedNetwork,
+    from_e4m3,
+    qmax,
+    to_codes,
+    to_e4m3,
+)
 from ptqd_export.core.schedule import NoiseSchedule
 from ptqd_export.export import export_fp, fold, insert_qdq, lower, save
 
@@ -90,15 +100,32 @@ def layers_of(module: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in module.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
 
 
-def calibrated(module: nn.Module, precision: Precision, edge_bits: int | None = 8) -> QuantizedNetwork:
-    """Absolute-maximum scales; conv_in and conv_out at `edge_bits`. Inputs and outputs from eight samples."""
-    seen: dict[str, list[float]] = {}
+def calibrated(
+    module: nn.Module, precision: Precision, edge_bits: int | None = 8, plain: bool = False
+) -> QuantizedNetwork:
+    """Ranges of eight samples, which a few values leave; conv_in and conv_out at `edge_bits`.
+
+    Integers have windows between two ends of their own, convs an output grid per channel, and convs without
+    groups smoothed inputs. `plain`: grids about zero, one of the outputs, and nothing smoothed.
+    """
+    seen: dict[str, list[np.ndarray]] = {}
     modules = layers_of(module)
+    integers = precision.number == "int" and not precision.weight_only
+    smooth = {
+        name: np.geomspace(0.5, 2, m.in_channels).astype(np.float32)
+        for name, m in modules.items()
+        if isinstance(m, nn.Conv2d) and m.groups == 1 and integers and not plain
+    }
 
     def record(name: str) -> object:
         def hook(_: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-            known = seen.get(name, [0.0, 0.0])
-            seen[name] = [max(known[0], float(args[0].abs().max())), max(known[1], float(out.abs().max()))]
+            x, y = args[0].numpy(), out.numpy()
+            if name in smooth:
+                x = x / smooth[name][:, None, None]
+            others = (0, 2, 3) if y.ndim == 4 else tuple(range(y.ndim - 1))
+            found = [np.minimum(x.min(), 0), np.maximum(x.max(), 0), y.min(others), y.max(others)]
+            known = seen.get(name, found)
+            seen[name] = [(np.minimum, np.maximum)[i % 2](known[i], found[i]) for i in range(4)]
 
         return hook
 
@@ -118,52 +145,77 @@ def calibrated(module: nn.Module, precision: Precision, edge_bits: int | None = 
         if precision.weight_only:
             a_bits = precision.activation_bits
         fp8, conv = precision.number == "fp8", isinstance(m, nn.Conv2d)
-        top_w, top_a = (E4M3_MAX, E4M3_MAX) if fp8 else (qmax(w_bits), qmax(a_bits))
+        if name in smooth:
+            weight = weight * smooth[name][:, None, None]
+        top_w = E4M3_MAX if fp8 else qmax(w_bits)
         weight_scale = (np.abs(weight.reshape(len(weight), -1)).max(1) / top_w).astype(np.float32)
         spread = weight_scale.reshape(-1, *[1] * (weight.ndim - 1))
+        low, high = (0.8 * float(end) for end in seen[name][:2])  # some values saturate
+        largest = max(-low, high)
+        grid = Grid.window(low, high, a_bits)
+        if plain:
+            grid = Grid.symmetric(float(np.float32(largest / qmax(a_bits))), a_bits)
+        if fp8:
+            grid = Grid(float(np.float32(largest / E4M3_MAX)), -int(E4M3_MAX), int(E4M3_MAX))
+        output = None
+        if conv and integers:
+            ends = [np.float32(0.9) * end for end in seen[name][2:]]
+            if plain:
+                largest = max(float(np.abs(end).max()) for end in ends)
+                ends = [np.full(len(weight), sign * largest, np.float32) for sign in (-1, 1)]
+            output = OutputGrid.window(*ends)
         layers[name] = LayerQuant(
             name=name,
             kind="conv" if conv else "linear",
             weight=to_e4m3(weight / spread) if fp8 else to_codes(weight, spread, w_bits),
             weight_scale=weight_scale,
             weight_bits=w_bits,
-            input_scale=float(np.float32(0.8 * seen[name][0] / top_a)),  # some values saturate
+            input=None if precision.weight_only else grid,
             activation_bits=a_bits,
-            output_scale=float(np.float32(0.9 * seen[name][1] / qmax(8))) if conv else None,
+            output=output,
             bias=None if m.bias is None else m.bias.detach().numpy(),
             macs=1,
             number=precision.number,
+            smooth=smooth.get(name),
         )
     return QuantizedNetwork(precision, layers)
 
 
 def simulate(layer: LayerQuant, module: nn.Module, emission: Emission, x: np.ndarray) -> np.ndarray:
-    """One layer by the definitions of quant.py, in float64."""
-    scale = layer.bias_scale().astype(np.float64)
-    if layer.weight_only:
-        codes, scale = x.astype(np.float64), layer.weight_scale.astype(np.float64)
-    elif layer.number == "fp8":
-        codes = from_e4m3(to_e4m3(x / np.float32(layer.input_scale))).astype(np.float64)
-    else:
-        codes = to_codes(x, layer.input_scale, layer.activation_bits).astype(np.float64)
-    weight = torch.from_numpy(layer.weight_values().astype(np.float64))
+    """One layer by the definitions of quant.py, in float64: outputs of ORT CPU's convs each on its channel's
+    own grid, without `LayerQuant.fused`."""
+    scale = layer.weight_scale.astype(np.float64)
     precision = Precision(layer.weight_bits, layer.activation_bits, layer.number)
-    ort_conv = emission.numerics(precision) is Emission.ORT_CPU and layer.kind == "conv"
-    bias: np.ndarray | None = None if layer.bias is None else layer.bias.astype(np.float64) / scale
-    if ort_conv:
-        bias = layer.bias_codes()
-    offset = 0 if bias is None else bias.astype(np.float64)
+    ort = emission.numerics(precision) is Emission.ORT_CPU
+    grid = layer.input
+    if grid is None:
+        codes = x.astype(np.float64)
+    else:
+        scale = scale * grid.scale
+        step: np.ndarray | np.float32 = np.float32(grid.scale)
+        if layer.smooth is not None:
+            smooth = layer.smooth[:, None, None]
+            x, step = (x, step * smooth) if ort else (x * (np.float32(1) / smooth), step)
+        if layer.number == "fp8":
+            codes = from_e4m3(to_e4m3(x / step)).astype(np.float64)
+        else:
+            codes = np.clip(np.rint(x / step), grid.lo, grid.hi).astype(np.float64)
+    weight = torch.from_numpy(layer.weight_values().astype(np.float64))
+    bias = np.zeros(len(weight)) if layer.bias is None else layer.bias.astype(np.float64)
     if layer.kind == "linear":
-        return np.asarray(((codes @ weight.numpy().T) + offset) * scale)
+        return np.asarray((codes @ weight.numpy().T) * scale + bias)
     assert isinstance(module, nn.Conv2d)
     out = F.conv2d(
         torch.from_numpy(codes), weight, None, module.stride, module.padding, module.dilation, module.groups
     ).numpy()
-    out = (out + np.reshape(offset, (-1, 1, 1) if bias is not None else ())) * scale[:, None, None]
-    if not ort_conv:
-        return np.asarray(out)
-    assert layer.output_scale is not None
-    return to_codes(out, layer.output_scale, 8).astype(np.float64) * np.float32(layer.output_scale)
+    if not ort:
+        return np.asarray(out * scale[:, None, None] + bias[:, None, None])
+    assert layer.output is not None
+    step, zero = (v.astype(np.float64) for v in (layer.output.scale, layer.output.zero_point))
+    # The bias is an integer in the accumulator, and with it what moves the code to the middle.
+    out = out + np.rint((bias + (zero - 128) * step) / scale)[:, None, None]
+    code = np.clip(np.rint(out * (scale / step)[:, None, None]) + 128, 0, 255)
+    return np.asarray((code - zero[:, None, None]) * step[:, None, None])
 
 
 def session(source: Path | ir.Model, optimised: Path | None = None, optimise: bool = True) -> OrtEngine:
