@@ -235,7 +235,9 @@ def _row(one: _Measured, setting: Setting, reference: _Measured, gap: Gap | None
         if FRECHET + where not in values:
             return None
         kernel = values.get(KERNEL + where)
-        return Distances(values[FRECHET + where].estimate(), None if kernel is None else kernel.estimate())
+        return Distances(
+            values[FRECHET + where].estimate(lowest=0.0), None if kernel is None else kernel.estimate()
+        )
 
     paired = None
     if one.psnr is not None:

@@ -102,14 +102,14 @@ class Report:
     notes: tuple[str, ...]
 
 
-def show(estimate: Estimate | None, digits: int = 2, scale: float = 1.0) -> str:
-    """An estimate with its interval in brackets, "-" for none."""
+def show(estimate: Estimate | None, form: str = ".2f", scale: float = 1.0) -> str:
+    """An estimate with its interval in brackets, "-" for none; `form` is of each number."""
     if estimate is None:
         return "-"
-    value = f"{scale * estimate.value:.{digits}f}"
+    value = f"{scale * estimate.value:{form}}"
     if estimate.low is None or estimate.high is None:
         return value
-    return f"{value} [{scale * estimate.low:.{digits}f}, {scale * estimate.high:.{digits}f}]"
+    return f"{value} [{scale * estimate.low:{form}}, {scale * estimate.high:{form}}]"
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -121,6 +121,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 COLUMNS = ("plan", "PSNR, dB: mean", "median", "5th percentile", "SSIM", "runaway samples, %")
 FEATURE_COLUMNS = ("Frechet", "kernel x 1000", "Frechet to data", "kernel to data x 1000")
 CLASS_COLUMNS = ("same class, %", "class asked for, %")
+GAP_COLUMNS = ("guidance gap, of full precision's", "the part along it")
 COST_COLUMNS = ("bit operations", "ms of evaluations")
 
 
@@ -130,23 +131,24 @@ def markdown(report: Report) -> str:
     timed = any(row.milliseconds is not None for row in report.rows)
     guided = any(row.gap is not None for row in report.rows)
     headings = [*COLUMNS, *(FEATURE_COLUMNS if judged else ()), *(CLASS_COLUMNS if classes else ())]
-    headings += [*(["guidance gap"] if guided else []), *COST_COLUMNS[: 2 if timed else 1]]
+    headings += [*(GAP_COLUMNS if guided else ()), *COST_COLUMNS[: 2 if timed else 1]]
     rows = []
     for row in report.rows:
         paired = row.paired
         cells = [row.name, "-", "-", "-", "-"]
         if paired is not None:
             cells = [row.name, show(paired.psnr), f"{paired.psnr_median:.2f}", f"{paired.psnr_p5:.2f}"]
-            cells.append(show(paired.ssim, 4))
-        cells.append(f"{show(row.runaway, 2, 100)} (largest {row.largest:.2f})")
+            cells.append(show(paired.ssim, ".4f"))
+        cells.append(f"{show(row.runaway, '.2f', 100)} (largest {row.largest:.2f})")
         if judged:
             for distances in (row.to_reference, row.to_data):
-                cells.append("-" if distances is None else show(distances.frechet, 3))
-                cells.append("-" if distances is None else show(distances.kernel, 2, 1000))
+                cells.append("-" if distances is None else show(distances.frechet, ".3f"))
+                cells.append("-" if distances is None else show(distances.kernel, ".2f", 1000))
         if classes:
-            cells += [show(row.same_class, 1, 100), show(row.right_class, 1, 100)]
+            cells += [show(row.same_class, ".1f", 100), show(row.right_class, ".1f", 100)]
         if guided:
-            cells.append("-" if row.gap is None else f"{min(row.gap.ratio):.3f} to {max(row.gap.ratio):.3f}")
+            for values in ((), ()) if row.gap is None else (row.gap.ratio, row.gap.along):
+                cells.append(f"{min(values):.3f} to {max(values):.3f}" if values else "-")
         cells.append(f"{row.bops:.1%}")
         if timed:
             cells.append("-" if row.milliseconds is None else f"{row.milliseconds:.0f}")
@@ -158,7 +160,7 @@ def markdown(report: Report) -> str:
     )
     parts = [head, table(headings, rows)]
     if report.differences:
-        lines = [[d.name, d.to, d.metric, show(d.difference, 3)] for d in report.differences]
+        lines = [[d.name, d.to, d.metric, show(d.difference, ".3g")] for d in report.differences]
         parts.append(table(["plan", "less", "metric", "difference"], lines))
     if report.resamples:
         parts.append(

@@ -48,16 +48,19 @@ class Resampled:
         """The paired difference: both were resampled with the same indices."""
         return Resampled(self.value - other.value, self.draws - other.draws)
 
-    def estimate(self) -> Estimate:
+    def estimate(self, lowest: float = -np.inf) -> Estimate:
         """The figure and quantiles of the resamples about it.
 
         The mean of the resamples stands for the figure: a distance of resampled sets, in which samples recur,
         is larger on average than that of the sets, which is a bias and no uncertainty.
+
+        Args:
+            lowest: no such figure is below it.
         """
         if len(self.draws) == 0:
             return Estimate(self.value)
         low, high = np.quantile(self.draws - self.draws.mean(), ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-        return Estimate(self.value, self.value + float(low), self.value + float(high))
+        return Estimate(self.value, max(lowest, self.value + float(low)), self.value + float(high))
 
 
 def share(hits: npt.NDArray[np.bool_]) -> Estimate:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ptqd_export.errors import RecipeError
-from ptqd_export.evaluate.plots import plot_pareto, plot_steps
+from ptqd_export.evaluate.plots import plot_evaluation, plot_pareto, plot_steps
 
 F64 = npt.NDArray[np.float64]
 
@@ -80,3 +80,14 @@ def test_plot_pareto_marks_the_chosen_plan(tmp_path: Path) -> None:
         plot_pareto(path, front, chosen, uniform={"w4a8": (1.0, 3.0)}, cost_label="TBOPs")
         pictures.add(path.read_bytes())
     assert len(pictures) == 3
+
+
+def test_plot_of_an_evaluation(tmp_path: Path) -> None:
+    """With the guidance gap and without; the same data gives the same bytes."""
+    psnr = {"w8a8*3": np.array([40.0, 38.0, 41.0]), "w4a4*3": np.array([20.0, 22.0, 21.0])}
+    for name, gaps in (("a", {}), ("b", {"w8a8*3": (1.0, 1.1, 0.9)}), ("c", {"w8a8*3": (1.0, 1.1, 0.9)})):
+        plot_evaluation(tmp_path / f"{name}.png", psnr, gaps, title="t")
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a != b == c and a.startswith(b"\x89PNG")
+    with pytest.raises(RecipeError, match="png"):
+        plot_evaluation(tmp_path / "x.jpg", psnr, {})

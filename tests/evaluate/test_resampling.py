@@ -69,6 +69,8 @@ def test_the_centre_of_an_interval_is_the_figure() -> None:
     """Resampled distances are larger on average: that is no uncertainty."""
     found = Resampled(1.0, np.array([3.0, 4.0, 5.0])).estimate()
     assert found.low is not None and found.high is not None and found.low < 1 < found.high < 2.1
+    assert Resampled(1.0, np.array([3.0, 9.0])).estimate().low == pytest.approx(-1.85)
+    assert Resampled(1.0, np.array([3.0, 9.0])).estimate(lowest=0.0).low == 0
 
 
 def test_frechet_distance_is_that_of_the_root_of_matrices() -> None:
