@@ -22,7 +22,8 @@ from ..errors import BackendUnavailable, BundleError, GraphError
 
 Name = TypeVar("Name")
 REPEATABILITY = 0.01
-"""Share of a median by which another process, which places its buffers elsewhere, finds another one."""
+"""Share of a median by which engines of the very same kernels differ, wherever their buffers happen to lie:
+three INT8 engines on one CPU did by up to 1.5 % (docs/benchmarks.md, switching)."""
 
 
 @dataclass(frozen=True)
