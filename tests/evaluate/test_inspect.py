@@ -64,7 +64,8 @@ def test_what_the_gate_kept_is_said_in_words(rgb: Built) -> None:
         lines = text(other, per_step(other)).splitlines()
         start = lines.index(f"correction ptqd ({why}):")
         assert lines[start + 1].endswith(
-            "k and bias at 2, the bias alone at 1, nothing at 1 of 4 steps; |z|: k 0.5 to 9.0, bias 0.1 to 7.0"
+            "k and bias at 2, the bias alone at 1, nothing at 1 of 4 steps; |z|: k 0.5 to 9.0, "
+            "bias 0.1 to 7.0"
         )
     rows = [(row.kept, row.precision) for row in per_step(other)]
     assert all(found == ("nothing" if name == "fp32" else kept[i]) for i, (found, name) in enumerate(rows))
