@@ -11,6 +11,7 @@ from ptqd_export.assemble.choose import choose, fixed_plan
 from ptqd_export.assemble.measure import Measured
 from ptqd_export.assemble.timing import Times
 from ptqd_export.core.backend import Emission
+from ptqd_export.core.gate import Gated
 from ptqd_export.core.noise import Correction, NoiseStats
 from ptqd_export.core.precision import FP32, Precision
 from ptqd_export.core.quant import LayerQuant, QuantizedNetwork
@@ -51,7 +52,8 @@ def measured(noise: float) -> Measured:
             total += NoiseStats.of_step(step, STEPS, e, e + noise * rng.standard_normal(e.shape))
         parts.append(total)
     zeros = np.zeros(STEPS)
-    return Measured(parts, parts, Correction.identity(STEPS, 1), zeros > 0, zeros, zeros)
+    gated = Gated(Correction.identity(STEPS, 1), ("nothing",) * STEPS, zeros, zeros, 0.0)
+    return Measured(parts, parts, gated)
 
 
 def chosen(times: dict[Precision, float], backend: str = "ort-cpu", **plan: Any) -> Any:
