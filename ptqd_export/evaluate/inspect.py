@@ -219,7 +219,7 @@ def _corrections(bundle: Bundle) -> list[str]:
     if not correction.steps:
         return []
     limit = max(record.limit for record in correction.steps.values())
-    why = f"k and bias kept where above {limit:.1f} standard errors" if limit else "not gated"
+    why = f"k and bias kept where |z|, over their errors, is above {limit:.1f}" if limit else "not gated"
     lines = ["", f"correction {correction.mode} ({why}):"]
     for name, record in correction.steps.items():
         counts = Counter(record.kept)
@@ -228,7 +228,7 @@ def _corrections(bundle: Bundle) -> list[str]:
             f"{part} {min(map(abs, values)):.1f} to {max(map(abs, values)):.1f}"
             for part, values in (("k", record.z_k), ("bias", record.z_bias))
         )
-        lines.append(f"  {name:<19}{what} of {len(record.kept)} steps; standard errors: {z}")
+        lines.append(f"  {name:<19}{what} of {len(record.kept)} steps; |z|: {z}")
     return lines
 
 

@@ -13,6 +13,7 @@ from ptqd_export.assemble.closed_loop import End
 from ptqd_export.assemble.measure import Measured
 from ptqd_export.assemble.timing import Times
 from ptqd_export.core.backend import Emission
+from ptqd_export.core.gate import Gated
 from ptqd_export.core.noise import Correction, NoiseStats
 from ptqd_export.core.plan import Plan
 from ptqd_export.core.precision import FP32, Precision
@@ -55,7 +56,8 @@ def measured(noise: float) -> Measured:
             total += NoiseStats.of_step(step, STEPS, e, e + noise * rng.standard_normal(e.shape))
         parts.append(total)
     zeros = np.zeros(STEPS)
-    return Measured(parts, parts, Correction.identity(STEPS, 1), zeros > 0, zeros, zeros)
+    gated = Gated(Correction.identity(STEPS, 1), ("nothing",) * STEPS, zeros, zeros, 0.0)
+    return Measured(parts, parts, gated)
 
 
 def chosen(

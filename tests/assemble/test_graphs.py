@@ -17,6 +17,7 @@ from ptqd_export.assemble.graphs import PROBE_FLOOR, emit, emit_update, figures_
 from ptqd_export.assemble.measure import Measured
 from ptqd_export.core.backend import Emission
 from ptqd_export.core.figures import FloatFigures
+from ptqd_export.core.gate import Gated
 from ptqd_export.core.noise import Correction
 from ptqd_export.core.precision import FP32, Precision
 from ptqd_export.core.quant import QuantizedNetwork
@@ -36,7 +37,7 @@ def measured(noise: float = 0.0) -> Measured:
             return noise
 
     zeros = np.zeros(3)
-    return Fake((), (), Correction.identity(3, 2), zeros > 0, zeros, zeros)
+    return Fake((), (), Gated(Correction.identity(3, 2), ("nothing",) * 3, zeros, zeros, 0.0))
 
 
 @pytest.fixture

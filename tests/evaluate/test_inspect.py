@@ -72,15 +72,18 @@ def test_what_the_gate_kept_is_said_in_words(rgb: Built) -> None:
     bundle = rgb.bundle
     correction = bundle.manifest.correction
     kept: tuple[Kept, ...] = ("both", "bias", "nothing", "both")
-    for limit, why in ((3.5, "k and bias kept where above 3.5 standard errors"), (0.0, "not gated")):
+    for limit, why in (
+        (3.5, "k and bias kept where |z|, over their errors, is above 3.5"),
+        (0.0, "not gated"),
+    ):
         record = GateRecord(kept, (-9.0, 1.0, 0.5, 4.0), (4.0, -5.0, 0.1, 7.0), limit)
         changed = replace(correction, steps=dict.fromkeys(correction.steps, record))
         other: Bundle = replace(bundle, manifest=replace(bundle.manifest, correction=changed))
         lines = text(other, per_step(other)).splitlines()
         start = lines.index(f"correction ptqd ({why}):")
         assert lines[start + 1].endswith(
-            "k and bias at 2, the bias alone at 1, nothing at 1 of 4 steps; standard errors: "
-            "k 0.5 to 9.0, bias 0.1 to 7.0"
+            "k and bias at 2, the bias alone at 1, nothing at 1 of 4 steps; |z|: k 0.5 to 9.0, "
+            "bias 0.1 to 7.0"
         )
     rows = [(row.kept, row.precision) for row in per_step(other)]
     assert all(found == ("nothing" if name == "fp32" else kept[i]) for i, (found, name) in enumerate(rows))
