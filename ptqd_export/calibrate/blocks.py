@@ -161,7 +161,7 @@ class Examples:
                 if key not in opened:
                     opened[key] = files.enter_context((folder / key).open("wb"))
                     self._shapes[key] = (array.dtype, array.shape[1:])
-                opened[key].write(array)
+                opened[key].write(array.data)
 
             def entered(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
                 self._args, self._kwargs = args, kwargs
