@@ -6,7 +6,8 @@ All are computed by the portable simulation, from the same trajectories, ranges 
 one step, averaged over the steps in dB, on held-out trajectories. PSNR is that of whole runs to full
 precision with the same noise, without correction, and with gain and offset per step fitted on the
 calibration trajectories (ungated). Finished configurations are kept in benchmarks/out/rounding.jsonl and are
-not computed again; `--only` computes some of them, so that several processes can share the work.
+not computed again; `--only` computes some of them, so that several processes can share the work. A
+configuration that was stopped is taken up; its seconds are then those of the last part.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ from ptqd_export.core.noise import Correction, NoiseStats
 from ptqd_export.core.precision import Precision
 from ptqd_export.core.sampling import Sampling
 from ptqd_export.evaluate.metrics import psnr
+from ptqd_export.files import empty_folder, work_folder
 from ptqd_export.recipe import Recipe
 
 ROUNDINGS = ("nearest", "gptq", "gptq-sequential", "adaround")
 PRECISIONS = ("w4a8", "w4a4")
+ORDER = [f"{precision}/{rounding}" for precision in PRECISIONS for rounding in ROUNDINGS]
 HEADER = ("precision", "rounding", "SNR_Q, dB", "PSNR, dB", "PSNR corrected, dB", "s to quantize")
 BATCH = 16
 
@@ -69,7 +72,9 @@ def figures(
     started = time.process_time()
     seen = observe(network, sampling, recipe, paths)
     start = quantize(network, seen, precision, recipe)
-    net = refine(network, sampling, start, paths, recipe, OUT / "rounding.work", str(time.time()))
+    with work_folder(OUT / f"rounding-{precision}-{recipe.quantization.rounding}") as work:
+        net = refine(network, sampling, start, paths, recipe, work, recipe.digest("sampler", "calibration"))
+        empty_folder(work)
     seconds = time.process_time() - started
     size = recipe.calibration.size
     with TorchEngine(simulate(network, net, Emission.PORTABLE), sampling) as engine:
@@ -86,6 +91,12 @@ def figures(
     }
 
 
+def finished(log: Path, setting: dict[str, object]) -> dict[tuple[str, int], dict[str, float]]:
+    """What was computed at a setting: {(precision/rounding, iterations of adaround): figures}."""
+    entries = [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
+    return {(e["name"], e["iterations"]): e["result"] for e in entries if e["setting"] == setting}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -96,7 +107,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=10_000, help="of adaround, per block")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", default=[], help="such as w4a8/gptq")
+    parser.add_argument("--only", nargs="*", help="compute these alone, such as w4a8/gptq; or none")
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     args = parser.parse_args()
     set_threads(1)
@@ -109,36 +120,31 @@ def main() -> None:
     sampling = Sampling.of(network.info, network.scheduler_config, **asdict(recipe.sampler))
     setting = {name: getattr(args, name) for name in ("n_steps", "calib_size", "samples", "seed")}
     setting["model"] = network.info.sha256
-    log, paths, rows = OUT / "rounding.jsonl", None, []
+    log, paths = OUT / "rounding.jsonl", None
     for precision in PRECISIONS:
         for rounding in ROUNDINGS:
             name = f"{precision}/{rounding}"
-            own = {
-                **setting,
-                "name": name,
-                **({"iterations": args.iterations} if rounding == "adaround" else {}),
-            }
-            lines = log.read_text("utf-8").splitlines() if log.exists() else []
-            known = [entry["result"] for entry in map(json.loads, lines) if entry["setting"] == own]
-            if not known and (not args.only or name in args.only):
-                if paths is None:
-                    folder = OUT / f"rounding-{network.info.sha256[:8]}-{args.n_steps}-{size}"
-                    paths = collect(network, sampling, recipe, folder)
-                of = recipe.override(
-                    quantization={
-                        "precisions": (precision,),
-                        "rounding": rounding,
-                        "iterations": args.iterations,
-                    }
-                )
-                known = [figures(network, sampling, of, paths, Precision.parse(precision), args)]
-                with log.open("a") as file:
-                    file.write(json.dumps({"setting": own, "result": known[0]}) + "\n")
-            if known:
-                r = known[-1]
-                label = f"{rounding}, {args.iterations} iterations" if rounding == "adaround" else rounding
-                cells = (f"{r[key]:.1f}" for key in ("snr", "plain", "corrected"))
-                rows.append([precision, label, *cells, f"{r['seconds']:.0f}"])
+            iterations = args.iterations if rounding == "adaround" else 0
+            wanted = args.only is None or name in args.only
+            if not wanted or (name, iterations) in finished(log, setting):
+                continue
+            if paths is None:
+                folder = OUT / f"rounding-{network.info.sha256[:8]}-{args.n_steps}-{size}"
+                paths = collect(network, sampling, recipe, folder)
+            how = {"precisions": (precision,), "rounding": rounding, "iterations": max(1, iterations)}
+            of = recipe.override(quantization=how)
+            result = figures(network, sampling, of, paths, Precision.parse(precision), args)
+            entry = {"setting": setting, "name": name, "iterations": iterations, "result": result}
+            with log.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+    done = finished(log, setting)
+    rows = []
+    for name, iterations in sorted(done, key=lambda key: (ORDER.index(key[0]), key[1])):
+        r = done[name, iterations]
+        precision, rounding = name.split("/")
+        label = f"{rounding}, {iterations} iterations" if iterations else rounding
+        cells = (f"{r[key]:.1f}" for key in ("snr", "plain", "corrected"))
+        rows.append([precision, label, *cells, f"{r['seconds']:.0f}"])
     n = f"{args.n_steps} steps, {size} calibration trajectories, {args.samples} samples of seed {args.seed}"
     text = (
         f"{table(HEADER, rows)}\n\n{network.info.name}, {n}; seconds are of one CPU core. {machine('torch')}."

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,8 @@ def reconstruct(
     Raises:
         OSError: the folder cannot be written.
     """
-    shown = list(_shown(network, sampling, trajectories, effort.rows))
-    blocks = find_blocks(network.module, set(start.layers), shown[0])
+    shown = partial(_shown, network, sampling, trajectories, effort.rows)  # read again for every block
+    blocks = find_blocks(network.module, set(start.layers), next(shown()))
     kept = KeptCodes(folder, start, key, repr(effort))
     layers = dict(start.layers)
     module = simulate(network, start, Emission.PORTABLE)
@@ -99,12 +100,12 @@ def reconstruct(
             todo.append(block)
         else:
             _put(network, module, layers, codes)
-    rows = sum(len(call.weights) for call in shown)
+    rows = sum(len(call.weights) for call in shown())
     title = f"reconstruction at {start.precision}"
     with progress(len(todo) * (rows + effort.iterations * effort.batch), title, "row") as bar:
         for block in todo:
             bar.set_postfix_str(block.name)
-            examples = Examples(block, network.module, module, shown, folder, bar.update)
+            examples = Examples(block, network.module, module, shown(), folder, bar.update)
             try:
                 codes = _round_block(network, layers, block, examples, effort, bar.update)
             finally:

@@ -55,11 +55,12 @@ def round_in_stages(
     layers = dict(start.layers)
     module = simulate(network, start, Emission.PORTABLE)
     seen = seen_trajectories(network.info, len(trajectories.calibration), OBSERVED_TRAJECTORIES)
-    shown = list(calls(sampling, trajectories, seen, min(stride, len(sampling))))
+    shown = partial(calls, sampling, trajectories, seen, min(stride, len(sampling)))
     parts = _stages(start, stages)
-    with progress(len(parts) * len(shown), f"GPTQ at {start.precision}", "call") as bar:
+    number = sum(1 for _ in shown())
+    with progress(len(parts) * number, f"GPTQ at {start.precision}", "call") as bar:
         for names in parts:
-            hessians = _hessians(network, module, layers, names, shown, bar.update)
+            hessians = _hessians(network, module, layers, names, shown(), bar.update)
             for name, sums in hessians.items():
                 layer, original = layers[name], network.module.get_submodule(name)
                 weight = smoothed_weight(original, layer.smooth)
@@ -106,7 +107,9 @@ def _hessians(
         args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, name: str, number: int, weights: Tensor
     ) -> None:
         x = args[0] if args else kwargs["input"]
-        each = weights.repeat_interleave(len(x) // len(weights))  # a layer may see several rows per sample
+        # A layer may see several rows per sample; where that cannot be told, all count the same.
+        times, odd = divmod(len(x), len(weights))
+        each = torch.ones(len(x)) if odd else weights.repeat_interleave(times)
         some = -(-len(x) // SAMPLES)
         x, each = x[number % some :: some], each[number % some :: some]
         x = simulated[name].input_values(x) * each.sqrt().reshape(-1, *[1] * (x.ndim - 1))
