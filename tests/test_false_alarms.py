@@ -39,11 +39,11 @@ def test_refusals_and_failures_are_told(script: ModuleType, monkeypatch: pytest.
         return real(graphs, *rest)
 
     monkeypatch.setattr(script, "judge", judge)
-    architecture = script.ARCHITECTURES["conv-act-relu"]
+    architecture = script.ARCHITECTURES["conv-act-gelu"]
     assert "w8a8" in architecture.sections["quantization"]["precisions"]
     found = script.judged(architecture)
     assert found.refusals == {"w8a8.ort-cpu": "no reason"}
-    assert "conv-act-relu, w8a8.ort-cpu: no reason" in script.report([found])
+    assert "conv-act-gelu, w8a8.ort-cpu: no reason" in script.report([found])
     monkeypatch.setattr(script, "export_fp", lambda *a: 1 / 0)
     assert list(script.judged(architecture).refusals) == ["build"]
 

@@ -31,7 +31,8 @@ class NoiseFigures:
     Both are measured on the same held-out trajectories.
 
     Attributes:
-        largest_z: {statistic: largest difference at any step, in standard errors of the difference}.
+        largest_z: {statistic: largest difference at any step beyond what makes no difference, in standard
+            errors of the difference}.
         limit_z: the limit that correct executions stay below; None where too few trajectories were held out
             for it to mean anything.
         mse_ratio: squared error of the engine divided by that of the simulation, per step.

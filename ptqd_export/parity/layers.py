@@ -20,7 +20,6 @@ from .judgement import (
     FLOAT_TOLERANCE,
     HALF,
     MAX_SHARE_APART,
-    MAX_STEPS_APART,
     ROUNDINGS,
     Apart,
     float_tolerance,
@@ -63,7 +62,7 @@ def check_layers(
                     layer = quantized.layers[layer_name]
                     simulator = LayerSimulator(layer, emission)
                     found = _compare(layer, emission, simulator, values[source], values[target])
-                    if found.share > MAX_SHARE_APART or found.largest_steps > MAX_STEPS_APART:
+                    if not found.tolerable:
                         raise ParityError(
                             f"{name}: layer {layer_name} at step {step} differs from its simulation: "
                             f"{found.share:.2%} "

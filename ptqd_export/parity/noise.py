@@ -41,6 +41,8 @@ FALSE_ALARM = 1e-3
 """Probability that a right engine fails anywhere, were every difference as large as its margin."""
 MARGIN = 0.01
 """Share of the noise's power that a difference may make in the end and count as none."""
+FLOAT_NOISE = 2.0**-19
+"""What float32 roundings of some hundred operations change in epsilon, relative to its RMS."""
 FEW = 8
 """With fewer held-out trajectories the spread between them says little, and the limit is not reported."""
 
@@ -75,12 +77,13 @@ def check_noise(
     total, reference = NoiseStats.pool(engine), NoiseStats.pool(simulated)
     comparisons = sum(of(reference).size for of in STATISTICS.values())
     limit = max_standard_errors(len(engine), comparisons)
+    # Two executions of one network may differ by float rounding alone, whose spread is close to none.
+    rounding = max(rounding, FLOAT_NOISE)
     power = np.sqrt(_power(reference)) * rounding
     worst: dict[str, float] = {}
     for statistic, of in STATISTICS.items():
         a, b = of(total), of(reference)
         difference, error = jackknife(lambda x, y, of=of: of(x) - of(y), engine, simulated)
-        # Two executions of one network may differ by float rounding alone, whose spread is close to none.
         moved = _moved(statistic, b, rounding, power[:, None] if b.ndim == 2 else power)
         floor = FLOAT_TOLERANCE * np.abs(b) + 1e-12 + moved
         beyond = np.maximum(np.abs(difference) - margin(statistic, reference), 0.0)

@@ -12,7 +12,8 @@ from ptqd_export.core.backend import Emission
 from ptqd_export.core.figures import LayerFigures
 from ptqd_export.core.quant import QuantizedNetwork
 from ptqd_export.errors import ParityError
-from ptqd_export.parity.judgement import MAX_SHARE_APART
+from ptqd_export.parity import layers
+from ptqd_export.parity.judgement import MAX_SHARE_APART, Apart
 from ptqd_export.parity.layers import check_layers
 
 Case = Any
@@ -35,3 +36,18 @@ def test_layers_agree_and_a_wrong_scale_is_named(case: Case, emission: Emission)
     with pytest.raises(ParityError, match="not in the graph"):
         check(dataclasses.replace(case.quantized, layers={**case.quantized.layers, "ghost": layer}))
     assert not list(case.folder.glob(".layers*"))
+
+
+@pytest.mark.parametrize(("apart", "right"), [(Apart(100, 1, 1.0), True), (Apart(100, 2, 1.0), False)])
+def test_one_tie_in_a_small_layer_is_let_pass(
+    case: Case, apart: Apart, right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a larger share than that of a usual layer may be."""
+    monkeypatch.setattr(layers, "_compare", lambda *a: apart)
+    graph, net = case.graph(Emission.PORTABLE), case.quantized
+    arguments = ("w4a4", graph, net, Emission.PORTABLE, case.sampling, case.trajectories)
+    if right:
+        assert check_layers(*arguments).share_apart == 0.01
+    else:
+        with pytest.raises(ParityError, match=r"2\.00% of outputs"):
+            check_layers(*arguments)
