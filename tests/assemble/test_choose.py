@@ -17,7 +17,7 @@ from ptqd_export.core.gate import Gated
 from ptqd_export.core.noise import Correction, NoiseStats
 from ptqd_export.core.plan import Plan
 from ptqd_export.core.precision import FP32, Precision
-from ptqd_export.core.quant import LayerQuant, QuantizedNetwork
+from ptqd_export.core.quant import Grid, LayerQuant, QuantizedNetwork
 from ptqd_export.core.schedule import NoiseSchedule
 from ptqd_export.core.sensitivity import Sensitivity
 from ptqd_export.errors import RecipeError
@@ -36,7 +36,7 @@ def network(precision: Precision) -> QuantizedNetwork:
         weight,
         np.ones(1, np.float32),
         precision.weight_bits,
-        1.0,
+        Grid.symmetric(1.0, precision.activation_bits),
         precision.activation_bits,
         None,
         None,

@@ -150,9 +150,9 @@ def calibrated(
         top_w = E4M3_MAX if fp8 else qmax(w_bits)
         weight_scale = (np.abs(weight.reshape(len(weight), -1)).max(1) / top_w).astype(np.float32)
         spread = weight_scale.reshape(-1, *[1] * (weight.ndim - 1))
-        low, high = (0.8 * float(end) for end in seen[name][:2])  # some values saturate
-        largest = max(-low, high)
-        grid = Grid.window(low, high, a_bits)
+        low, high = (float(end) for end in seen[name][:2])  # some values saturate
+        largest = 0.8 * max(-low, high)
+        grid = Grid.window(0.95 * low, 0.95 * high, a_bits)
         if plain:
             grid = Grid.symmetric(float(np.float32(largest / qmax(a_bits))), a_bits)
         if fp8:
