@@ -54,7 +54,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/parity.py --write
 	$(BIN)/python benchmarks/engine_builds.py --write
 	$(BIN)/python benchmarks/quality.py --samples 128 --write
-	$(BIN)/python benchmarks/rounding.py --iterations 500 --write
+	$(BIN)/python benchmarks/rounding.py --n-steps 5 --calib-size 10 --samples 16 --iterations 200 --write
 	$(BIN)/python benchmarks/summary.py --write
 	$(BIN)/python benchmarks/samples.py
 	$(BIN)/python benchmarks/recipe_reference.py --write
