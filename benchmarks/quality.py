@@ -127,7 +127,7 @@ def features_of_data(model: Path) -> Path:
         from classifier import load_features
         from data import load
 
-        images = load(split="test")[0]
+        images = (load(split="t10k")[0].astype(np.float32) / 127.5 - 1)[:, None]
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({"features": np.asarray(load_features(model)(images), np.float32)}, file)
     return file
