@@ -56,7 +56,6 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/engine_builds.py --write
 	$(BIN)/python benchmarks/quality.py --samples 512 --write
 	$(BIN)/python benchmarks/plan_ranking.py --samples 256 --write
-	$(BIN)/python benchmarks/corrections.py --samples 128 --write
 	$(BIN)/python benchmarks/rounding.py --n-steps 5 --calib-size 10 --samples 16 --iterations 200 --write
 	$(BIN)/python benchmarks/summary.py --write
 	$(BIN)/python benchmarks/samples.py

@@ -25,7 +25,6 @@ SECTIONS = {
     "quality-ablation": _BENCHMARKS,
     "quality-paper": _BENCHMARKS,
     "plan-ranking": _BENCHMARKS,
-    "corrections": _BENCHMARKS,
     "rounding": _BENCHMARKS,
     "switching": _BENCHMARKS,
     "recipe-keys": ROOT / "docs" / "recipe.md",
