@@ -47,17 +47,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ..core.backend import Emission
-from ..core.quant import F32, OUTPUT_MIDDLE, LayerQuant, OutputGrid, QuantizedNetwork
+from ..core.quant import OUTPUT_MIDDLE, LayerQuant, OutputGrid, QuantizedNetwork
 from ..errors import GraphError
 from .dialect import LAYER, LAYER_INPUT, LAYER_OUTPUT
-from .graph import Builder, producer, prune, static_dims, take_over
+from .graph import Builder, mark, note, producer, prune, static_dims, take_over
+from .layer_numbers import check_layer, shift_of, stored_codes, total_bias
 
 FLOAT, FP8 = ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN
 LOWEST = float(np.finfo(np.float32).min)
 MOVING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "MaxPool", "Concat", "Split")
 """Operators that ONNX Runtime computes on codes, with Q and DQ moved past them."""
-PACKED_BITS = 4
-"""Where weights alone are quantized, they are stored as INT4 up to this many bits."""
 
 
 def insert_qdq(base: ir.Model, network: QuantizedNetwork, emission: Emission) -> ir.Model:
@@ -111,18 +110,18 @@ class _Rewriter:
         self.consts: dict[str, ir.Value] = {}
 
     def conv(self, node: ir.Node, layer: LayerQuant) -> None:
-        self._check(node, layer, "conv", list(layer.weight.shape))
+        check_layer(node, layer, "conv", list(layer.weight.shape))
         old = node.outputs[0]
         inputs: list[ir.Value | None] = [
             self._input(node, layer),
-            self._weight(node, layer, _codes(layer), axis=0),
+            self._weight(node, layer, stored_codes(layer), axis=0),
         ]
         moved = self._moved(layer)
-        shift = None if moved is None else _shift(node, layer, moved)
+        shift = None if moved is None else shift_of(node, layer, moved)
         if self.fused:
             inputs.append(self._fused_bias(node, layer))
         elif layer.bias is not None or (shift is not None and shift.ndim == 1):
-            total = _sum(layer.bias, shift if shift is not None and shift.ndim == 1 else None)
+            total = total_bias(layer.bias, shift if shift is not None and shift.ndim == 1 else None)
             inputs.append(self._const(f"{layer.name}.bias.float", total))
         new = self.build.node(node, "Conv", inputs, f"{old.name}.conv", FLOAT, old.shape, node.attributes)
         self._call(new, layer)
@@ -136,11 +135,11 @@ class _Rewriter:
                     "needs: calibrate its output"
                 )
             new = self._output(node, new, str(old.name), layer.output)
-        _note(new, LAYER_OUTPUT, layer.name)
+        note(new, LAYER_OUTPUT, layer.name)
         take_over(old, new)
 
     def linear(self, node: ir.Node, layer: LayerQuant) -> None:
-        self._check(node, layer, "linear", list(layer.weight.shape))
+        check_layer(node, layer, "linear", list(layer.weight.shape))
         old, last = node.outputs[0], node
         if node.op_type == "MatMul":
             consumers = list(old.consumers())
@@ -151,13 +150,13 @@ class _Rewriter:
             ):
                 last = consumers[0]
                 old = last.outputs[0]
-        inputs = [self._input(node, layer), self._weight(node, layer, _codes(layer).T, axis=1)]
+        inputs = [self._input(node, layer), self._weight(node, layer, stored_codes(layer).T, axis=1)]
         new = self.build.node(last, "MatMul", inputs, f"{old.name}.matmul", FLOAT, old.shape)
         self._call(new, layer)
         moved = self._moved(layer)
-        shift = None if moved is None else _shift(node, layer, moved)
+        shift = None if moved is None else shift_of(node, layer, moved)
         if layer.bias is not None or shift is not None:
-            total = _sum(layer.bias, shift)
+            total = total_bias(layer.bias, shift)
             # y - (-b) equals y + b bit for bit; ONNX Runtime would fuse a 2-D MatMul and Add into a Gemm,
             # which then runs in float.
             op, word, bias = (
@@ -173,33 +172,12 @@ class _Rewriter:
                 FLOAT,
                 old.shape,
             )
-        _note(new, LAYER_OUTPUT, layer.name)
+        note(new, LAYER_OUTPUT, layer.name)
         take_over(old, new)
-
-    def _check(self, node: ir.Node, layer: LayerQuant, kind: str, shape: list[int]) -> None:
-        if layer.kind != kind:
-            raise GraphError(
-                f"layer {layer.name!r} is a {layer.kind} in the quantized network but a {node.op_type} in "
-                "the graph: export what was calibrated"
-            )
-        dims: list[int | None] = static_dims(node.inputs[1])
-        if dims not in (shape, shape[::-1] if kind == "linear" else shape):
-            raise GraphError(
-                f"layer {layer.name!r} has weight codes of shape {shape} but a weight of shape {dims} in the "
-                "graph: export what was calibrated"
-            )
-        plain = {"alpha": 1, "beta": 1, "transA": 0}
-        if any(
-            attribute.value != plain.get(name, attribute.value) for name, attribute in node.attributes.items()
-        ):
-            raise GraphError(
-                f"layer {layer.name!r} is a Gemm with factors of its own: only a plain Linear can be "
-                "quantized"
-            )
 
     def _call(self, value: ir.Value, layer: LayerQuant) -> None:
         """Mark the node that computes a layer's products, and name it after the layer."""
-        node = _note(value, LAYER, layer.name)
+        node = note(value, LAYER, layer.name)
         self.build.rename(node, layer.name)
 
     def _input(self, node: ir.Node, layer: LayerQuant) -> ir.Value:
@@ -235,7 +213,7 @@ class _Rewriter:
 
         def then(op: str, inputs: list[ir.Value | None], word: str, dtype: ir.DataType = FLOAT) -> ir.Value:
             new = self.build.node(before, op, inputs, f"{name}.{word}", dtype, shape)
-            return _mark(new, {LAYER_INPUT: "1"})
+            return mark(new, {LAYER_INPUT: "1"})
 
         zero, moved = grid.zero_point(self.container), self._moved(layer)
         point = self._const(
@@ -307,14 +285,14 @@ class _Rewriter:
             row = self._const(f"ptqd.shape_{ends[0]}", np.array([0, ends[0], -1], np.int64))
             back = self._const("ptqd.shape_" + "x".join(map(str, ends)), np.array([0, *ends], np.int64))
             shape = ir.Shape([whole[0], ends[0], ends[1] * ends[2]])
-            value = _mark(
+            value = mark(
                 self.build.node(before, "Reshape", [value, row], f"{name}.rows", value.dtype or FLOAT, shape),
                 marks,
             )
         new = self.build.node(before, op, [value, *inputs], f"{name}.{word}", dtype, value.shape, {"axis": 1})
-        _mark(new, marks)
+        mark(new, marks)
         if flat:
-            new = _mark(self.build.node(before, "Reshape", [new, back], f"{name}.image", dtype, whole), marks)
+            new = mark(self.build.node(before, "Reshape", [new, back], f"{name}.image", dtype, whole), marks)
         return new
 
     def _fp8(
@@ -323,22 +301,22 @@ class _Rewriter:
         build, shape = self.build, value.shape
         step = build.const(f"{name}.scale", np.array(scale, np.float32))
         if self.spelled:
-            ratio = _mark(build.node(before, "Div", [value, step], f"{name}.ratio", FLOAT, shape), marks)
-            codes = _mark(
+            ratio = mark(build.node(before, "Div", [value, step], f"{name}.ratio", FLOAT, shape), marks)
+            codes = mark(
                 build.node(before, "Cast", [ratio], f"{name}.codes", FP8, shape, {"to": int(FP8)}), marks
             )
-            numbers = _mark(
+            numbers = mark(
                 build.node(before, "Cast", [codes], f"{name}.numbers", FLOAT, shape, {"to": int(FLOAT)}),
                 marks,
             )
-            return _mark(
+            return mark(
                 build.node(before, "Mul", [numbers, step], f"{name}.dequantized", FLOAT, shape), marks
             )
         zero = self._const("ptqd.zero_point.fp8", np.zeros((), ml_dtypes.float8_e4m3fn))
-        codes = _mark(
+        codes = mark(
             build.node(before, "QuantizeLinear", [value, step, zero], f"{name}.codes", FP8, shape), marks
         )
-        return _mark(
+        return mark(
             build.node(before, "DequantizeLinear", [codes, step, zero], f"{name}.dequantized", FLOAT, shape),
             marks,
         )
@@ -411,58 +389,3 @@ def _follows_codes(value: ir.Value) -> bool:
             return False
         value = node.inputs[0]
     return False
-
-
-def _codes(layer: LayerQuant) -> npt.NDArray[np.generic]:
-    """The weight codes in the type in which they are stored."""
-    if layer.number == "fp8":
-        return layer.weight.view(ml_dtypes.float8_e4m3fn)
-    return (
-        layer.weight.astype(ml_dtypes.int4)
-        if layer.weight_only and layer.weight_bits <= PACKED_BITS
-        else layer.weight
-    )
-
-
-def _sum(bias: npt.NDArray[np.float32] | None, shift: npt.NDArray[np.float64] | None) -> F32:
-    """The sum of what there is, in float32."""
-    return np.asarray((0.0 if bias is None else bias) + (0.0 if shift is None else shift), np.float32)
-
-
-def _shift(node: ir.Node, layer: LayerQuant, moved: float) -> npt.NDArray[np.float64]:
-    """W (moved * 1), what a layer's result lacks if `moved` was taken off its input.
-
-    Float64 (O,), or float32 (1, O, H, W) for a Conv that pads with zeros, which were not moved.
-    """
-    scale = layer.weight_scale.astype(np.float64).reshape(-1, *[1] * (layer.weight.ndim - 1))
-    weight = layer.weight_values() * scale * moved
-    if layer.kind == "linear":
-        return np.asarray(weight.sum(1))
-    taps = weight.sum(1)  # (O, kh, kw)
-    pads = node.attributes.get_ints("pads", [0, 0, 0, 0])
-    if not any(pads):
-        return np.asarray(taps.sum((1, 2)))
-    strides, dilations = (node.attributes.get_ints(key, [1, 1]) for key in ("strides", "dilations"))
-    sizes, results = static_dims(node.inputs[0])[2:], static_dims(node.outputs[0])[2:]
-    inside = []
-    for axis, (size, count) in enumerate(zip(sizes, results, strict=True)):
-        if size is None or count is None:
-            raise GraphError(f"conv {layer.name!r} has an input of unknown size: export it with a fixed size")
-        at = np.arange(count)[:, None] * strides[axis] - pads[axis]
-        at = at + np.arange(taps.shape[1 + axis])[None, :] * dilations[axis]
-        inside.append(((at >= 0) & (at < size)).astype(np.float64))
-    return np.asarray(np.einsum("okl,hk,wl->ohw", taps, *inside)[None], np.float32)
-
-
-def _note(value: ir.Value, key: str, text: str) -> ir.Node:
-    node = value.producer()
-    assert node is not None
-    node.metadata_props[key] = text
-    return node
-
-
-def _mark(value: ir.Value, marks: dict[str, str]) -> ir.Value:
-    node = value.producer()
-    assert node is not None
-    node.metadata_props.update(marks)
-    return value
