@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 from ..errors import BundleError, RecipeError
 from ..typed import brief
 
-NAME = re.compile(r"(?!\.)[\w.-]{1,120}\.(json|txt|onnx|safetensors|engine)", re.ASCII)
+NAME = re.compile(r"(?!\.)[\w.+-]{1,120}\.(json|txt|onnx|safetensors|engine)", re.ASCII)
 FOLDERS = ("unet", "vae_decoder", "text_encoder", "tokenizer", "scheduler")
 """Folders that a bundle of a whole pipeline may have, one level deep."""
 MIB = 1 << 20
