@@ -73,16 +73,16 @@ def check_layers(
         for bits in by_bits:
             if not LAYER_BITS.fullmatch(bits):
                 raise RecipeError(f"bits {brief(bits)} of layers: expected such as w4a8, or float")
-    for precision, found in sensitivities.items():
-        _check_names(precision, found.layers)
+    for precision, own in sensitivities.items():
+        _check_names(precision, own.layers)
         quantized = {n for bits, names in layers[precision].items() if bits != "float" for n in names}
-        if unknown := [name for name in found.layers if name not in quantized]:
+        if unknown := [name for name in own.layers if name not in quantized]:
             raise RecipeError(f"a sensitivity of {brief(unknown[0])}, which is not quantized at {precision}")
-        if set(found.noise) != set(precision.levels):
+        if set(own.noise) != set(precision.levels):
             levels = ", ".join(map(str, precision.levels))
             raise RecipeError(f"sensitivities of {precision} are of other precisions than {levels}")
-        if len(set(found.steps)) < len(found.steps) or not set(found.steps) <= set(range(n_steps)):
-            raise RecipeError(f"sensitivities at steps {brief(found.steps)}: expected some of {n_steps}")
+        if len(set(own.steps)) < len(own.steps) or not set(own.steps) <= set(range(n_steps)):
+            raise RecipeError(f"sensitivities at steps {brief(own.steps)}: expected some of {n_steps}")
 
 
 def _check_names(precision: Precision, names: Collection[str]) -> None:

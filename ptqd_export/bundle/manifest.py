@@ -20,12 +20,8 @@ from ..core.sampling import Sampling
 from ..core.sensitivity import Objective, Sensitivity
 from ..errors import BundleError, RecipeError
 from ..typed import brief, read_typed, to_plain
-<<<<<<< HEAD
-from .reading import FileEntry, check_plain
-=======
 from .checks import check_backend, check_layers, check_plain
 from .reading import FileEntry
->>>>>>> 19e72413e85b11e068d2f7d76c4f5b9d9047b6f1
 
 FORMAT_VERSION = 4
 UPDATE = "update"
@@ -396,12 +392,3 @@ class Manifest:
         plain = {key: value for key, value in data.items() if key not in ("format_version", "sha256")}
         manifest: Manifest = read_typed(cls, plain, "manifest")
         return manifest
-<<<<<<< HEAD
-
-
-def check_backend(name: str) -> None:
-    """Raise RecipeError for a backend that no bundle is built for."""
-    if name not in RUNNABLE:
-        raise RecipeError(f"backend {brief(name)} is not known: expected one of {', '.join(RUNNABLE)}")
-=======
->>>>>>> 19e72413e85b11e068d2f7d76c4f5b9d9047b6f1

@@ -3,25 +3,17 @@ leaves to the next one."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from cases import Case
-from chain import chain, chain_recipe
+from chain import chain
 
-from ptqd_export.assemble import build, layers
 from ptqd_export.assemble.layers import quantize_all
-from ptqd_export.bundle import Bundle
-from ptqd_export.bundle.tables import QUANTIZATION, read_layers
-from ptqd_export.core.backend import Emission
 from ptqd_export.core.bits import LayerSensitivity
 from ptqd_export.core.precision import Precision
 from ptqd_export.core.quant import QuantizedNetwork
-from ptqd_export.recipe import Recipe
 
 MIXED, W4A4, W4A8, W8A8 = (Precision.parse(text) for text in ("w4a4+", "w4a4", "w4a8", "w8a8"))
 NAMES = ("first", "blocks.0.0", "blocks.0.2", "blocks.1.0", "blocks.1.2", "mix", "last")
