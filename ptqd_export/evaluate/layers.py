@@ -61,7 +61,7 @@ def plot_sensitivities(manifest: Manifest, path: Path) -> None:
         level = min(found.noise, default=None)
         if level is not None and found.layers and found.steps:
             plot_layers(
-                path.with_name(f"{path.stem}-layers-{precision}{path.suffix}"),
+                path.with_name(f"{path.stem}-layers-{precision.stem}{path.suffix}"),
                 [f"{name}  {bits.get(name, '-')}" for name in found.layers],
                 found.steps,
                 np.asarray(found.noise[level], np.float64),

@@ -89,7 +89,7 @@ def test_a_manifest_that_says_little_is_shown_all_the_same(rgb: Built, tmp_path:
 def test_the_map_shows_the_noise_and_the_bits(rgb: Built, tmp_path: Path) -> None:
     def draw(name: str, m: Manifest) -> bytes:
         plot_sensitivities(m, tmp_path / f"{name}.png")
-        return (tmp_path / f"{name}-layers-w4a4+.png").read_bytes()
+        return (tmp_path / f"{name}-layers-w4a4-mixed.png").read_bytes()
 
     m = manifest(rgb, 4)
     first = draw("a", m)
