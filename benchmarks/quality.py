@@ -81,8 +81,8 @@ def paper_plan(n: int) -> str:
 
 def tables() -> dict[str, list[Table]]:
     plans = ["w8a8", "w4a8", "w4a4+", "w4a4"]
-    headline = [Line("ours", p, c) for p in plans for c in ("folded", "none", "bias", "both")]
-    headline += [Line("ours", p) for p in (paper_plan(20), "w4a4+*10,w8a8*10", "w8a8*10,w4a4+*10")]
+    headline = [Line("ours", p) for p in ("w8a8", "w4a8", "w4a4+", paper_plan(20))]
+    headline.append(Line("ours", "w8a8", "none"))
     cures = [name for name in CONFIGURATIONS if name not in ("nearest", "paper")]
     ablation = [Line(name, p) for p in ("w8a8", "w4a8", "w4a4") for name in ("first", *cures[2:], "ours")]
     found = {
