@@ -54,10 +54,9 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/parity.py --write
 	$(BIN)/python benchmarks/false_alarms.py --write
 	$(BIN)/python benchmarks/engine_builds.py --write
-	$(BIN)/python benchmarks/quality.py --samples 128 --write
+	$(BIN)/python benchmarks/quality.py --samples 512 --write
 	$(BIN)/python benchmarks/plan_ranking.py --samples 256 --write
-	$(BIN)/python benchmarks/corrections.py --samples 128 --write
-	$(BIN)/python benchmarks/rounding.py --iterations 500 --write
+	$(BIN)/python benchmarks/rounding.py --n-steps 5 --calib-size 10 --samples 16 --iterations 200 --write
 	$(BIN)/python benchmarks/summary.py --write
 	$(BIN)/python benchmarks/samples.py
 	$(BIN)/python benchmarks/recipe_reference.py --write

@@ -1,339 +1,234 @@
-"""Quality of quantized sampling, by precision, correction, variance recalibration and plan.
+"""Quality of quantized sampling: how close to full precision, and how close to data.
 
-    python benchmarks/quality.py [--model calib/fashion_mnist] [--samples 256] [--seeds 0 1] [--write]
+    python benchmarks/quality.py [--samples 2048] [--only headline ablation paper] [--write]
 
-For eta 0 and eta 1 the bundle that `build` makes by default is built into benchmarks/out/: its graphs carry
-the gated `ptqd` correction. The tables of the other modes are computed from the noise statistics in the
-bundle, and replace the folded ones: both are affine in the prediction, so one is undone and the other
-applied exactly. All runs share seeds and injected noise with the full-precision run, so PSNR compares
-pairs; calibration has noise of its own. The Frechet distance is taken to the Fashion-MNIST test images in
-the features of the reference classifier. Finished runs are kept in benchmarks/out/quality.jsonl, under the
-hashes of what they ran, and are not run again.
+Each table compares bundles that differ in a few recipe keys (CONFIGURATIONS); they are built into
+benchmarks/out/. All rows of a table share noise and classes with full precision, on a seed that nothing else
+uses. Distances are those of `ptqd-export eval`, in the features of the reference classifier; for distances to
+data give the features of the Fashion-MNIST test images, which `--data` makes from Debian's package
+dataset-fashion-mnist. Bundles and samples are kept, and a rerun takes them up.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
-import json
-import multiprocessing
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
 import numpy as np
 from report import OUT, REFERENCE_MODEL, machine, table, write_section
+from safetensors.numpy import save_file
 
+from ptqd_export.assemble.assemble import assemble
 from ptqd_export.bundle.bundle import Bundle
-from ptqd_export.core.backend import ORT_CPU, Emission
-from ptqd_export.core.engine import EPSILON, Engine, FakeEngine
-from ptqd_export.core.noise import Correction, Mode
-from ptqd_export.core.plan import Plan, by_budget, by_snr, fixed, pareto_front
-from ptqd_export.core.precision import FP32, Precision
-from ptqd_export.core.sensitivity import Objective
-from ptqd_export.errors import BundleError
-from ptqd_export.progress import progress
+from ptqd_export.core.plan import parse_plan
+from ptqd_export.core.precision import FP32
+from ptqd_export.errors import PTQDError
+from ptqd_export.evaluate import Candidate, evaluate
+from ptqd_export.evaluate.report import Report, Row, show
+from ptqd_export.recipe import Recipe
 
-PRECISIONS = ("w8a8", "w4a8", "w4a4")
-DEFAULT = "ptqd, gated"
-"""What `build` folds into its graphs if nothing else is asked for."""
+FIRST: Mapping[str, object] = {"input_grids": "symmetric", "conv_outputs": "tensor", "smoothing": 0.0}
+"""Quantization as this package first did it."""
+PAPER: Mapping[str, object] = {
+    **FIRST,
+    "weight_scales": "tensor",
+    "clamp_k": True,
+    "gate": False,
+}
+"""The paper's recipe: one scale per tensor, k >= 0, nothing gated."""
+CONFIGURATIONS: Mapping[str, Mapping[str, object]] = {
+    "ours": {},
+    "first": FIRST,
+    "asymmetric inputs alone": {**FIRST, "input_grids": "asymmetric"},
+    "outputs per channel alone": {**FIRST, "conv_outputs": "channel"},
+    "smoothing alone": {**FIRST, "smoothing": 0.5},
+    "nearest": {**FIRST, "rounding": "nearest", "correction": "none"},
+    "paper": PAPER,
+}
 
 
 @dataclass(frozen=True)
-class Job:
-    """One configuration: a plan in text form, how it is corrected, which edge layers its engines have."""
+class Line:
+    """A row: a bundle of CONFIGURATIONS, a plan, a correction, and what the row is called."""
 
-    eta: float
+    configuration: str
     plan: str
-    mode: str
-    recalibrate: bool
-    edges: str = "float"
+    correction: Any = "folded"
     label: str = ""
 
-    def key(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that stand together, all at one eta and number of steps."""
+
+    title: str
+    lines: Sequence[Line]
+    precisions: tuple[str, ...]
+    eta: float = 0.0
+    n_steps: int = 20
 
 
-def bundle_path(eta: float, edges: str) -> Path:
-    return OUT / f"eta{eta:g}-{edges}"
+def paper_plan(n: int) -> str:
+    """The paper's: the noisiest 19.2 % of the steps at w4a4, the rest at w4a8."""
+    early = round(0.192 * n)
+    return f"w4a4*{early},w4a8*{n - early}"
 
 
-def build_bundle(model: Path, eta: float, edges: str) -> None:
-    """The default bundle at this eta with every precision, built unless it is there."""
-    from ptqd_export.assemble.assemble import build
-    from ptqd_export.calibrate import open_model
-    from ptqd_export.recipe import Recipe
-
-    path = bundle_path(eta, edges)
-    recipe = Recipe.load(model).override(
-        sampler={"eta": eta},
-        quantization={"precisions": ("fp32", *PRECISIONS), "edge_layers": edges},
-        plan={"rule": "fixed", "steps": ("w8a8",)},
-    )
-    with contextlib.suppress(BundleError):  # there is none, or an old one
-        m = Bundle.open(path).manifest
-        if (
-            m.provenance.recipe == recipe.to_dict()
-            and m.sampling.model.sha256 == open_model(recipe).info.sha256
-        ):
-            return
-    print(f"building {path.name}", file=sys.stderr)
-    build(recipe, path, say=lambda text: print(text, file=sys.stderr))
-
-
-def fingerprint(bundle: Bundle) -> str:
-    """What the runs of a bundle depend on: its graphs, weights and tables."""
-    files = {
-        name: file.sha256
-        for name, file in bundle.manifest.files.items()
-        if name.endswith((".onnx", ".safetensors"))
+def tables() -> dict[str, list[Table]]:
+    plans = ["w8a8", "w4a8", "w4a4+", "w4a4"]
+    headline = [Line("ours", p, c) for p in plans for c in ("folded", "none", "bias", "both")]
+    headline += [Line("ours", p) for p in (paper_plan(20), "w4a4+*10,w8a8*10", "w8a8*10,w4a4+*10")]
+    cures = [name for name in CONFIGURATIONS if name not in ("nearest", "paper")]
+    ablation = [Line(name, p) for p in ("w8a8", "w4a8", "w4a4") for name in ("first", *cures[2:], "ours")]
+    found = {
+        "headline": [Table("eta 0, 20 steps", headline, ("fp32", *plans))],
+        "ablation": [Table("eta 0, 20 steps", ablation, ("fp32", "w8a8", "w4a8", "w4a4"))],
+        "paper": [],
     }
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
+    for eta in (0.0, 1.0):
+        of = [
+            Line("nearest", paper_plan(20), label="nearest rounding, no correction"),
+            Line("paper", paper_plan(20), label="the paper's recipe"),
+            Line("ours", paper_plan(20), label="ours, the paper's plan"),
+            Line("ours", "w4a8", label="ours, w4a8"),
+        ]
+        found["paper"].append(Table(f"eta {eta:g}, 20 steps", of, ("fp32", "w4a8", "w4a4"), eta))
+    return found
 
 
-def tables(bundle: Bundle, plan: Plan, mode: str) -> Correction:
-    """What to apply to the bundle's predictions so that they are corrected as `mode` says, (T, C)."""
-    n, c = len(plan), bundle.manifest.sampling.model.channels
-    of = {}
-    for p in plan.precisions:
-        folded = bundle.correction(p, Emission.ORT_CPU)
-        if p.is_float or mode == DEFAULT:
-            of[p] = Correction(np.ones((n, c)), np.zeros((n, c)), folded.var)
-        else:
-            wanted = Correction.from_stats(bundle.stats(p, Emission.ORT_CPU), mode)
-            gain = wanted.gain / folded.gain
-            of[p] = Correction(gain, wanted.offset - gain * folded.offset, wanted.var)
-    rows = [of[p] for p in plan.steps]
-    return Correction(
-        np.stack([r.gain[i] for i, r in enumerate(rows)]),
-        np.stack([r.offset[i] for i, r in enumerate(rows)]),
-        np.array([r.var[i] for i, r in enumerate(rows)]),
+def bundle_of(line: Line, of: Table, args: argparse.Namespace) -> Bundle:
+    """The bundle of a row, built unless it is there."""
+    name = f"{line.configuration.replace(' ', '_')}-eta{of.eta:g}-{of.n_steps}-{len(of.precisions)}"
+    path = OUT / name
+    recipe = Recipe.load(args.model).override(
+        sampler={"eta": of.eta, "n_steps": of.n_steps},
+        calibration={"size": args.calib_size, "held_out": max(2, args.calib_size // 2)},
+        quantization={"precisions": of.precisions, **CONFIGURATIONS[line.configuration]},
+        plan={"rule": "fixed", "steps": (of.precisions[1],), "sensitivity": "uniform"},
     )
+    with contextlib.suppress(PTQDError):
+        bundle = Bundle.open(path)
+        if bundle.manifest.provenance.recipe == recipe.to_dict():
+            return bundle
+    print(f"building {name}", file=sys.stderr)
+    return assemble(recipe, path, say=lambda text: print(text, file=sys.stderr))
 
 
-def corrected(engine: Engine, correction: Correction, step: int) -> Engine:
-    """An engine with a correction of its own; it may stand before guidance, whose weights add up to 1."""
-    gain, offset = (rows[step][:, None, None] for rows in (correction.gain, correction.offset))
-    return FakeEngine(lambda feeds: gain * engine(feeds)[EPSILON].astype(np.float64) + offset, engine.inputs)
+def features_of_data(model: Path) -> Path:
+    """Features of the 10,000 test images, made once."""
+    file = OUT / "data_features.safetensors"
+    if not file.exists():
+        sys.path.insert(0, str(model))
+        from classifier import load_features
+        from data import load
+
+        images = (load(split="t10k")[0].astype(np.float32) / 127.5 - 1)[:, None]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"features": np.asarray(load_features(model)(images), np.float32)}, file)
+    return file
 
 
-def draw(job: Job, batch: range, seed: int) -> np.ndarray:
-    """One batch of samples; engines stay open in the worker from one job to the next."""
-    from ptqd_export.backends import open_engine, set_threads
+def measured(of: Table, args: argparse.Namespace) -> list[tuple[Line, Row, Report, Bundle]]:
+    """The rows of a table; one evaluation per bundle."""
+    found = []
+    for name in dict.fromkeys(line.configuration for line in of.lines):
+        lines = [line for line in of.lines if line.configuration == name]
+        bundle = bundle_of(lines[0], of, args)
+        candidates = [Candidate(parse_plan(line.plan, of.n_steps), line.correction) for line in lines]
+        data = None if args.no_data else features_of_data(args.model)
+        report = evaluate(
+            bundle,
+            candidates,
+            work=OUT / f"samples-{bundle.path.name}",
+            num_samples=args.samples,
+            workers=args.workers,
+            classifier=args.model / "classifier.onnx",
+            data=data,
+        )
+        rows = {row.name: row for row in report.rows}
+        found += [
+            (line, rows[candidate.name], report, bundle)
+            for line, candidate in zip(lines, candidates, strict=True)
+        ]
+    return found
 
-    path = bundle_path(job.eta, job.edges)
-    if not _bundles:
-        set_threads(1)
-    if path not in _bundles:
-        _bundles[path] = Bundle.open(path, verify=False)
-    bundle = _bundles[path]
-    m, sampling = bundle.manifest, bundle.manifest.sampling
-    plan = fixed(job.plan.split(), len(sampling))
-    for p in plan.precisions:
-        if (path, p) not in _engines:
-            _engines[path, p] = open_engine(ORT_CPU, bundle.file(m.artifact(p, ORT_CPU).file))
-    correction = tables(bundle, plan, job.mode)
-    labels = [sampling.model.labels[i % len(sampling.model.labels)] for i in batch]
-    return sampling.sample(
-        lambda step: corrected(_engines[path, plan.steps[step]], correction, step),
-        sampling.model.conditions(labels, len(batch)),
-        batch,
-        seed=seed,
-        sigmas=sampling.schedule.recalibrated_sigmas(correction.var) if job.recalibrate else None,
+
+def text_of(of: Table, args: argparse.Namespace) -> str:
+    found = measured(of, args)
+    order = {line: i for i, line in enumerate(of.lines)}
+    found.sort(key=lambda one: order[one[0]])
+    _, _, report, bundle = found[0]
+    head = [
+        "row",
+        "plan",
+        "correction",
+        "PSNR to fp32, dB",
+        "median, 5th percentile",
+        "Frechet to fp32",
+        "Frechet to data",
+        "kernel to data, 10^-3",
+        "class of fp32",
+        "run away",
+        "BOPs, fp32 / this (floats at 32, 16 bits)",
+    ]
+
+    def bops(line: Line, bundle: Bundle) -> str:
+        m = bundle.manifest
+        steps = parse_plan(line.plan, of.n_steps).steps
+        shares = []
+        for counts in (m.bops, m.half_bops):
+            shares.append(len(steps) * m.bops[FP32] / sum(counts[p] for p in steps))
+        return " / ".join(f"{share:.1f}" for share in shares)
+
+    def cells(line: Line | None, row: Row, bundle: Bundle) -> list[str]:
+        paired = row.paired
+        to, data = row.to_reference, row.to_data
+        return [
+            "full precision" if line is None else line.label or line.configuration,
+            row.plan,
+            "-" if line is None else line.correction,
+            show(paired.psnr if paired else None, ".1f"),
+            f"{paired.psnr_median:.1f}, {paired.psnr_p5:.1f}" if paired else "-",
+            show(to.frechet if to else None, ".3f"),
+            show(data.frechet if data else None, ".2f"),
+            show(data.kernel if data else None, ".1f", 1e3),
+            show(row.same_class, ".1f", 100),
+            show(row.runaway, ".1f", 100),
+            "1" if line is None else bops(line, bundle),
+        ]
+
+    rows = [cells(None, report.rows[0], bundle), *(cells(line, row, b) for line, row, _, b in found)]
+    note = (
+        f"{report.model}, {report.steps} steps, guidance {report.guidance_scale:g}, {report.backend}; "
+        f"{report.samples} samples of seed {report.seed}, 95 % intervals."
     )
-
-
-_bundles: dict[Path, Bundle] = {}
-_engines: dict[tuple[Path, Precision], Engine] = {}
-
-
-def plan_jobs(eta: float) -> list[Job]:
-    """The snr plan, and budget plans of as many bit operations for both objectives.
-
-    At eta 0 also plans by hand: few bits, or full precision, early or late.
-    """
-    m = Bundle.open(bundle_path(eta, "float")).manifest
-    schedule, choice, n = m.sampling.schedule, m.choice, len(m.sampling)
-    precisions = [Precision.parse(p) for p in PRECISIONS]
-    bops = {p: float(m.bops[p]) for p in precisions}
-    chosen = {"snr": by_snr({p: np.array(choice.snr_q[p], float) for p in precisions}, bops, schedule)}
-    errors = {p: np.array(choice.error[p]) for p in precisions}
-    for objective in get_args(Objective):
-        weighed = errors if choice.sensitivity is None else choice.sensitivity.weigh(errors, objective)
-        front = pareto_front(weighed, bops)
-        chosen[f"budget, {objective}, BOPs of snr's"] = by_budget(front, chosen["snr"].total(bops)).plan
-    if eta == 0:
-        half = n // 2
-        by_hand = {
-            "w4a4 early": [f"w4a4*{half}", f"w8a8*{n - half}"],
-            "w4a4 late": [f"w8a8*{half}", f"w4a4*{n - half}"],
-            "fp32 early": ["fp32*3", f"w8a8*{n - 3}"],
-            "fp32 late": [f"w8a8*{n - 3}", "fp32*3"],
-        }
-        chosen |= {f"by hand: {name}": fixed(runs, n) for name, runs in by_hand.items()}
-    return [Job(eta, str(plan), DEFAULT, eta > 0, label=name) for name, plan in chosen.items()]
+    return f"**{of.title}**\n\n{table(head, rows)}\n\n{note}"
 
 
 def main() -> None:
+    every = tables()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=REFERENCE_MODEL)
-    parser.add_argument("--samples", type=int, default=256, help="per seed")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=2048)
+    parser.add_argument("--calib-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--eta", type=float, nargs="+", default=[0.0, 1.0])
-    parser.add_argument("--skip", nargs="+", default=[], choices=["modes", "plans", "edges"])
+    parser.add_argument("--only", nargs="+", default=list(every), choices=list(every))
+    parser.add_argument("--no-data", action="store_true", help="leave distances to data out")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    jobs: list[Job] = []
-    for eta in args.eta:
-        build_bundle(args.model, eta, "float")
-        jobs.append(Job(eta, "fp32", "none", False))
-        if "modes" not in args.skip:
-            for p in PRECISIONS:
-                for mode in (*get_args(Mode), DEFAULT):
-                    # The default recalibrates where there is a variance; the modes are shown both ways.
-                    recalibrate = (False,) if eta == 0 else (True,) if mode == DEFAULT else (False, True)
-                    jobs += [Job(eta, p, mode, r) for r in recalibrate]
-        if "plans" not in args.skip:
-            jobs += plan_jobs(eta)
-    if "edges" not in args.skip:
-        build_bundle(args.model, 0.0, "w8a8")
-        jobs += [Job(0.0, p, DEFAULT, False, "w8a8") for p in PRECISIONS]
-    results = run_all(jobs, args)
-    text = report(jobs, results, args)
-    print(text)
-    if args.write:
-        write_section("quality", text)
-
-
-def run_all(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
-    """Run what is not in quality.jsonl yet; {key: result}."""
-    sys.path.insert(0, str(args.model))
-    from classifier import load_features, load_reference
-
-    from ptqd_export.evaluate.metrics import excursions, feature_stats, frechet_distance, psnr, ssim
-    from ptqd_export.pictures import to_uint8
-
-    log = OUT / "quality.jsonl"
-    prints = {(job.eta, job.edges): "" for job in jobs}
-    prints = {key: fingerprint(Bundle.open(bundle_path(*key), verify=False)) for key in prints}
-
-    def setting(job: Job) -> dict:
-        of = {"bundle": prints[job.eta, job.edges], "fp32": prints[job.eta, "float"]}
-        return {"samples": args.samples, "seeds": args.seeds, **of}
-
-    known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    done = {}
-    for job in jobs:
-        for entry in known:
-            if entry["key"] == job.key() and entry["setting"] == setting(job):
-                done[job.key()] = entry["result"]
-    features, reference = load_features(args.model), load_reference(args.model)
-    truth: dict[float, np.ndarray] = {}
-    todo = [job for job in jobs if job.key() not in done]
-    shape = Bundle.open(bundle_path(jobs[0].eta, "float"), verify=False).manifest.sampling.model.sample_shape
-    with (
-        ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool,
-        progress(len(todo) * args.samples * len(args.seeds), "samples", "sample") as bar,
-    ):
-
-        def all_samples(job: Job) -> np.ndarray:
-            x = np.empty((len(args.seeds), args.samples, *shape))
-            futures = {
-                pool.submit(draw, job, range(i, min(i + args.batch_size, args.samples)), seed): (row, i)
-                for row, seed in enumerate(args.seeds)
-                for i in range(0, args.samples, args.batch_size)
-            }
-            for future in as_completed(futures):
-                row, i = futures[future]
-                part = future.result()
-                x[row, i : i + len(part)] = part
-                bar.update(len(part))
-            return x
-
-        for job in todo:
-            if job.eta not in truth:
-                file = (
-                    OUT
-                    / f"fp32-{prints[job.eta, 'float']}-{args.samples}-{'-'.join(map(str, args.seeds))}.npy"
-                )
-                if not file.exists():
-                    np.save(file, all_samples(Job(job.eta, "fp32", "none", False)))
-                truth[job.eta] = np.load(file)
-            fp = truth[job.eta]
-            x = fp if job.plan == "fp32" else all_samples(job)
-            pixels = to_uint8(x.reshape(-1, *shape)).reshape(x.shape).astype(np.float32) / 127.5 - 1
-            away = excursions(x.reshape(-1, *shape))
-            pairs = list(zip(x, fp, strict=True)) if job.plan != "fp32" else []
-            result = {
-                "psnr": [float(np.mean(psnr(a, b))) for a, b in pairs] or None,
-                "ssim": [float(np.mean(ssim(a, b))) for a, b in pairs] or None,
-                "frechet": [frechet_distance(*feature_stats(features(p)), *reference) for p in pixels],
-                "excursions": away.share,
-                "largest": away.largest,
-            }
-            done[job.key()] = result
-            with log.open("a") as file_:
-                file_.write(json.dumps({"setting": setting(job), "key": job.key(), "result": result}) + "\n")
-    return done
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Mean and half the range over seeds."""
-    return f"{np.mean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}"
-
-
-def cells(result: dict) -> list[str]:
-    return [
-        "-" if result["psnr"] is None else spread(result["psnr"], 1),
-        "-" if result["ssim"] is None else spread(result["ssim"], 3),
-        spread(result["frechet"], 2),
-        f"{result['excursions']:.1%} ({result['largest']:.1f})",
-    ]
-
-
-def report(jobs: list[Job], results: dict[str, dict], args: argparse.Namespace) -> str:
-    columns = ["PSNR to fp32, dB", "SSIM to fp32", "Frechet distance", "samples beyond ±1.5 (largest value)"]
-    parts = []
-    for eta in args.eta:
-        rows = []
-        for j in (j for j in jobs if j.eta == eta and not j.label and j.edges == "float"):
-            mode = "-" if j.plan == "fp32" else j.mode
-            rows.append([j.plan, mode, "yes" if j.recalibrate else "no", *cells(results[j.key()])])
-        parts.append(f"**eta {eta:g}**\n\n" + table(["precision", "correction", "sigma'", *columns], rows))
-        plans = [j for j in jobs if j.eta == eta and j.label]
-        if plans:
-            m = Bundle.open(bundle_path(eta, "float"), verify=False).manifest
-            n = len(m.sampling)
-            share = {p: bops / m.bops[FP32] / n for p, bops in m.bops.items()}
-            rows = [
-                [j.label, j.plan, f"{fixed(j.plan.split(), n).total(share):.4f}", *cells(results[j.key()])]
-                for j in plans
-            ]
-            title = f"**Plans, eta {eta:g}** (correction {DEFAULT})"
-            parts.append(f"{title}\n\n" + table(["rule", "plan", "BOPs of fp32", *columns], rows))
-    rows = []
-    for j in (j for j in jobs if j.edges == "w8a8"):
-        other = Job(j.eta, j.plan, j.mode, j.recalibrate)
-        both = (("float", other), ("8 bits", j))
-        rows += [[j.plan, name, *cells(results[job.key()])] for name, job in both if job.key() in results]
-    if rows:
-        title = f"**First and last conv** (eta 0, correction {DEFAULT})"
-        parts.append(f"{title}\n\n" + table(["precision", "edge layers", *columns], rows))
-    sampling = Bundle.open(bundle_path(args.eta[0], "float"), verify=False).manifest.sampling
-    note = (
-        f"{sampling.model.name}, {len(sampling)} steps, guidance {sampling.guidance_scale:g}; "
-        f"{args.samples} samples for each of the seeds {', '.join(map(str, args.seeds))}; "
-        f"± is half the range over seeds. {machine()}."
-    )
-    return "\n\n".join([*parts, note])
+    for name in args.only:
+        text = "\n\n".join([*(text_of(of, args) for of in every[name]), f"{machine()}."])
+        print(text)
+        if args.write:
+            write_section(f"quality-{name}", text)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ one step, averaged over the steps in dB, on held-out trajectories. PSNR is that 
 precision with the same noise, without correction, and with gain and offset per step fitted on the
 calibration trajectories (ungated). Finished configurations are kept in benchmarks/out/rounding.jsonl and are
 not computed again; `--only` computes some of them, so that several processes can share the work. A
-configuration that was stopped is taken up; its seconds are then those of the last part.
+configuration that was stopped is taken up, and its seconds are then not known.
 """
 
 from __future__ import annotations
@@ -73,9 +73,11 @@ def figures(
     seen = observe(network, sampling, recipe, paths)
     start = quantize(network, seen, precision, recipe)
     with work_folder(OUT / f"rounding-{precision}-{recipe.quantization.rounding}") as work:
-        net = refine(network, sampling, start, paths, recipe, work, recipe.digest("sampler", "calibration"))
+        codes, key = work / "codes", recipe.digest("sampler", "calibration")
+        resumed = codes.exists()
+        net = refine(network, sampling, start, paths, recipe, codes, key)
         empty_folder(work)
-    seconds = time.process_time() - started
+    seconds = 0.0 if resumed else time.process_time() - started
     size = recipe.calibration.size
     with TorchEngine(simulate(network, net, Emission.PORTABLE), sampling) as engine:
         parts = measure(engine, sampling, paths)
@@ -144,7 +146,7 @@ def main() -> None:
         precision, rounding = name.split("/")
         label = f"{rounding}, {iterations} iterations" if iterations else rounding
         cells = (f"{r[key]:.1f}" for key in ("snr", "plain", "corrected"))
-        rows.append([precision, label, *cells, f"{r['seconds']:.0f}"])
+        rows.append([precision, label, *cells, f"{r['seconds']:.0f}" if r["seconds"] else "-"])
     n = f"{args.n_steps} steps, {size} calibration trajectories, {args.samples} samples of seed {args.seed}"
     text = (
         f"{table(HEADER, rows)}\n\n{network.info.name}, {n}; seconds are of one CPU core. {machine('torch')}."

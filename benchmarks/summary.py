@@ -13,12 +13,11 @@ from pathlib import Path
 
 from report import REFERENCE_BUNDLE, read_section, read_tables, table, write_section
 
-SHOWN = ("fp32", "w8a8", "w4a8", "w4a4")
+SHOWN = ("fp32", "w8a8", "w4a8", "w4a4+")
 ENGINE = {"fp32": "ORT fp32, rewritten"}
 """What step_time.py calls a precision where it does not use its name."""
 CALL = "batch 4, 1 thread"
-CORRECTION = {"fp32": "-"}
-GATED = "ptqd, gated"
+FOLDED = "folded"
 
 
 def weights(path: Path) -> str:
@@ -43,12 +42,16 @@ def weights(path: Path) -> str:
 def summary(weights: str, step_time: str, quality: str) -> str:
     """The table of six rows, from the sections of these names."""
     times = {next(iter(row.values())): row[CALL] for row in read_tables(step_time)[0]}
-    judged = {(row["precision"], row["correction"]): row for row in read_tables(quality)[0]}
+    judged = {
+        row["plan"].partition("*")[0]: row
+        for row in read_tables(quality)[0]
+        if " " not in row["plan"] and row["correction"] in (FOLDED, "-")
+    }
     sizes = {row["precision"]: row for row in read_tables(weights)[0]}
     columns = []
     for name in SHOWN:
-        row = judged[name, CORRECTION.get(name, GATED)]
-        bits = "32, 32" if name == "fp32" else f"{name[1]}, {name[3]}"
+        row = judged[name]
+        bits = "32, 32" if name == "fp32" else f"{name[1]}, {name[3]}" + " to 8" * name.endswith("+")
         of_fp32 = float(sizes[name]["of fp32's"])
         columns.append(
             [
@@ -58,7 +61,7 @@ def summary(weights: str, step_time: str, quality: str) -> str:
                 f"{of_fp32:.0%}" if of_fp32 > 0.1 else f"{of_fp32:.1%}",
                 times[ENGINE.get(name, name)].partition(" ")[0],
                 row["PSNR to fp32, dB"].partition(" ")[0],
-                row["Frechet distance"].partition(" ")[0],
+                row["Frechet to data"].partition(" ")[0],
             ]
         )
     first = [
@@ -84,7 +87,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     sizes = weights(options.bundle)
-    text = summary(sizes, read_section("step-time"), read_section("quality"))
+    text = summary(sizes, read_section("step-time"), read_section("quality-headline"))
     print(sizes, text, sep="\n\n")
     if options.write:
         write_section("weights", sizes)

@@ -285,7 +285,7 @@ def check(recipe: Recipe) -> None:
     for text in q.layer_bits:
         glob, _, given = text.rpartition("=")
         need(
-            bool(glob),
+            bool(glob and given),
             f"quantization.layer_bits holds {brief(text)}: give glob=precision, such as *.conv2=w4a8",
         )
         bits = Precision.parse(given)

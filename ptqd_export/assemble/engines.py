@@ -61,7 +61,7 @@ class Builder:
         Raises:
             PTQDError: as `build`.
         """
-        file = f"{graph.precision}.{self.backend}.engine"
+        file = f"{graph.precision.stem}.{self.backend}.engine"
         build = self.build(folder / graph.file, graph.digest, graph.quantized, folder / file)
         lowering = BACKENDS[self.backend].lowering(graph.precision)
         return Artifact(

@@ -50,11 +50,11 @@ def emit(
             correction = _correction(precision, emission, sampling, measured)
             graph = lower(insert_qdq(base, net, emission), emission, precision)
             models[precision, emission] = fold(graph, sampling.schedule, correction)
-    digests = save({f"{p}.{e}": model for (p, e), model in models.items()}, folder, WEIGHTS)
+    digests = save({f"{p.stem}.{e}": model for (p, e), model in models.items()}, folder, WEIGHTS)
     graphs: list[Graph] = []
     files: dict[str, str] = {}
     for (precision, emission), model in models.items():
-        name = f"{precision}.{emission}"
+        name = f"{precision.stem}.{emission}"
         file, sha256 = f"{name}{GRAPH}", digests[name]
         if sha256 in files:
             (folder / file).unlink()

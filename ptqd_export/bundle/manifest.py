@@ -20,7 +20,8 @@ from ..core.sampling import Sampling
 from ..core.sensitivity import Objective, Sensitivity
 from ..errors import BundleError, RecipeError
 from ..typed import brief, read_typed, to_plain
-from .reading import FileEntry, check_plain
+from .checks import check_backend, check_layers, check_plain
+from .reading import FileEntry
 
 FORMAT_VERSION = 4
 UPDATE = "update"
@@ -277,6 +278,10 @@ class Manifest:
         if len(self.plan) != len(self.sampling):
             raise RecipeError(f"{len(self.plan)} plan steps for {len(self.sampling)} timesteps")
         self._check_gate()
+        counts = (*self.bops.values(), *self.half_bops.values())
+        if self.half_bops.keys() != self.bops.keys() or min(counts, default=0) < 1:
+            raise RecipeError("bops and half_bops: expected counts above 0 of the same precisions")
+        check_layers(self.layers, self.layer_sensitivity, self.bops, len(self.sampling))
 
     def _check_gate(self) -> None:
         numerics = {
@@ -387,9 +392,3 @@ class Manifest:
         plain = {key: value for key, value in data.items() if key not in ("format_version", "sha256")}
         manifest: Manifest = read_typed(cls, plain, "manifest")
         return manifest
-
-
-def check_backend(name: str) -> None:
-    """Raise RecipeError for a backend that no bundle is built for."""
-    if name not in RUNNABLE:
-        raise RecipeError(f"backend {brief(name)} is not known: expected one of {', '.join(RUNNABLE)}")

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 import re
 import stat
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from ..errors import BundleError, RecipeError
+from ..errors import BundleError
 from ..typed import brief
 
 NAME = re.compile(r"(?!\.)[\w.-]{1,120}\.(json|txt|onnx|safetensors|engine)", re.ASCII)
@@ -30,7 +28,6 @@ MIB = 1 << 20
 MAX_BYTES = {"json": 4 * MIB, "txt": 16 * MIB, "onnx": 64 * MIB, "safetensors": 1 << 38, "engine": 1 << 38}
 """By suffix. Graphs hold no weights; the large kinds are compared with what the graphs take of them."""
 PIECE = 4 * MIB
-MAX_DEPTH, MAX_TEXT = 32, 1000
 COPY_AGAIN = "copy the bundle again or rebuild it"
 
 
@@ -154,25 +151,3 @@ def read_small(path: Path, most: int) -> bytes:
         if found.st_size > most:
             raise BundleError(f"{path} has {found.st_size} bytes: expected at most {most}")
         return file.read(most)
-
-
-def check_plain(value: Any, depth: int = 0) -> None:
-    """Refuse text that a terminal or a file system could not take, numbers that JSON does not have, and deep
-    nesting, with RecipeError."""
-    if depth > MAX_DEPTH:
-        raise RecipeError(f"it is nested more than {MAX_DEPTH} deep")
-    if isinstance(value, str):
-        if len(value) > MAX_TEXT:
-            raise RecipeError(f"a text of {len(value)} characters: expected at most {MAX_TEXT}")
-        if any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
-            raise RecipeError(f"control characters in {brief(value)}")
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise RecipeError(f"a number is {value}")
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            check_plain(key, depth + 1)
-            check_plain(item, depth + 1)
-    elif isinstance(value, list):
-        for item in value:
-            check_plain(item, depth + 1)

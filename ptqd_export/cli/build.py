@@ -31,7 +31,8 @@ ENGINES = Path("engines")
     "--precision",
     "precisions",
     multiple=True,
-    help="fp32, fp16, w8a8, w4a8, w4a4, w8a8-fp8, w4a16, ...; repeat for several.",
+    help="fp32, fp16, w8a8, w4a8, w4a4, w8a8-fp8, w4a16, w4a4+ (layers that carry most of the noise get more "
+    "bits), ...; repeat for several.",
 )
 @click.option("--solver", type=click.Choice(["ddim", "ddpm"]))
 @click.option("--n-steps", type=int, help="Denoising steps.")

@@ -18,11 +18,12 @@ from .common import common, show
 @click.option(
     "--plot",
     type=click.Path(path_type=Path),
-    help="Draw the per-step figures to this PNG, and the Pareto front to <name>-pareto.png.",
+    help="Draw the per-step figures to this PNG, the Pareto front to <name>-pareto.png, and the noise of "
+    "single layers to <name>-layers-<precision>.png for precisions such as w4a4+.",
 )
 @common
 def inspect(bundle_dir: Path, plot: Path | None, as_json: bool) -> None:
-    """Show what BUNDLE holds: engines, and per step precision, k, bias, sigma, sigma', SNR."""
+    """Show what BUNDLE holds: engines, layers, and per step precision, k, bias, sigma, sigma', SNR."""
     from ..bundle import Bundle
     from ..evaluate.inspect import per_step, plot_bundle, text
 

@@ -27,8 +27,16 @@ RULES = tuple(rule for rule in get_args(Rule) if rule != "fixed")
     help="Mean cost per step, a fraction of full precision's; the bundle's own if left out.",
 )
 @click.option("--rule", type=click.Choice(RULES), help="The bundle's own if left out.")
-@click.option("--objective", type=click.Choice(["paired", "distribution"]), help="What is to be kept.")
-@click.option("--cost", type=click.Choice(["time", "bops"]), help="What the budget counts.")
+@click.option(
+    "--objective",
+    type=click.Choice(["paired", "distribution"]),
+    help="What is to be kept: each picture, or the distribution of all. The bundle's own if left out.",
+)
+@click.option(
+    "--cost",
+    type=click.Choice(["time", "bops"]),
+    help="What the budget counts; the bundle's own if left out.",
+)
 @click.option("--plan", "by_hand", help="A plan by hand, such as w4a8*12,w8a8*8.")
 @click.option(
     "--import",

@@ -87,6 +87,11 @@ class Precision:
             return (base,)
         return tuple(dict.fromkeys((base, replace(base, activation_bits=8), Precision(8, 8))))
 
+    @property
+    def stem(self) -> str:
+        """`str`, for names of files: "w4a4-mixed" for w4a4+."""
+        return str(self).replace("+", "-mixed")
+
     def __str__(self) -> str:
         if self.is_float:
             return f"fp{self.weight_bits}"

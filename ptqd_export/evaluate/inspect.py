@@ -16,6 +16,7 @@ from ..bundle.manifest import Choice
 from ..core.backend import BACKENDS, Emission
 from ..core.gate import Kept
 from ..core.plan import Plan
+from .layers import layer_lines, plot_sensitivities
 
 MB = 1e6
 SIGMA_PRIME = "sigma'"
@@ -74,7 +75,7 @@ def per_step(bundle: Bundle) -> list[StepRow]:
 def text(bundle: Bundle, rows: Sequence[StepRow]) -> str:
     """The bundle as a page of text."""
     lines = [*_head(bundle), "", *_artifacts(bundle), *_engines(bundle), *_parity(bundle), *_noise(bundle)]
-    lines += _corrections(bundle)
+    lines += [*_corrections(bundle), "", *layer_lines(bundle.manifest)]
     return "\n".join([*lines, "", *_steps(rows)])
 
 
@@ -246,9 +247,10 @@ def _steps(rows: Sequence[StepRow]) -> list[str]:
 
 
 def plot_bundle(bundle: Bundle, path: Path) -> None:
-    """Draw the figures per step to `path`, and the front of plans to `<name>-pareto.png` beside it.
+    """Draw the figures per step to `path`, and beside it what else there is.
 
-    The plan was chosen from that front.
+    That is the front of plans from which the plan was chosen, to `<name>-pareto.png`, and the noise of single
+    layers, to `<name>-layers-<precision>.png` for each mixed precision.
     """
     from .plots import plot_pareto, plot_steps
 
@@ -268,6 +270,7 @@ def plot_bundle(bundle: Bundle, path: Path) -> None:
     title = f"{m.sampling.model.name}: {m.plan}"
     steps = [str(precision) for precision in m.plan.steps]
     plot_steps(path, figures, steps, snr_forward=schedule.snr, sigmas=schedule.sigmas, title=title)
+    plot_sensitivities(m, path)
     if choice.front:
         by_time = choice.cost == "time"
         scale = 1e3 if by_time else 1.0

@@ -1,4 +1,4 @@
-"""Plots for people, as PNG files: statistics per step, and the Pareto front of plans.
+"""Plots for people, as PNG files: statistics per step, the Pareto front of plans, noise of single layers.
 
 matplotlib is imported inside the functions. The same data gives the same bytes.
 """
@@ -191,6 +191,40 @@ def plot_evaluation(
     _save(figure, path)
 
 
+def plot_layers(
+    path: Path, layers: Sequence[str], steps: Sequence[int], noise: F64, *, label: str, title: str = ""
+) -> None:
+    """Draw a map of layers and steps, in which colour is the logarithm of the noise.
+
+    Where there is no noise, it is white.
+
+    Args:
+        path: a .png file.
+        layers: labels of L layers, from the top.
+        steps: S steps, from the left.
+        noise: (L, S).
+        label: says what the noise is.
+    Raises:
+        RecipeError: `path` is not a .png file, or the noise is not (L, S).
+        PTQDError: matplotlib is not installed, or the file cannot be written.
+    """
+    if noise.shape != (len(layers), len(steps)):
+        raise RecipeError(
+            f"noise of shape {noise.shape}: expected a row for each of {len(layers)} layers, and a column "
+            f"for each of {len(steps)} steps"
+        )
+    figure = _figure(8.0, min(2.0 + 0.16 * len(layers), 300.0), title)
+    axes = figure.subplots()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        decades = np.where(noise > 0, np.log10(noise), np.nan)
+    image = axes.imshow(decades, aspect="auto", interpolation="nearest", cmap="viridis")
+    axes.set_yticks(range(len(layers)), layers, fontsize=6, parse_math=False)
+    axes.set_xticks(range(len(steps)), [str(step) for step in steps])
+    axes.set_xlabel("step (0 is the noisiest)")
+    figure.colorbar(image, ax=axes, label=f"log10 of {label}")
+    _save(figure, path)
+
+
 def _figure(width: float, height: float, title: str) -> Figure:
     """A new figure, size in inches, drawn by Agg without pyplot: it needs no global state and no display."""
     try:
@@ -199,7 +233,7 @@ def _figure(width: float, height: float, title: str) -> Figure:
         raise PTQDError("plots need matplotlib, which is not installed: pip install matplotlib") from error
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     if title:
-        figure.suptitle(title)
+        figure.suptitle(title, parse_math=False)
     return figure
 
 

@@ -133,22 +133,6 @@ def code_of(node: ir.Node) -> str:
     return CODES.get(dtype, dtype.name) if dtype is not None else "unknown"
 
 
-def note(value: ir.Value, key: str, text: str) -> ir.Node:
-    """Give the node that yields a value a property; returns the node."""
-    node = value.producer()
-    assert node is not None
-    node.metadata_props[key] = text
-    return node
-
-
-def mark(value: ir.Value, marks: dict[str, str]) -> ir.Value:
-    """The value, after its node got these properties."""
-    node = value.producer()
-    assert node is not None
-    node.metadata_props.update(marks)
-    return value
-
-
 def load(path: Path) -> ir.Model:
     """Load a saved graph; its weights stay in their file.
 

@@ -26,9 +26,9 @@ below 8 bits. At 8 bits the half emission quantizes x - m with m = -(z_x) s_x, a
 after the layer: per output channel, or, where a Conv pads with zeros, as a constant map.
 
 Where a layer's input is another layer's quantized output, DequantizeLinear and QuantizeLinear of two scales
-would meet. ONNX Runtime makes one scale of two such pairs: the layer would get other codes than it was
-calibrated for, and, because its bias has the scale of the old ones, run in float. So ort-cpu puts
-Max(x, lowest float32) between them.
+meet. Of two pairs with one scale each ONNX Runtime makes one: the layer would get other codes than it was
+calibrated for, and, because its bias has the scale of the old ones, run in float. It leaves pairs alone whose
+scales are vectors, as those of conv outputs are here.
 
 FP8 graphs are the same with E4M3 in place of int8. Where weights alone are quantized, x has no Q and DQ, and
 codes that fit are packed INT4. Both compute the same numbers as portable in every emission. ONNX Runtime's
@@ -50,13 +50,10 @@ from ..core.backend import Emission
 from ..core.quant import OUTPUT_MIDDLE, LayerQuant, OutputGrid, QuantizedNetwork
 from ..errors import GraphError
 from .dialect import LAYER, LAYER_INPUT, LAYER_OUTPUT
-from .graph import Builder, mark, note, producer, prune, static_dims, take_over
-from .layer_numbers import check_layer, shift_of, stored_codes, total_bias
+from .graph import Builder, prune, static_dims, take_over
+from .layer_terms import float_bias, moved_part, stored_codes
 
 FLOAT, FP8 = ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN
-LOWEST = float(np.finfo(np.float32).min)
-MOVING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "MaxPool", "Concat", "Split")
-"""Operators that ONNX Runtime computes on codes, with Q and DQ moved past them."""
 
 
 def insert_qdq(base: ir.Model, network: QuantizedNetwork, emission: Emission) -> ir.Model:
@@ -106,22 +103,21 @@ class _Rewriter:
         self.centred = emission is Emission.HALF
         self.container = np.dtype(np.uint8) if fused else np.dtype(np.int8)
         self.shared: dict[object, ir.Value] = {}
-        self.kept: dict[ir.Value, ir.Value] = {}
         self.consts: dict[str, ir.Value] = {}
 
     def conv(self, node: ir.Node, layer: LayerQuant) -> None:
-        check_layer(node, layer, "conv", list(layer.weight.shape))
+        self._check(node, layer, "conv", list(layer.weight.shape))
         old = node.outputs[0]
         inputs: list[ir.Value | None] = [
             self._input(node, layer),
             self._weight(node, layer, stored_codes(layer), axis=0),
         ]
         moved = self._moved(layer)
-        shift = None if moved is None else shift_of(node, layer, moved)
+        shift = None if moved is None else moved_part(node, layer, moved)
         if self.fused:
             inputs.append(self._fused_bias(node, layer))
         elif layer.bias is not None or (shift is not None and shift.ndim == 1):
-            total = total_bias(layer.bias, shift if shift is not None and shift.ndim == 1 else None)
+            total = float_bias(layer.bias, shift if shift is not None and shift.ndim == 1 else None)
             inputs.append(self._const(f"{layer.name}.bias.float", total))
         new = self.build.node(node, "Conv", inputs, f"{old.name}.conv", FLOAT, old.shape, node.attributes)
         self._call(new, layer)
@@ -135,11 +131,11 @@ class _Rewriter:
                     "needs: calibrate its output"
                 )
             new = self._output(node, new, str(old.name), layer.output)
-        note(new, LAYER_OUTPUT, layer.name)
+        _note(new, LAYER_OUTPUT, layer.name)
         take_over(old, new)
 
     def linear(self, node: ir.Node, layer: LayerQuant) -> None:
-        check_layer(node, layer, "linear", list(layer.weight.shape))
+        self._check(node, layer, "linear", list(layer.weight.shape))
         old, last = node.outputs[0], node
         if node.op_type == "MatMul":
             consumers = list(old.consumers())
@@ -154,9 +150,9 @@ class _Rewriter:
         new = self.build.node(last, "MatMul", inputs, f"{old.name}.matmul", FLOAT, old.shape)
         self._call(new, layer)
         moved = self._moved(layer)
-        shift = None if moved is None else shift_of(node, layer, moved)
+        shift = None if moved is None else moved_part(node, layer, moved)
         if layer.bias is not None or shift is not None:
-            total = total_bias(layer.bias, shift)
+            total = float_bias(layer.bias, shift)
             # y - (-b) equals y + b bit for bit; ONNX Runtime would fuse a 2-D MatMul and Add into a Gemm,
             # which then runs in float.
             op, word, bias = (
@@ -172,12 +168,33 @@ class _Rewriter:
                 FLOAT,
                 old.shape,
             )
-        note(new, LAYER_OUTPUT, layer.name)
+        _note(new, LAYER_OUTPUT, layer.name)
         take_over(old, new)
+
+    def _check(self, node: ir.Node, layer: LayerQuant, kind: str, shape: list[int]) -> None:
+        if layer.kind != kind:
+            raise GraphError(
+                f"layer {layer.name!r} is a {layer.kind} in the quantized network but a {node.op_type} in "
+                "the graph: export what was calibrated"
+            )
+        dims: list[int | None] = static_dims(node.inputs[1])
+        if dims not in (shape, shape[::-1] if kind == "linear" else shape):
+            raise GraphError(
+                f"layer {layer.name!r} has weight codes of shape {shape} but a weight of shape {dims} in the "
+                "graph: export what was calibrated"
+            )
+        plain = {"alpha": 1, "beta": 1, "transA": 0}
+        if any(
+            attribute.value != plain.get(name, attribute.value) for name, attribute in node.attributes.items()
+        ):
+            raise GraphError(
+                f"layer {layer.name!r} is a Gemm with factors of its own: only a plain Linear can be "
+                "quantized"
+            )
 
     def _call(self, value: ir.Value, layer: LayerQuant) -> None:
         """Mark the node that computes a layer's products, and name it after the layer."""
-        node = note(value, LAYER, layer.name)
+        node = _note(value, LAYER, layer.name)
         self.build.rename(node, layer.name)
 
     def _input(self, node: ir.Node, layer: LayerQuant) -> ir.Value:
@@ -185,8 +202,6 @@ class _Rewriter:
         assert value is not None
         if layer.weight_only:
             return value
-        if self.fused and _follows_codes(value):
-            value = self._apart(node, value)
         smooth = None if layer.smooth is None else layer.smooth.tobytes()
         key = (value, layer.input, layer.number, smooth)
         if key not in self.shared:
@@ -197,15 +212,6 @@ class _Rewriter:
                 self.shared[key] = self._integers(node, value, layer)
         return self.shared[key]
 
-    def _apart(self, before: ir.Node, value: ir.Value) -> ir.Value:
-        """`value`, passed on by a node that ONNX Runtime keeps, created once."""
-        if value not in self.kept:
-            inputs = [value, self._const("ptqd.lowest", np.array(LOWEST, np.float32))]
-            self.kept[value] = self.build.node(
-                before, "Max", inputs, f"{value.name}.kept", FLOAT, value.shape
-            )
-        return self.kept[value]
-
     def _integers(self, before: ir.Node, value: ir.Value, layer: LayerQuant) -> ir.Value:
         """[Mul ->] [Sub ->] QuantizeLinear [-> Clip] -> DequantizeLinear, see the module's docstring."""
         grid, name, shape = layer.input, str(value.name), value.shape
@@ -213,7 +219,7 @@ class _Rewriter:
 
         def then(op: str, inputs: list[ir.Value | None], word: str, dtype: ir.DataType = FLOAT) -> ir.Value:
             new = self.build.node(before, op, inputs, f"{name}.{word}", dtype, shape)
-            return mark(new, {LAYER_INPUT: "1"})
+            return _mark(new, {LAYER_INPUT: "1"})
 
         zero, moved = grid.zero_point(self.container), self._moved(layer)
         point = self._const(
@@ -285,14 +291,14 @@ class _Rewriter:
             row = self._const(f"ptqd.shape_{ends[0]}", np.array([0, ends[0], -1], np.int64))
             back = self._const("ptqd.shape_" + "x".join(map(str, ends)), np.array([0, *ends], np.int64))
             shape = ir.Shape([whole[0], ends[0], ends[1] * ends[2]])
-            value = mark(
+            value = _mark(
                 self.build.node(before, "Reshape", [value, row], f"{name}.rows", value.dtype or FLOAT, shape),
                 marks,
             )
         new = self.build.node(before, op, [value, *inputs], f"{name}.{word}", dtype, value.shape, {"axis": 1})
-        mark(new, marks)
+        _mark(new, marks)
         if flat:
-            new = mark(self.build.node(before, "Reshape", [new, back], f"{name}.image", dtype, whole), marks)
+            new = _mark(self.build.node(before, "Reshape", [new, back], f"{name}.image", dtype, whole), marks)
         return new
 
     def _fp8(
@@ -301,22 +307,22 @@ class _Rewriter:
         build, shape = self.build, value.shape
         step = build.const(f"{name}.scale", np.array(scale, np.float32))
         if self.spelled:
-            ratio = mark(build.node(before, "Div", [value, step], f"{name}.ratio", FLOAT, shape), marks)
-            codes = mark(
+            ratio = _mark(build.node(before, "Div", [value, step], f"{name}.ratio", FLOAT, shape), marks)
+            codes = _mark(
                 build.node(before, "Cast", [ratio], f"{name}.codes", FP8, shape, {"to": int(FP8)}), marks
             )
-            numbers = mark(
+            numbers = _mark(
                 build.node(before, "Cast", [codes], f"{name}.numbers", FLOAT, shape, {"to": int(FLOAT)}),
                 marks,
             )
-            return mark(
+            return _mark(
                 build.node(before, "Mul", [numbers, step], f"{name}.dequantized", FLOAT, shape), marks
             )
         zero = self._const("ptqd.zero_point.fp8", np.zeros((), ml_dtypes.float8_e4m3fn))
-        codes = mark(
+        codes = _mark(
             build.node(before, "QuantizeLinear", [value, step, zero], f"{name}.codes", FP8, shape), marks
         )
-        return mark(
+        return _mark(
             build.node(before, "DequantizeLinear", [codes, step, zero], f"{name}.dequantized", FLOAT, shape),
             marks,
         )
@@ -380,12 +386,15 @@ class _Rewriter:
         return self.consts[name]
 
 
-def _follows_codes(value: ir.Value) -> bool:
-    """Whether a value is a layer's dequantized output, or one that was moved or picked from it."""
-    while (node := producer(value)) is not None:
-        if node.op_type == "DequantizeLinear":
-            return True
-        if node.op_type not in MOVING or node.inputs[0] is None:
-            return False
-        value = node.inputs[0]
-    return False
+def _note(value: ir.Value, key: str, text: str) -> ir.Node:
+    node = value.producer()
+    assert node is not None
+    node.metadata_props[key] = text
+    return node
+
+
+def _mark(value: ir.Value, marks: dict[str, str]) -> ir.Value:
+    node = value.producer()
+    assert node is not None
+    node.metadata_props.update(marks)
+    return value

@@ -193,6 +193,8 @@ def test_a_folder_that_is_no_bundle_is_not_replaced(here: Path, own: Built, invo
         ("[sampler]\nn_steps = 'many'\n", "recipe.sampler.n_steps: expected int, got 'many'"),
         ("[sampler]\nn_steps = 0\n", "sampler.n_steps is 0: give at least 1"),
         ("[quantization]\nprecisions = ['w9a8']\n", "precision 'w9a8' is not known: give fp32, fp16, wXaY"),
+        ("[quantization]\nlayer_bits = ['*.conv2']\n", "layer_bits holds '*.conv2': give glob=precision"),
+        ("[quantization]\nsmoothing = 2\n", "quantization.smoothing is 2.0: give a value in [0, 1]"),
         ("[model]\nsource = 'net.py:make'\n", "net.py does not exist"),
     ],
 )
@@ -214,6 +216,9 @@ def test_recipes(
             "precision 'int8' is not known: give fp32, fp16, wXaY with 2 to 8 bits each",
         ),
         (["--precision", "w8a8", "--precision", "w8a8"], "holds a precision twice"),
+        (["--precision", "w4a16+"], "wXaY+ where single layers may get more, wXa16 for weights alone"),
+        (["--precision", "w8a8-fp8", "--rounding", "adaround"], "leave w8a8-fp8 out, or set it to gptq"),
+        (["--plan", "paper", "--precision", "w8a8"], "the paper's plan is of w4a4 and w4a8"),
         (["--plan", "best"], "precision 'best' is not known"),
         (["--plan", "w8a8*x"], "plan step 'w8a8*x': expected a precision with a count"),
         (["--plan", "w8a8*3", "--n-steps", "2"], "the fixed plan has 3 steps, the sampler 2"),
@@ -221,6 +226,7 @@ def test_recipes(
             ["--plan", "w8a8,w3a3", "--n-steps", "2", "--precision", "w8a8"],
             "the fixed plan uses w3a3, which is not built",
         ),
+        (["--plan", "w4a4+", "--precision", "w4a4"], "the fixed plan uses w4a4+, which is not built"),
         (
             ["--guidance-scale", "2"],
             "guidance_scale is 2.0, but classes has no null class: set model.null_class in the recipe",

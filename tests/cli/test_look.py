@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import PRECISIONS, RTX, SEVERAL, Built, Invoke, engines_of, full_disk, has_gpu
+from helpers import PRECISIONS, RTX, SEVERAL, SMALL, Built, Invoke, engines_of, full_disk, has_gpu
 
 from ptqd_export.core.backend import Emission
 from ptqd_export.typed import to_plain
@@ -33,6 +34,28 @@ def test_inspect(rgb: Built, invoke: Invoke, tmp_path: Path) -> None:
     assert "rgb: 3x16x16, no classes, epsilon prediction" in text
     assert "measured for: ddim, 4 steps, eta 1, guidance 1" in text
     assert all(any(line.split()[:2] == [p, "ort-cpu"] for line in text.splitlines()) for p in PRECISIONS)
+
+
+def test_inspect_shows_the_layers_of_a_mixed_precision(own: Built, invoke: Invoke, tmp_path: Path) -> None:
+    """One layer has its bits by hand."""
+    model = shutil.copytree(own.recipe, tmp_path / "model")
+    with (model / "recipe.toml").open("a") as recipe:
+        recipe.write('layer_bits = ["tokens=w8a8"]\n')
+    words = ("--precision", "w4a4+", "--precision", "fp32", "--plan", "w4a4+", *SMALL)
+    built = invoke("build", model, "--out", tmp_path / "mixed", *words)
+    assert (built.code, built.err) == (0, "")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    shown = invoke("inspect", tmp_path / "mixed", "--plot", pictures / "x.png").out
+    row = re.search(r"^  w4a4\+ +([\d.]+) +([\d.]+)  w4a4 1, w8a8 1, float 4$", shown, re.MULTILINE)
+    assert row is not None and 0 < float(row[2]) < float(row[1]), shown
+    assert "layers of w4a4+ that make most noise, 2 of 2" in shown
+    assert re.search(r"^  tokens +w8a8 ", shown, re.MULTILINE)
+    assert re.search(r"^  twice +w4a4 ", shown, re.MULTILINE)
+    assert sorted(p.name for p in pictures.iterdir()) == ["x-layers-w4a4-mixed.png", "x-pareto.png", "x.png"]
+    told = invoke("inspect", tmp_path / "mixed", "--json").json["manifest"]
+    assert told["layers"]["w4a4+"]["w8a8"] == ["tokens"] and told["plan"] == "w4a4+*2"
+    assert set(told["layer_sensitivity"]["w4a4+"]["layers"]) == {"tokens", "twice"}
 
 
 def test_inspect_shows_the_plans_of_engines(several: Built, invoke: Invoke) -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ptqd_export.errors import RecipeError
-from ptqd_export.evaluate.plots import plot_evaluation, plot_pareto, plot_steps
+from ptqd_export.evaluate.plots import plot_evaluation, plot_layers, plot_pareto, plot_steps
 
 F64 = npt.NDArray[np.float64]
 
@@ -91,3 +91,24 @@ def test_plot_of_an_evaluation(tmp_path: Path) -> None:
     assert a != b == c and a.startswith(b"\x89PNG")
     with pytest.raises(RecipeError, match="png"):
         plot_evaluation(tmp_path / "x.jpg", psnr, {})
+
+
+def test_a_map_of_layers_is_white_where_there_is_no_noise(tmp_path: Path) -> None:
+    """Its rows are in the order of the labels, from the top."""
+
+    def draw(name: str, noise: F64) -> npt.NDArray[np.uint8]:
+        plot_layers(tmp_path / name, ["first", "second"], [0, 7], noise, label="noise", title="a $ b $")
+        with Image.open(tmp_path / name) as picture:
+            assert picture.format == "PNG"
+            return np.asarray(picture.convert("RGB"))
+
+    full, again = (draw(name, np.array([[1e-3, 1e-6], [1e-9, 1e-1]])) for name in ("a.png", "b.png"))
+    assert (full == again).all()
+    holed = draw("c.png", np.array([[0.0, 1e-6], [1e-9, 1e-1]]))
+    rows, columns = np.nonzero((full != holed).any(2))
+    assert (holed[rows, columns] == 255).mean() > 0.9
+    assert rows.max() < full.shape[0] / 2 and columns.max() < full.shape[1] / 2
+    draw("d.png", np.zeros((2, 2)))
+    with pytest.raises(RecipeError, match="expected a row for each of 2 layers"):
+        draw("e.png", np.ones((3, 2)))
+    assert not (tmp_path / "e.png").exists()

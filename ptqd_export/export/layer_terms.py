@@ -1,4 +1,4 @@
-"""What a quantized layer's graph holds of its numbers: codes as they are stored, biases, and shifts."""
+"""Constants of a quantized layer: weights, bias, and what moving its input takes off its result."""
 
 from __future__ import annotations
 
@@ -15,32 +15,6 @@ PACKED_BITS = 4
 """Where weights alone are quantized, they are stored as INT4 up to this many bits."""
 
 
-def check_layer(node: ir.Node, layer: LayerQuant, kind: str, shape: list[int]) -> None:
-    """Check that a node of the graph is the layer that was quantized.
-
-    Raises:
-        GraphError: it is another kind of layer, or has another shape.
-    """
-    if layer.kind != kind:
-        raise GraphError(
-            f"layer {layer.name!r} is a {layer.kind} in the quantized network but a {node.op_type} in "
-            "the graph: export what was calibrated"
-        )
-    dims: list[int | None] = static_dims(node.inputs[1])
-    if dims not in (shape, shape[::-1] if kind == "linear" else shape):
-        raise GraphError(
-            f"layer {layer.name!r} has weight codes of shape {shape} but a weight of shape {dims} in the "
-            "graph: export what was calibrated"
-        )
-    plain = {"alpha": 1, "beta": 1, "transA": 0}
-    if any(
-        attribute.value != plain.get(name, attribute.value) for name, attribute in node.attributes.items()
-    ):
-        raise GraphError(
-            f"layer {layer.name!r} is a Gemm with factors of its own: only a plain Linear can be quantized"
-        )
-
-
 def stored_codes(layer: LayerQuant) -> npt.NDArray[np.generic]:
     """The weight codes in the type in which they are stored."""
     if layer.number == "fp8":
@@ -52,12 +26,12 @@ def stored_codes(layer: LayerQuant) -> npt.NDArray[np.generic]:
     )
 
 
-def total_bias(bias: npt.NDArray[np.float32] | None, shift: npt.NDArray[np.float64] | None) -> F32:
-    """The sum of what there is, in float32."""
+def float_bias(bias: F32 | None, shift: npt.NDArray[np.float64] | None) -> F32:
+    """A layer's bias and `moved_part`, as far as there are any: their sum, in float32."""
     return np.asarray((0.0 if bias is None else bias) + (0.0 if shift is None else shift), np.float32)
 
 
-def shift_of(node: ir.Node, layer: LayerQuant, moved: float) -> npt.NDArray[np.float64]:
+def moved_part(node: ir.Node, layer: LayerQuant, moved: float) -> npt.NDArray[np.float64]:
     """W (moved * 1), what a layer's result lacks if `moved` was taken off its input.
 
     Float64 (O,), or float32 (1, O, H, W) for a Conv that pads with zeros, which were not moved.
