@@ -28,7 +28,10 @@ from .torch_engine import TorchEngine
 from .trajectories import Trajectories
 
 OBSERVED_TRAJECTORIES = 8
-"""What is observed, in whole trajectories: millions of values per layer. It is spread over all of them."""
+"""What is observed, in whole trajectories: millions of values per layer. It is spread over all of them.
+
+It is more where there are so many trajectories that each would not be seen at one step.
+"""
 SMOOTHED_SHARE = 4
 """One in so many of the observed steps also gives the ranges per channel that inputs are smoothed by."""
 MAX_SMOOTHING = 64.0
@@ -99,7 +102,7 @@ def observe(network: Network, sampling: Sampling, recipe: Recipe, trajectories: 
         ModelError: a layer's values are not finite, or the network has no Conv2d or Linear.
     """
     steps, size = len(sampling), recipe.calibration.size
-    stride = max(1, size // OBSERVED_TRAJECTORIES)
+    stride = min(max(1, size // OBSERVED_TRAJECTORIES), steps)
     layers: dict[str, ObservedLayer] = {}
     hessians = recipe.quantization.rounding == "gptq" and any(
         p.weight_bits < GPTQ_BITS for p in recipe.precisions

@@ -14,7 +14,8 @@ from models import own_model
 from torch import nn
 
 from ptqd_export.calibrate import Network, collect, observe, open_model
-from ptqd_export.calibrate.observe import ObservedLayer, smoothing
+from ptqd_export.calibrate.observe import SMOOTHED_SHARE, ObservedLayer, smoothing
+from ptqd_export.calibrate.torch_engine import TorchEngine
 from ptqd_export.errors import ModelError
 
 
@@ -50,15 +51,71 @@ def test_observed_layers(case: Case) -> None:
     assert not any(m._forward_hooks for m in network.module.modules())
 
 
+@pytest.mark.parametrize(("size", "n_steps", "share"), [(20, 6, 2), (40, 3, 3), (18, 1, 1)])
+def test_every_trajectory_is_observed(tmp_path: Path, size: int, n_steps: int, share: int) -> None:
+    """At some of the steps, at each step as many as at others; at one step at least, however many they
+    are."""
+    recipe = own_model(
+        tmp_path,
+        [1, 2, 2],
+        "self.conv = nn.Conv2d(1, 1, 1)",
+        "self.conv(sample)",
+        calibration={"size": size, "batch_size": 7},
+        sampler={"n_steps": n_steps, "eta": 0.0},
+        quantization={"smoothing": 0.0},
+    )
+    network = open_model(recipe)
+    sampling = sampling_of(network, recipe)
+    trajectories = collect(network, sampling, recipe, tmp_path / "t")
+    seen: list[torch.Tensor] = []
+    conv: Any = network.module.get_submodule("conv")
+    conv.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    observe(network, sampling, recipe, trajectories)
+    got = {value.numpy().tobytes() for batch in seen for value in batch}
+    whole = trajectories.first(size).x
+    hits = np.array([[whole[step, i].tobytes() in got for i in range(size)] for step in range(n_steps)])
+    assert hits.any(0).all() and hits.sum() == pytest.approx(size * n_steps / share, abs=2)
+    assert np.ptp(hits.sum(1)) <= 3
+
+
 def test_products_outside_layers_are_counted(case: Case) -> None:
     """Q K^T and softmax(..) V of each attention: 16 tokens of 32 channels."""
     attentions = sum(name.endswith(".to_q") for name in case.observed.layers)
     assert attentions >= 3 and case.observed.product_macs == attentions * 2 * 16 * 16 * 32
 
 
+def largest_of_the_first_look(case: Case) -> dict[str, np.ndarray]:
+    """Largest |x| per input channel of every conv, at the steps that give the factors: of each trajectory
+    every SMOOTHED_SHARE-th, the first of them by the golden ratio."""
+    found: dict[str, np.ndarray] = {}
+
+    def see(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            largest = args[0].abs().amax((0, 2, 3)).numpy()
+            found[name] = np.maximum(found.get(name, largest), largest)
+
+        return hook
+
+    convs = {n: m for n, m in case.network.module.named_modules() if isinstance(m, nn.Conv2d)}
+    handles = [module.register_forward_pre_hook(see(name)) for name, module in convs.items()]
+    with TorchEngine(case.network.module, case.sampling) as engine:
+        for batch in case.trajectories:
+            begin = [int(i * (5**0.5 - 1) / 2 % 1 * SMOOTHED_SHARE) for i in batch.indices]
+            for step in range(len(case.sampling)):
+                rows = [row for row, first in enumerate(begin) if (first + step) % SMOOTHED_SHARE == 0]
+                if rows and batch.indices.start in case.trajectories.calibration:
+                    conditions = {name: value[rows] for name, value in batch.conditions.items()}
+                    case.sampling.predict(engine, batch.x[step][rows], step, conditions)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
 def test_smoothing_evens_out_what_the_inputs_differ_in(case: Case) -> None:
+    """At alpha 0.5 input and weight of a channel are equal after it: exactly for the steps that gave the
+    factors, and on the whole for what all steps came to."""
     observed, network = case.observed.layers, case.network.module
-    spread = np.zeros(2)
+    first, before, after, other = largest_of_the_first_look(case), [], [], []
     for name, seen in observed.items():
         assert (seen.smooth is not None) == (seen.kind == "conv"), name
         if seen.smooth is None:
@@ -68,11 +125,16 @@ def test_smoothing_evens_out_what_the_inputs_differ_in(case: Case) -> None:
         assert np.exp(np.log(smooth).mean()) == pytest.approx(1, rel=1e-5), name
         even = seen.channels.largest / seen.smooth
         assert seen.input.largest == pytest.approx(even.max(), rel=1e-6), "the histogram is of x / m"
-        # Inputs and weights of a channel come together, as far as the first look saw the inputs.
+        assert (first[name] <= seen.channels.largest).all(), name
         weight: Any = network.get_submodule(name).weight
-        ratio = seen.channels.largest / weight.abs().amax((0, 2, 3)).numpy()
-        spread += [np.log(v).std() for v in (ratio, ratio / smooth**2)]
-    assert spread[1] < 0.9 * spread[0]
+        weights = weight.abs().amax((0, 2, 3)).numpy()
+        assert np.log(first[name] / weights / smooth**2).std() < 1e-5, name
+        ratio = seen.channels.largest / weights
+        before.append(np.log(ratio).std())
+        after.append(np.log(ratio / smooth**2).std())
+        other.append(np.log(ratio / smooth).std())
+    assert np.mean(after) < 0.8 * np.mean(before) and np.mean(after) < np.mean(other)
+    assert max(after) > 1e-3, "the other steps differ: the exact test could fail"
     assert sum(len(set(seen.smooth)) > 1 for seen in observed.values() if seen.smooth is not None) > 5
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from toy import INFO, calibrated, feeds_of, layers_of
 
 from ptqd_export.bundle.bundle import WEIGHTS
-from ptqd_export.calibrate import Network
+from ptqd_export.calibrate.simulate import geometry_of
 from ptqd_export.core.backend import Emission
 from ptqd_export.core.figures import LayerFigures
 from ptqd_export.core.noise import Correction
@@ -58,8 +58,8 @@ def check(module: Forms, graph: Path, net: QuantizedNetwork, emission: Emission)
     x = np.stack([feeds["sample"] * factor for factor in (1.0, 0.8, 0.6)])
     batch = range(2), x, x, {"class_labels": feeds["class_labels"]}
     trajectories: Any = SimpleNamespace(first=lambda n: batch)
-    network = Network(module, INFO, {})
-    return check_layers("forms", graph, net, emission, SAMPLING, trajectories, network)
+    placed = net.exported({name: geometry_of(layer) for name, layer in layers_of(module).items()})
+    return check_layers("forms", graph, placed, emission, SAMPLING, trajectories)
 
 
 @pytest.mark.parametrize("emission", list(Emission))
