@@ -61,13 +61,8 @@ def check_layers(
         RecipeError: they are not of the bundle's precisions and steps, or name a layer twice, too many
             layers, or ones that are not quantized.
     """
-    for what, found, expected in (
-        ("bits of layers", layers, [p for p in precisions if not p.is_float]),
-        ("sensitivities of layers", sensitivities, [p for p in precisions if p.mixed]),
-    ):
-        if set(found) != set(expected):
-            held, wanted = (", ".join(sorted(map(str, ps))) or "nothing" for ps in (found, expected))
-            raise RecipeError(f"{what} are of {held}: expected {wanted}")
+    _check_keys("bits of layers", layers, [p for p in precisions if not p.is_float])
+    _check_keys("sensitivities of layers", sensitivities, [p for p in precisions if p.mixed])
     for precision, by_bits in layers.items():
         _check_names(precision, [name for names in by_bits.values() for name in names])
         for bits in by_bits:
@@ -83,6 +78,12 @@ def check_layers(
             raise RecipeError(f"sensitivities of {precision} are of other precisions than {levels}")
         if len(set(own.steps)) < len(own.steps) or not set(own.steps) <= set(range(n_steps)):
             raise RecipeError(f"sensitivities at steps {brief(own.steps)}: expected some of {n_steps}")
+
+
+def _check_keys(what: str, found: Collection[Precision], expected: Collection[Precision]) -> None:
+    if set(found) != set(expected):
+        held, wanted = (", ".join(sorted(map(str, ps))) or "nothing" for ps in (found, expected))
+        raise RecipeError(f"{what} are of {held}: expected {wanted}")
 
 
 def _check_names(precision: Precision, names: Collection[str]) -> None:

@@ -281,7 +281,9 @@ def _layer(
     arrays: Arrays, precision: Precision, name: str, parameters: Mapping[str, npt.NDArray[np.float32]]
 ) -> LayerQuant:
     head = f"{precision}/{name}"
-    weight_bits, activation_bits = (int(bits) for bits in arrays[f"{head}/bits"])
+    weight_bits, activation_bits = (int(bits) for bits in _vector(arrays, f"{head}/bits", np.int64, 2))
+    if not (2 <= weight_bits <= 8 and (activation_bits == 16 or 2 <= activation_bits <= 8)):
+        raise ValueError(f"layer {name} has {brief(weight_bits)} and {brief(activation_bits)} bits")
     own, shared = f"{head}/codes", _shared_codes(name, precision.number, weight_bits)
     weight = arrays[own if own in arrays else shared]
     dtype = np.uint8 if precision.number == "fp8" else np.int8

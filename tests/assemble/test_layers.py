@@ -3,21 +3,34 @@ leaves to the next one."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from cases import Case
-from chain import chain
+from chain import chain, chain_recipe
+from helpers import content
 
+from ptqd_export import run
+from ptqd_export.assemble import assemble, build, layers
 from ptqd_export.assemble.layers import quantize_all
+from ptqd_export.bundle.bundle import MANIFEST
+from ptqd_export.bundle.tables import QUANTIZATION, read_layers
+from ptqd_export.calibrate import open_model
 from ptqd_export.core.bits import LayerSensitivity
 from ptqd_export.core.precision import Precision
 from ptqd_export.core.quant import QuantizedNetwork
+from ptqd_export.recipe import Recipe
+from ptqd_export.typed import read_typed, to_plain
 
 MIXED, W4A4, W4A8, W8A8 = (Precision.parse(text) for text in ("w4a4+", "w4a4", "w4a8", "w8a8"))
-NAMES = ("first", "blocks.0.0", "blocks.0.2", "blocks.1.0", "blocks.1.2", "mix", "last")
-INNER = NAMES[1:-1]
+EDGES = ("first", "last")
+INNER = ("blocks.0.0", "blocks.0.2", "blocks.1.0", "blocks.1.2")
+"""Quantized, while `mix` is not found in the graph."""
 Found = tuple[dict[Precision, QuantizedNetwork], dict[Precision, LayerSensitivity]]
 Call = Callable[..., Found]
 
@@ -31,10 +44,9 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 def call(case: Case, tmp_path: Path) -> Call:
     """quantize_all at w4a4+ and w4a4, with a work folder of its own."""
 
-    def quantized(key: str = "key", said: list[str] | None = None, **changes: object) -> Found:
+    def quantized(key: str = "key", say: Callable[[str], None] = print, **changes: object) -> Found:
         recipe = case.recipe.override(quantization={"precisions": ("w4a4+", "w4a4"), **changes})
-        exported = dict.fromkeys(NAMES[:-1])  # the last conv is not found in the graph
-        say = (said if said is not None else []).append
+        exported = dict.fromkeys((*EDGES, *INNER))
         rest = case.observed, case.sampling, case.trajectories, exported, tmp_path, key, say
         return quantize_all(recipe, case.network, *rest)
 
@@ -47,17 +59,101 @@ def bits(network: QuantizedNetwork) -> dict[str, Precision]:
 
 
 def test_sensitive_layers_get_more_bits(call: Call) -> None:
-    """Within the budget, and not the plain precision beside it; edge layers stay as they are."""
+    """Within the budget; the plain precision beside it has one number of bits."""
     said: list[str] = []
-    networks, (found,) = (lambda pair: (pair[0], tuple(pair[1].values())))(call(said=said, layer_budget=1.5))
-    assert found.layers == NAMES[:-1] and set(found.noise) == {W4A4, W4A8, W8A8}
-    assert bits(networks[W4A4]) == dict.fromkeys(INNER, W4A4) | {"first": W8A8}
+    networks, sensitivities = call(say=said.append, layer_budget=1.5)
+    found = sensitivities.pop(MIXED)
+    assert not sensitivities and found.layers == INNER and set(found.noise) == {W4A4, W4A8, W8A8}
+    assert bits(networks[W4A4]) == dict.fromkeys(INNER, W4A4)
     chosen = bits(networks[MIXED])
     raised = [name for name in INNER if chosen[name] != W4A4]
-    assert raised and len(raised) < len(INNER) and networks[MIXED].float_macs.keys() == {"last"}
-    # The layer that is raised to the most is one that makes more noise than some that is not.
-    noise = dict(zip(found.layers, found.total(W4A4), strict=True))
-    assert max(noise[name] for name in raised) > min(noise[name] for name in INNER if name not in raised)
-    assert said == [f"w4a4+: {len(raised) + ('first' in said)} of 6 layers get more bits than w4a4"] or said
-    every, _ = call(layer_budget=16.0)
-    assert bits(every[MIXED]) == dict.fromkeys(NAMES[:-1], W8A8)
+    assert 0 < len(raised) < len(INNER) and {*networks[MIXED].float_macs} == {*EDGES, "mix"}
+    assert said == [f"w4a4+: {len(raised)} of 4 layers get more bits than w4a4"]
+    assert networks[MIXED].bops <= 1.5 * networks[W4A4].bops
+    assert sum(net.bops for net in call(layer_budget=1.0)[0].values()) == 2 * networks[W4A4].bops
+    assert bits(call(layer_budget=16.0)[0][MIXED]) == dict.fromkeys(INNER, W8A8)
+
+
+def test_bits_by_hand(call: Call) -> None:
+    """The last glob that matches counts; nothing is left of the budget for others."""
+    given = ("blocks.*=w8a8", "blocks.1.*=w3a5")
+    networks, _ = call(layer_budget=1.0, layer_bits=given)
+    by_hand = {name: W8A8 if name.startswith("blocks.0") else Precision(3, 5) for name in INNER}
+    assert bits(networks[MIXED]) == by_hand and bits(networks[W4A4]) == dict.fromkeys(INNER, W4A4)
+
+
+def test_sensitivity_is_taken_up(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the work folder, under what decides it; a file that is none is measured again."""
+    measured: list[Precision] = []
+    original = layers.sensitivity
+
+    def counting(*arguments: Any) -> LayerSensitivity:
+        measured.append(arguments[4])
+        return original(*arguments)
+
+    monkeypatch.setattr(layers, "sensitivity", counting)
+    networks, found = call()
+    (file,) = tmp_path.glob("sensitivity-*.json")
+    content = file.read_bytes()
+    again, same = call()
+    assert measured == [MIXED] and same == found and bits(again[MIXED]) == bits(networks[MIXED])
+    assert read_typed(LayerSensitivity, json.loads(content), "") == found[MIXED]
+    for spoilt in (content[:-9], b"[]", content.replace(b'"steps": [', b'"steps": [7, ')):
+        file.write_bytes(spoilt)
+        assert call()[1] == found and file.read_bytes() == content
+    assert measured == [MIXED] * 4
+    call(key="another")
+    call(smoothing=0.0)
+    assert measured == [MIXED] * 6 and len([*tmp_path.glob("sensitivity-*.json")]) == 3
+
+
+def test_what_lies_there_decides(call: Call, tmp_path: Path) -> None:
+    """The other way round: the test above could not tell whether the file is used."""
+    _, found = call(layer_budget=2.0)
+    (file,) = tmp_path.glob("sensitivity-*.json")
+    quiet = {p: tuple((0.0,) * len(row) for row in rows) for p, rows in found[MIXED].noise.items()}
+    file.write_text(json.dumps(to_plain(replace(found[MIXED], noise=quiet))))
+    assert bits(call(layer_budget=2.0)[0][MIXED]) == dict.fromkeys(INNER, W4A4)
+
+
+def recipe_at(folder: Path) -> Recipe:
+    plan = {"rule": "fixed", "steps": ("w4a4+", "w4a4", "w4a4+"), "sensitivity": "uniform"}
+    quantization = {"precisions": ("w4a4+", "w4a4"), "gate": False, "layer_budget": 1.5}
+    return chain_recipe(folder, "nearest").override(quantization=quantization, plan=plan)
+
+
+def test_a_bundle_of_a_mixed_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says the bits of every layer, holds them, runs, and comes out the same; a build that was stopped
+    after the sensitivity does not measure it again."""
+    recipe = recipe_at(tmp_path)
+    first = build(recipe, tmp_path / "a b")
+    m = first.manifest
+    by_bits, found = m.layers[MIXED], m.layer_sensitivity[MIXED]
+    assert set(m.layers) == {MIXED, W4A4} and set(m.layer_sensitivity) == {MIXED}
+    assert {*by_bits} > {"float", "w4a4"} and set(by_bits["float"]) == set(EDGES)
+    assert set(m.layers[W4A4]) == {"float", "w4a4"} and set(found.layers) == {*INNER, "mix"}
+    assert m.bops[W4A4] < m.bops[MIXED] and m.half_bops[MIXED] < m.bops[MIXED]
+
+    network = open_model(recipe)
+
+    def weight(name: str) -> dict[str, np.ndarray]:
+        return {"weight": network.module.get_parameter(f"{name}.weight").detach().numpy()}
+
+    held = read_layers(first.read(QUANTIZATION), Path(QUANTIZATION), MIXED, weight)
+    assert {f"w{q.weight_bits}a{q.activation_bits}" for q in held.values()} == {*by_bits} - {"float"}
+    for name, layer in held.items():
+        assert name in by_bits[f"w{layer.weight_bits}a{layer.activation_bits}"]
+    assert run(first.path, 2, seed=0).shape == (2, 1, 6, 6)
+
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(assemble, "measure_all", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build(recipe, tmp_path / "b")
+    monkeypatch.setattr(layers, "sensitivity", stop)
+    second = build(recipe, tmp_path / "b")
+    assert second.manifest.layer_sensitivity == m.layer_sensitivity and second.manifest.layers == m.layers
+    unlike = {name for name, data in content(first.path).items() if content(second.path)[name] != data}
+    assert unlike == {MANIFEST}

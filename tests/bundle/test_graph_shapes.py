@@ -106,6 +106,8 @@ CASES = [
     "Trilu(x)",
     "CumSum(x, a) <int64 a = {1}>",
     "Softmax<axis = 1>(x)",
+    "Max(x, a) <float a = {-1.0}>",
+    "Sub(x, a) <float[4, 1, 1] a = {1, 2, 3, 4}>",
     "EyeLike(f) <float[3, 5] f = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}>",
     "OneHot<axis = 1>(a, b, c) <int64[2] a = {0, 1}, int64 b = {5}, float[2] c = {0.0, 1.0}>",
     "Shape<start = 1, end = -1>(x)",

@@ -182,6 +182,10 @@ def test_layers_come_back(tmp_path: Path, rng: np.random.Generator) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
+        ("bits", np.array([8]), "bits is int64 .1,."),
+        ("bits", np.array([9, 8]), "layer conv has 9 and 8 bits"),
+        ("bits", np.array([8, 32]), "layer conv has 8 and 32 bits"),
+        ("bits", np.array([8, -1]), "layer conv has 8 and -1 bits"),
         ("weight_scale", np.ones(3, np.float32), "w8a8/conv/weight_scale is float32 .3,."),
         ("weight_scale", np.array([1, 1, 1, np.inf], np.float32), "weight_scale holds other than finite"),
         ("input_scale", np.ones(1, np.float64), "input_scale is float64"),

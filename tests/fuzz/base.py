@@ -280,6 +280,9 @@ def _slim(bundle: Path, folder: Path) -> None:
     m["parity"] = {name: figures for name, figures in m["parity"].items() if name in names}
     for table in (
         m["bops"],
+        m["half_bops"],
+        m["layers"],
+        m["layer_sensitivity"],
         m["choice"]["seconds_per_evaluation"],
         m["choice"]["seconds_error"],
         m["choice"]["snr_q"],

@@ -229,6 +229,8 @@ def record(draft: Draft) -> object:
             "correction.steps",
             "parity",
             "bops",
+            "half_bops",
+            "layers",
             "choice.snr_q",
             "choice.error",
             "choice.seconds_error",
@@ -242,6 +244,7 @@ def record(draft: Draft) -> object:
     key = rng.choice(list(table))
     if kind == "empty":
         table.clear()
+        draft.refuse |= place in ("bops", "half_bops", "layers")
     elif kind == "extra":
         table[rng.choice([*PRECISIONS, *TEXTS, "w2a2.portable"])] = table[key]
     elif kind == "huge":
@@ -249,7 +252,11 @@ def record(draft: Draft) -> object:
     else:
         value = table[key]
         values = (
-            value if isinstance(value, list) else value.get("kept", []) if isinstance(value, dict) else None
+            value
+            if isinstance(value, list)
+            else value.get(rng.choice(["kept", "z_k", "z_bias", "float"]), [])
+            if isinstance(value, dict)
+            else None
         )
         if not values:
             raise NotApplicable("no list")
@@ -258,6 +265,40 @@ def record(draft: Draft) -> object:
         else:
             values.extend([values[0]] * rng.choice([1, 100_000]))
     return place, kind
+
+
+@mutation("manifest/layers", weight=2)
+def layers(draft: Draft) -> object:
+    """Bits of very many layers, of none that is known, of bits that are none; sensitivities of no mixed
+    precision."""
+    data, rng = draft.data, draft.rng
+    precision = rng.choice(list(data["layers"]))
+    table = data["layers"][precision]
+    bits = rng.choice(list(table))
+    kind = rng.choice(["many", "twice", "bits", "names", "sensitivity", "moved"])
+    if kind == "many":
+        count = rng.choice([9_000, 10_001, 100_000])
+        table[bits] = [f"x{i}" for i in range(count)]
+        draft.refuse |= count > 10_000
+    elif kind == "twice":
+        table[bits] = [*table[bits], "x", "x"]
+    elif kind == "bits":
+        table[rng.choice(["w9a9", "w1a1", "fp32", "w4a4+", "", "\u0663", "w\u0664a4", *TEXTS])] = table.pop(
+            bits
+        )
+    elif kind == "names":
+        table[bits] = [rng.choice(TEXTS)]
+    elif kind == "moved":
+        table["float"], table[bits] = table[bits], table.get("float", [])
+    else:
+        size = rng.choice([1, 1000, 20_000])
+        data["layer_sensitivity"][rng.choice([*PRECISIONS, "w4a4+", precision])] = {
+            "layers": ["x"] * size, "macs": [rng.choice([1, -1, 2**70])] * size, "steps": [0],
+            "weights": [rng.choice([1.0, -1.0, 1e308])],
+            "noise": {p: [[1e308]] * size for p in ("w4a4", "w4a8", "w8a8")},
+        }  # fmt: skip
+    draft.refuse |= kind in ("twice", "bits", "sensitivity")
+    return precision, bits, kind
 
 
 @mutation("manifest/file-entry", weight=2)
