@@ -133,18 +133,26 @@ def test_wrong_type(path: str, value: Any, expected: str) -> None:
         ("quantization.precisions", ["w4a16+"]),
         ("quantization.precisions", ["w8a8+"]),
         ("quantization.iterations", 0),
-        ("quantization.smoothing", 2),
+        ("quantization.precisions", ["w4a4+", "w4a4+"]),
         ("quantization.smoothing", -0.1),
+        ("quantization.smoothing", 1.1),
         ("quantization.smoothing", float("nan")),
+        ("quantization.layer_budget", 0.99),
+        ("quantization.layer_budget", 16.1),
+        ("quantization.layer_budget", float("nan")),
+        ("quantization.layer_bits", ["w4a8"]),
+        ("quantization.layer_bits", ["=w4a8"]),
+        ("quantization.layer_bits", ["*.conv2=w4a8", "*.conv1="]),
+        ("quantization.layer_bits", ["*.conv2=w4a4+"]),
+        ("quantization.layer_bits", ["*.conv2=w4a16"]),
+        ("quantization.layer_bits", ["*.conv2=fp32"]),
+        ("quantization.layer_bits", ["*.conv2=w8a8-fp8"]),
+        ("quantization.layer_bits", ["*.\x1b[2J=fp16"]),
+        ("quantization.smoothing", 2),
         ("quantization.layer_budget", 0.9),
         ("quantization.layer_budget", 17),
         ("quantization.layer_bits", ["*.conv2"]),
         ("quantization.layer_bits", ["*.conv2="]),
-        ("quantization.layer_bits", ["=w4a8"]),
-        ("quantization.layer_bits", ["*.conv2=w4a16"]),
-        ("quantization.layer_bits", ["*.conv2=w4a4+"]),
-        ("quantization.layer_bits", ["*.conv2=w8a8-fp8"]),
-        ("quantization.layer_bits", ["*.conv2=fp32"]),
         ("plan.budget", 0.0),
         ("plan.budget", 1.5),
         ("plan.batch_size", 0),
@@ -173,11 +181,19 @@ def test_out_of_range(path: str, value: Any) -> None:
     assert "\n" not in str(caught.value) and str(caught.value).isprintable()
 
 
-def test_layers_by_hand_have_bits_that_a_mixed_precision_may_give() -> None:
-    """A glob may hold an equals sign."""
-    given = {"precisions": ["w4a4+"], "layer_bits": ["*.conv2=w4a8", "a=b=w8a8"], "smoothing": 1}
-    recipe = Recipe.from_dict({"quantization": given})
-    assert recipe.quantization.layer_bits == ("*.conv2=w4a8", "a=b=w8a8") and recipe.precisions[0].mixed
+def test_layers_of_a_mixed_precision() -> None:
+    """Globs with "=" in them are whole; budget and bits stand in the digest of their section."""
+    quantization = {
+        "precisions": ["w4a4", "w4a4+"],
+        "layer_bits": ["*.conv2=w4a8", "a=b=w8a8"],
+        "layer_budget": 1,
+    }
+    recipe = Recipe.from_dict({"quantization": quantization})
+    assert [p.mixed for p in recipe.precisions] == [False, True]
+    assert recipe.quantization.layer_bits == ("*.conv2=w4a8", "a=b=w8a8")
+    assert recipe.quantization.layer_budget == 1.0
+    for change in ({"layer_budget": 1.5}, {"layer_bits": ("*.conv2=w8a8",)}):
+        assert recipe.override(quantization=change).digest("quantization") != recipe.digest("quantization")
 
 
 def test_codes_of_fp8_are_not_optimised() -> None:

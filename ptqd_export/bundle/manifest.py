@@ -3,9 +3,7 @@ every range."""
 
 from __future__ import annotations
 
-import math
 import re
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,10 +20,10 @@ from ..core.sampling import Sampling
 from ..core.sensitivity import Objective, Sensitivity
 from ..errors import BundleError, RecipeError
 from ..typed import brief, read_typed, to_plain
+from .checks import check_backend, check_layers, check_plain
 from .reading import FileEntry
 
 FORMAT_VERSION = 4
-MAX_DEPTH, MAX_TEXT = 32, 1000
 UPDATE = "update"
 """What files and messages call the sampler's update, where they call a network by its precision."""
 
@@ -280,6 +278,10 @@ class Manifest:
         if len(self.plan) != len(self.sampling):
             raise RecipeError(f"{len(self.plan)} plan steps for {len(self.sampling)} timesteps")
         self._check_gate()
+        counts = (*self.bops.values(), *self.half_bops.values())
+        if self.half_bops.keys() != self.bops.keys() or min(counts, default=0) < 1:
+            raise RecipeError("bops and half_bops: expected counts above 0 of the same precisions")
+        check_layers(self.layers, self.layer_sensitivity, self.bops, len(self.sampling))
 
     def _check_gate(self) -> None:
         numerics = {
@@ -386,35 +388,7 @@ class Manifest:
         Raises:
             PTQDError, RecursionError: not a manifest; the text says why.
         """
-        _check_plain(data)
+        check_plain(data)
         plain = {key: value for key, value in data.items() if key not in ("format_version", "sha256")}
         manifest: Manifest = read_typed(cls, plain, "manifest")
         return manifest
-
-
-def check_backend(name: str) -> None:
-    """Raise RecipeError for a backend that no bundle is built for."""
-    if name not in RUNNABLE:
-        raise RecipeError(f"backend {brief(name)} is not known: expected one of {', '.join(RUNNABLE)}")
-
-
-def _check_plain(value: Any, depth: int = 0) -> None:
-    """Refuse text that a terminal or a file system could not take, numbers that JSON does not have, and deep
-    nesting."""
-    if depth > MAX_DEPTH:
-        raise RecipeError(f"it is nested more than {MAX_DEPTH} deep")
-    if isinstance(value, str):
-        if len(value) > MAX_TEXT:
-            raise RecipeError(f"a text of {len(value)} characters: expected at most {MAX_TEXT}")
-        if any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
-            raise RecipeError(f"control characters in {brief(value)}")
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise RecipeError(f"a number is {value}")
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _check_plain(key, depth + 1)
-            _check_plain(item, depth + 1)
-    elif isinstance(value, list):
-        for item in value:
-            _check_plain(item, depth + 1)

@@ -39,6 +39,9 @@ class LayerSensitivity:
         columns = [self.steps, self.weights, *(row for table in self.noise.values() for row in table)]
         if len({len(r) for r in rows}) > 1 or len({len(c) for c in columns}) > 1:
             raise RecipeError("a table of sensitivities whose rows differ in length")
+        numbers = (*self.weights, *(number for row in columns[2:] for number in row))
+        if not self.layers or not self.steps or min(self.macs) < 0 or min(numbers) < 0:
+            raise RecipeError("a table of sensitivities without layers or steps, or with numbers below 0")
 
     def total(self, precision: Precision) -> tuple[float, ...]:
         """Noise of each layer, weighted over the steps."""

@@ -26,9 +26,9 @@ below 8 bits. At 8 bits the half emission quantizes x - m with m = -(z_x) s_x, a
 after the layer: per output channel, or, where a Conv pads with zeros, as a constant map.
 
 Where a layer's input is another layer's quantized output, DequantizeLinear and QuantizeLinear of two scales
-would meet. ONNX Runtime makes one scale of two such pairs: the layer would get other codes than it was
-calibrated for, and, because its bias has the scale of the old ones, run in float. So ort-cpu puts
-Max(x, lowest float32) between them.
+meet. Of two pairs with one scale each ONNX Runtime makes one: the layer would get other codes than it was
+calibrated for, and, because its bias has the scale of the old ones, run in float. It leaves pairs alone whose
+scales are vectors, as those of conv outputs are here.
 
 FP8 graphs are the same with E4M3 in place of int8. Where weights alone are quantized, x has no Q and DQ, and
 codes that fit are packed INT4. Both compute the same numbers as portable in every emission. ONNX Runtime's
@@ -47,17 +47,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ..core.backend import Emission
-from ..core.quant import F32, OUTPUT_MIDDLE, LayerQuant, OutputGrid, QuantizedNetwork
+from ..core.quant import OUTPUT_MIDDLE, LayerQuant, OutputGrid, QuantizedNetwork
 from ..errors import GraphError
 from .dialect import LAYER, LAYER_INPUT, LAYER_OUTPUT
-from .graph import Builder, producer, prune, static_dims, take_over
+from .graph import Builder, prune, static_dims, take_over
+from .layer_terms import float_bias, moved_part, stored_codes
 
 FLOAT, FP8 = ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN
-LOWEST = float(np.finfo(np.float32).min)
-MOVING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "MaxPool", "Concat", "Split")
-"""Operators that ONNX Runtime computes on codes, with Q and DQ moved past them."""
-PACKED_BITS = 4
-"""Where weights alone are quantized, they are stored as INT4 up to this many bits."""
 
 
 def insert_qdq(base: ir.Model, network: QuantizedNetwork, emission: Emission) -> ir.Model:
@@ -107,7 +103,6 @@ class _Rewriter:
         self.centred = emission is Emission.HALF
         self.container = np.dtype(np.uint8) if fused else np.dtype(np.int8)
         self.shared: dict[object, ir.Value] = {}
-        self.kept: dict[ir.Value, ir.Value] = {}
         self.consts: dict[str, ir.Value] = {}
 
     def conv(self, node: ir.Node, layer: LayerQuant) -> None:
@@ -115,14 +110,14 @@ class _Rewriter:
         old = node.outputs[0]
         inputs: list[ir.Value | None] = [
             self._input(node, layer),
-            self._weight(node, layer, _codes(layer), axis=0),
+            self._weight(node, layer, stored_codes(layer), axis=0),
         ]
         moved = self._moved(layer)
-        shift = None if moved is None else _shift(node, layer, moved)
+        shift = None if moved is None else moved_part(node, layer, moved)
         if self.fused:
             inputs.append(self._fused_bias(node, layer))
         elif layer.bias is not None or (shift is not None and shift.ndim == 1):
-            total = _sum(layer.bias, shift if shift is not None and shift.ndim == 1 else None)
+            total = float_bias(layer.bias, shift if shift is not None and shift.ndim == 1 else None)
             inputs.append(self._const(f"{layer.name}.bias.float", total))
         new = self.build.node(node, "Conv", inputs, f"{old.name}.conv", FLOAT, old.shape, node.attributes)
         self._call(new, layer)
@@ -151,13 +146,13 @@ class _Rewriter:
             ):
                 last = consumers[0]
                 old = last.outputs[0]
-        inputs = [self._input(node, layer), self._weight(node, layer, _codes(layer).T, axis=1)]
+        inputs = [self._input(node, layer), self._weight(node, layer, stored_codes(layer).T, axis=1)]
         new = self.build.node(last, "MatMul", inputs, f"{old.name}.matmul", FLOAT, old.shape)
         self._call(new, layer)
         moved = self._moved(layer)
-        shift = None if moved is None else _shift(node, layer, moved)
+        shift = None if moved is None else moved_part(node, layer, moved)
         if layer.bias is not None or shift is not None:
-            total = _sum(layer.bias, shift)
+            total = float_bias(layer.bias, shift)
             # y - (-b) equals y + b bit for bit; ONNX Runtime would fuse a 2-D MatMul and Add into a Gemm,
             # which then runs in float.
             op, word, bias = (
@@ -207,8 +202,6 @@ class _Rewriter:
         assert value is not None
         if layer.weight_only:
             return value
-        if self.fused and _follows_codes(value):
-            value = self._apart(node, value)
         smooth = None if layer.smooth is None else layer.smooth.tobytes()
         key = (value, layer.input, layer.number, smooth)
         if key not in self.shared:
@@ -218,15 +211,6 @@ class _Rewriter:
             else:
                 self.shared[key] = self._integers(node, value, layer)
         return self.shared[key]
-
-    def _apart(self, before: ir.Node, value: ir.Value) -> ir.Value:
-        """`value`, passed on by a node that ONNX Runtime keeps, created once."""
-        if value not in self.kept:
-            inputs = [value, self._const("ptqd.lowest", np.array(LOWEST, np.float32))]
-            self.kept[value] = self.build.node(
-                before, "Max", inputs, f"{value.name}.kept", FLOAT, value.shape
-            )
-        return self.kept[value]
 
     def _integers(self, before: ir.Node, value: ir.Value, layer: LayerQuant) -> ir.Value:
         """[Mul ->] [Sub ->] QuantizeLinear [-> Clip] -> DequantizeLinear, see the module's docstring."""
@@ -400,58 +384,6 @@ class _Rewriter:
         if name not in self.consts:
             self.consts[name] = self.build.const(name, array)
         return self.consts[name]
-
-
-def _follows_codes(value: ir.Value) -> bool:
-    """Whether a value is a layer's dequantized output, or one that was moved or picked from it."""
-    while (node := producer(value)) is not None:
-        if node.op_type == "DequantizeLinear":
-            return True
-        if node.op_type not in MOVING or node.inputs[0] is None:
-            return False
-        value = node.inputs[0]
-    return False
-
-
-def _codes(layer: LayerQuant) -> npt.NDArray[np.generic]:
-    """The weight codes in the type in which they are stored."""
-    if layer.number == "fp8":
-        return layer.weight.view(ml_dtypes.float8_e4m3fn)
-    return (
-        layer.weight.astype(ml_dtypes.int4)
-        if layer.weight_only and layer.weight_bits <= PACKED_BITS
-        else layer.weight
-    )
-
-
-def _sum(bias: npt.NDArray[np.float32] | None, shift: npt.NDArray[np.float64] | None) -> F32:
-    """The sum of what there is, in float32."""
-    return np.asarray((0.0 if bias is None else bias) + (0.0 if shift is None else shift), np.float32)
-
-
-def _shift(node: ir.Node, layer: LayerQuant, moved: float) -> npt.NDArray[np.float64]:
-    """W (moved * 1), what a layer's result lacks if `moved` was taken off its input.
-
-    Float64 (O,), or float32 (1, O, H, W) for a Conv that pads with zeros, which were not moved.
-    """
-    scale = layer.weight_scale.astype(np.float64).reshape(-1, *[1] * (layer.weight.ndim - 1))
-    weight = layer.weight_values() * scale * moved
-    if layer.kind == "linear":
-        return np.asarray(weight.sum(1))
-    taps = weight.sum(1)  # (O, kh, kw)
-    pads = node.attributes.get_ints("pads", [0, 0, 0, 0])
-    if not any(pads):
-        return np.asarray(taps.sum((1, 2)))
-    strides, dilations = (node.attributes.get_ints(key, [1, 1]) for key in ("strides", "dilations"))
-    sizes, results = static_dims(node.inputs[0])[2:], static_dims(node.outputs[0])[2:]
-    inside = []
-    for axis, (size, count) in enumerate(zip(sizes, results, strict=True)):
-        if size is None or count is None:
-            raise GraphError(f"conv {layer.name!r} has an input of unknown size: export it with a fixed size")
-        at = np.arange(count)[:, None] * strides[axis] - pads[axis]
-        at = at + np.arange(taps.shape[1 + axis])[None, :] * dilations[axis]
-        inside.append(((at >= 0) & (at < size)).astype(np.float64))
-    return np.asarray(np.einsum("okl,hk,wl->ohw", taps, *inside)[None], np.float32)
 
 
 def _note(value: ir.Value, key: str, text: str) -> ir.Node:

@@ -141,6 +141,9 @@ def _manifest(sampling: Sampling) -> Manifest:
             "w8a8.ort-cpu": QuantizedFigures(1e-7, LayerFigures(3, 100, 0.0, 0.0), NOISE),
         },
         bops={W8A8: 10},
+        half_bops={W8A8: 8},
+        layers={W8A8: {"w8a8": ("conv",), "float": ("time",)}},
+        layer_sensitivity={},
         provenance=Provenance({}, 0, {}, Machine("x86_64", 2), 1.0),
         files={},
     )

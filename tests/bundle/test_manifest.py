@@ -68,6 +68,46 @@ def figures(**changes: object) -> Change:
     return lambda m: m["parity"]["w8a8.ort-cpu"].update(changes)
 
 
+def gate(**changes: object) -> Change:
+    return lambda m: m["correction"]["steps"]["w8a8.ort-cpu"].update(changes)
+
+
+def layers(**by_bits: object) -> Change:
+    return lambda m: m["layers"].update(w8a8=by_bits)
+
+
+TABLE = {
+    "layers": ["conv"],
+    "macs": [9],
+    "steps": [0, 9],
+    "weights": [1.0, 0.5],
+    "noise": {p: [[0.1, 0.2]] for p in ("w4a4", "w4a8", "w8a8")},
+}
+
+
+def mixed(changes: object = None) -> Change:
+    """w4a4+ in the place of w8a8, as far as the manifest goes."""
+
+    def change(m: dict[str, Any]) -> None:
+        text = json.dumps({name: value for name, value in m.items() if name != "files"})
+        m.update(json.loads(text.replace('"w8a8', '"w4a4+')))
+        m["layers"] = {"w4a4+": {"w4a4": ["conv"], "float": []}}
+        m["layer_sensitivity"] = {"w4a4+": TABLE | dict(changes or {})}  # type: ignore[call-overload]
+
+    return change
+
+
+def test_a_mixed_precision_is_read(bundle: Path) -> None:
+    seal(bundle, mixed())
+    with pytest.raises(BundleError, match=r"names 'w4a4\+\.ort-cpu\.onnx' but has no hash"):
+        Bundle.open(bundle)
+    data = json.loads((bundle / MANIFEST).read_text())
+    manifest = Manifest.from_dict(data)
+    (found,) = manifest.layer_sensitivity.values()
+    assert found.layers == ("conv",) and found.total(manifest.plan.steps[0].levels[0]) == (0.2,)
+    assert json.loads(json.dumps(manifest.to_dict())) | {"sha256": data["sha256"]} == data
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -162,8 +202,11 @@ def figures(**changes: object) -> Change:
             lambda m: m["correction"]["steps"].clear(),
             "the gate's records are of nothing: expected w8a8.ort-cpu",
         ),
-        (lambda m: m["correction"]["steps"]["w8a8.ort-cpu"].update(kept=["both"]), "has 1 steps of 10"),
-        (lambda m: m["correction"]["steps"]["w8a8.ort-cpu"].update(kept=["all"] * 10), "kept.*got 'all'"),
+        (gate(kept=["both"]), "has 1 steps of 10"),
+        (gate(kept=["all"] * 10), "kept.*got 'all'"),
+        (gate(z_k=[1.0] * 11), "has 11 steps of 10"),
+        (gate(z_bias=[None] * 10), r"z_bias\[0\]: expected float, got None"),
+        (gate(limit="high"), "limit: expected float, got 'high'"),
         (lambda m: m.update(provenance="me"), "provenance: expected a table"),
         (lambda m: m.update(parity={"w8a8": {}}), "parity.w8a8: '.*' is missing"),
         (figures(layers={"layers": 3}), "layers: 'outputs' is missing"),
@@ -174,6 +217,28 @@ def figures(**changes: object) -> Change:
         ),
         (lambda m: m.update(bops={"w8a8": None}), "bops.w8a8: expected int"),
         (lambda m: m.update(bops={"int8": 3}), "precision 'int8' is not known"),
+        (lambda m: m.update(half_bops={"w4a8": 3}), "expected counts above 0 of the same precisions"),
+        (lambda m: m.update(half_bops={"w8a8": 0}), "expected counts above 0 of the same precisions"),
+        (lambda m: m.update(layers={}), "bits of layers are of nothing: expected w8a8"),
+        (lambda m: m["layers"].update(w4a8={}), "bits of layers are of w4a8, w8a8: expected w8a8"),
+        (lambda m: m.update(layer_sensitivity={"w4a4+": TABLE}), r"of w4a4\+: expected nothing"),
+        (layers(w9a9=["conv"]), "bits 'w9a9' of layers"),
+        (layers(w8a8=["conv"], float=["conv"]), "a layer is named twice at w8a8"),
+        (layers(w8a8=[f"conv{i}" for i in range(10_001)]), "10001 layers at w8a8: expected at most 10000"),
+        (layers(w8a8=["\u202e"]), r"a layer's name, '\\u202e', holds characters"),
+        (layers(w8a8=["x" * 1001]), "a text of 1001 characters"),
+        (layers(w8a8="conv"), r"layers\.w8a8\.w8a8: expected an array, got 'conv'"),
+        (mixed({"layers": ["other"]}), r"a sensitivity of 'other', which is not quantized at w4a4\+"),
+        (mixed({"noise": {"w4a4": [[0.1, 0.2]]}}), "of other precisions than w4a4, w4a8, w8a8"),
+        (mixed({"macs": [9, 9]}), "rows differ in length"),
+        (mixed({"macs": [-9]}), "numbers below 0"),
+        (mixed({"weights": [-1.0, 0.5]}), "numbers below 0"),
+        (mixed({"steps": [0, 10]}), r"sensitivities at steps .0, 10.: expected some of 10"),
+        (mixed({"steps": [3, 3]}), r"sensitivities at steps .3, 3."),
+        (
+            mixed({"layers": [], "macs": [], "noise": {key: [] for key in TABLE["noise"]}}),  # type: ignore[call-overload]
+            "without layers or steps",
+        ),
         (lambda m: m.update(files=[]), "files: expected a table"),
         (entry("artifacts", file="x" * 10**6), "a text of 1000000 characters"),
         (entry("artifacts", file="x" * 1000), "names 'x{99}... but has no hash"),
@@ -232,8 +297,8 @@ def test_manifests_that_were_edited(spoilt: Path, refused: Callable[..., str]) -
     (spoilt.parent / "secret").write_text("secret")
     other = {"sha256": "0" * 64, "size": 6}
     for changes, message in (
-        ({"format_version": 4}, "has format version 4, this ptqd-export reads 3: upgrade ptqd-export"),
-        ({"format_version": 2}, "has format version 2, this ptqd-export reads 3: rebuild the bundle"),
+        ({"format_version": 5}, "has format version 5, this ptqd-export reads 4: upgrade ptqd-export"),
+        ({"format_version": 3}, "has format version 3, this ptqd-export reads 4: rebuild the bundle"),
         ({"format_version": None}, "has no format_version"),
         (
             {"files": {**files, "../secret": other}},

@@ -91,7 +91,8 @@ def test_without_a_gate_all_is_kept(rng: np.random.Generator) -> None:
     parts = trajectories(rng, np.zeros(3), np.zeros((3, 2)))
     total = NoiseStats.pool(parts)
     for mode, kept in (("none", "nothing"), ("bias", "bias"), ("ptqd", "both"), ("affine", "affine")):
-        found, whole = gate(parts, mode, level=None), Correction.from_stats(total, mode)  # type: ignore[arg-type]
+        found = gate(parts, mode, level=None)  # type: ignore[arg-type]
+        whole = Correction.from_stats(total, mode)  # type: ignore[arg-type]
         assert found.kept == (kept,) * 3 and found.limit == 0
         for name in ("gain", "offset", "var"):
             np.testing.assert_array_equal(getattr(found.correction, name), getattr(whole, name))

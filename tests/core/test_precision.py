@@ -38,6 +38,11 @@ def test_precision_round_trip(text: str) -> None:
         "w4a8-fp8",
         "w8a16-fp8",
         "w8a8-fp4",
+        "w8a8+",
+        "w4a16+",
+        "w8a8-fp8+",
+        "w4a4++",
+        "+",
     ],
 )
 def test_precision_refuses(text: str) -> None:
@@ -55,8 +60,37 @@ def test_precision_order_and_fp32() -> None:
     assert len({Precision(8, 8), Precision(8, 8, "fp8"), Precision.parse("w8a8-fp8")}) == 2
 
 
+@pytest.mark.parametrize(
+    ("text", "levels"),
+    [
+        ("w4a4+", ["w4a4", "w4a8", "w8a8"]),
+        ("w4a8+", ["w4a8", "w8a8"]),
+        ("w8a4+", ["w8a4", "w8a8"]),
+        ("w2a6+", ["w2a6", "w2a8", "w8a8"]),
+        ("w4a4", ["w4a4"]),
+        ("w8a8-fp8", ["w8a8-fp8"]),
+        ("w4a16", ["w4a16"]),
+        ("fp32", ["fp32"]),
+    ],
+)
+def test_levels_of_a_mixed_precision(text: str, levels: list[str]) -> None:
+    """Each costs more bit operations than the one before, and none is mixed."""
+    precision = Precision.parse(text)
+    assert precision.mixed == text.endswith("+") and str(precision) == text
+    assert [str(level) for level in precision.levels] == levels
+    assert not any(level.mixed for level in precision.levels)
+    costs = [level.weight_bits * level.activation_bits for level in precision.levels]
+    assert costs == sorted(set(costs))
+
+
+def test_a_mixed_precision_is_none_of_its_levels() -> None:
+    mixed, plain = Precision.parse("w4a4+"), Precision.parse("w4a4")
+    assert mixed != plain and len({mixed, plain}) == 2 and not mixed.is_float and not mixed.weight_only
+    assert sorted([Precision(4, 8), mixed, plain]) == [plain, mixed, Precision(4, 8)]
+
+
 def test_plain_form_is_the_name() -> None:
-    for text in ("w8a8", "w4a16", "w8a8-fp8", "fp16"):
+    for text in ("w8a8", "w4a16", "w8a8-fp8", "fp16", "w4a4+"):
         precision = Precision.parse(text)
         assert to_plain(precision) == precision.to_plain() == text
         assert read_typed(Precision, text, "p") == Precision.from_plain(text) == precision

@@ -1,0 +1,144 @@
+"""Bits per layer: the choice against trying everything, its budget, and what is left alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from ptqd_export.core.bits import LayerSensitivity, assign
+from ptqd_export.core.precision import Precision
+from ptqd_export.errors import RecipeError
+from ptqd_export.typed import read_typed, to_plain
+
+LEVELS = Precision.parse("w4a4+").levels
+BITS = {level: level.weight_bits * level.activation_bits for level in LEVELS}
+
+
+def table(macs: tuple[int, ...], *noise: tuple[float, ...]) -> LayerSensitivity:
+    """One step of weight 1; a row of `noise` per level."""
+    names = tuple(f"layer{i}" for i in range(len(macs)))
+    rows = {level: tuple((n,) for n in row) for level, row in zip(LEVELS, noise, strict=True)}
+    return LayerSensitivity(names, macs, (0,), (1.0,), rows)
+
+
+def random_table(seed: int, n: int = 6) -> LayerSensitivity:
+    """Noise that falls with bits, now and then from one level to the next not at all."""
+    rng = np.random.default_rng(seed)
+    low = 10 ** rng.uniform(-4, 0, n)
+    middle = low * rng.uniform(0.02, 1.1, n)
+    high = middle * rng.uniform(0.1, 1.1, n)
+    return table(
+        tuple(map(int, rng.integers(1, 50, n))), *(tuple(map(float, row)) for row in (low, middle, high))
+    )
+
+
+def noise_of(s: LayerSensitivity, chosen: Mapping[str, Precision]) -> float:
+    return sum(s.total(chosen[name])[i] for i, name in enumerate(s.layers))
+
+
+def bops_of(s: LayerSensitivity, chosen: Mapping[str, Precision]) -> int:
+    return sum(macs * BITS[chosen[name]] for name, macs in zip(s.layers, s.macs, strict=True))
+
+
+def best(s: LayerSensitivity, most: float) -> float:
+    """Least noise of all choices within `most` bit operations."""
+    choices = (dict(zip(s.layers, c, strict=True)) for c in itertools.product(LEVELS, repeat=len(s.layers)))
+    return min(noise_of(s, c) for c in choices if bops_of(s, c) <= most)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_choice_is_the_best_or_one_layer_short_of_it(seed: int) -> None:
+    """What does not fit is one layer's step at most: the greedy choice with a share of it could not be
+    beaten (the relaxed knapsack), so it alone is the distance to the best."""
+    s = random_table(seed)
+    base = bops_of(s, dict.fromkeys(s.layers, LEVELS[0]))
+    equal = 0
+    for budget in (1.0, 1.15, 1.5, 2.0, 3.0, 4.0):
+        chosen = assign(s, LEVELS, budget, {})
+        assert list(chosen) == list(s.layers) and bops_of(s, chosen) <= base * budget * (1 + 1e-12)
+        one = max(max(s.total(level)) for level in LEVELS)
+        got, wanted = noise_of(s, chosen), best(s, base * budget)
+        assert wanted <= got * (1 + 1e-12) and got - wanted <= one
+        equal += got == pytest.approx(wanted, rel=1e-9)
+    assert equal >= 2  # with no room, and with room for everything
+    assert assign(s, LEVELS, 1.0, {}) == dict.fromkeys(s.layers, LEVELS[0])
+
+
+def test_choices_are_mostly_the_best() -> None:
+    ratios = []
+    for seed in range(20):
+        s = random_table(seed, 5)
+        most = 1.5 * bops_of(s, dict.fromkeys(s.layers, LEVELS[0]))
+        ratios.append(noise_of(s, assign(s, LEVELS, 1.5, {})) / best(s, most))
+    assert float(np.median(ratios)) < 1.02
+
+
+def test_each_layer_is_raised_where_it_saves_most() -> None:
+    """Two layers of equal size: the one that saves more comes first; a step that does not fit is left out,
+    and a smaller layer takes its place."""
+    s = table((10, 10), (1.0, 2.0), (0.5, 0.4), (0.4, 0.3))
+    assert list(assign(s, LEVELS, 1.5, {}).values()) == [LEVELS[0], LEVELS[1]]
+    assert list(assign(s, LEVELS, 2.0, {}).values()) == [LEVELS[1], LEVELS[1]]
+    big = table((100, 1), (50.0, 0.1), (1.0, 0.01), (0.9, 0.001))
+    assert list(assign(big, LEVELS, 1.05, {}).values()) == [LEVELS[0], LEVELS[2]]
+
+
+def test_a_level_above_the_hull_is_skipped() -> None:
+    """w4a8 saves nothing here: the layer goes from w4a4 to w8a8, or stays."""
+    s = table((1, 1), (1.0, 0.1), (1.0, 0.1), (0.1, 0.09))
+    assert list(assign(s, LEVELS, 2.5, {}).values()) == [LEVELS[2], LEVELS[0]]
+    assert list(assign(s, LEVELS, 2.4, {}).values()) == [LEVELS[0], LEVELS[0]]
+
+
+def test_more_bits_that_make_more_noise_are_not_given() -> None:
+    s = table((3, 4), (1.0, 2.0), (1.5, 2.0), (1.0, 2.5))
+    assert set(assign(s, LEVELS, 16.0, {}).values()) == {LEVELS[0]}
+
+
+def test_layers_that_are_given_keep_their_bits_and_count() -> None:
+    s = table((10, 10, 10), (1.0, 1.0, 1.0), (0.1, 0.1, 0.1), (0.0, 0.0, 0.0))
+    given = {"layer2": LEVELS[2], "nowhere": LEVELS[1]}
+    assert list(assign(s, LEVELS, 2.0, given).values()) == [LEVELS[0], LEVELS[0], LEVELS[2]]
+    assert list(assign(s, LEVELS, 2.34, given).values()) == [LEVELS[1], LEVELS[0], LEVELS[2]]
+    # Over the budget by themselves: they stay, and nothing else is raised.
+    assert list(assign(s, LEVELS, 1.0, given).values()) == [LEVELS[0], LEVELS[0], LEVELS[2]]
+    low = {"layer0": LEVELS[0]}
+    assert list(assign(s, LEVELS, 16.0, low).values()) == [LEVELS[0], LEVELS[2], LEVELS[2]]
+
+
+def test_ties_go_to_the_first_layer_whatever_the_order_of_what_is_given() -> None:
+    s = table((10,) * 4, (1.0,) * 4, (0.5,) * 4, (0.4,) * 4)
+    for budget, raised in ((1.25, 1), (1.5, 2), (1.75, 3)):
+        wanted = [LEVELS[1]] * raised + [LEVELS[0]] * (4 - raised)
+        assert all(list(assign(s, LEVELS, budget, {}).values()) == wanted for _ in range(3))
+    given = {"layer3": LEVELS[1], "layer1": LEVELS[1]}
+    assert assign(s, LEVELS, 2.0, given) == assign(s, LEVELS, 2.0, dict(reversed(given.items())))
+
+
+def test_a_layer_without_operations_has_no_price() -> None:
+    s = table((0, 10), (5.0, 1.0), (1.0, 0.5), (0.5, 0.4))
+    assert list(assign(s, LEVELS, 2.0, {}).values()) == [LEVELS[0], LEVELS[1]]
+
+
+def test_noise_is_weighted_over_steps() -> None:
+    w4a4 = LEVELS[0]
+    s = LayerSensitivity(("a", "b"), (1, 2), (0, 9), (0.5, 4.0), {w4a4: ((2.0, 0.25), (0.0, 1.0))})
+    assert s.total(w4a4) == (2.0, 4.0)
+
+
+def test_plain_form_and_rows_that_differ_in_length() -> None:
+    s = random_table(0, 3)
+    assert read_typed(LayerSensitivity, to_plain(s), "sensitivity") == s
+    rows = ((1.0,), (2.0,))
+    for macs, steps, weights, noise in (
+        ((1,), (0,), (1.0,), rows),
+        ((1, 2), (0, 1), (1.0,), rows),
+        ((1, 2), (0,), (1.0, 2.0), rows),
+        ((1, 2), (0,), (1.0,), rows[:1]),
+        ((1, 2), (0,), (1.0,), ((1.0, 2.0), (2.0,))),
+    ):
+        with pytest.raises(RecipeError, match="rows differ in length"):
+            LayerSensitivity(("a", "b"), macs, steps, weights, {LEVELS[0]: noise})
