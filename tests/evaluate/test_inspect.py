@@ -44,8 +44,8 @@ def test_the_page(rgb: Built, classes: Built) -> None:
     assert lines[0] == "rgb: 3x16x16, no classes, epsilon prediction"
     assert "recalibrated variance on" in lines[1] and "eta 1" in lines[1]
     assert page.count("\nnote: ") == len(bundle.manifest.choice.notes)
-    # Parity of three emissions, SNR_Q, corrections of two numerics, the end of noise in groups of steps.
-    assert sum(line.startswith("  w8a8") for line in lines) == 7
+    # Parity of three emissions, SNR_Q, corrections of two numerics, the end of noise in groups, layers.
+    assert sum(line.startswith("  w8a8") for line in lines) == 8
     assert len([line for line in lines if line.split()[:1] in (["0"], ["1"], ["2"], ["3"])]) == 4
     assert "5 classes" in text(classes.bundle, per_step(classes.bundle))
 
