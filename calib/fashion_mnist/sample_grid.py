@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,10 @@ from classifier import load_features, load_reference
 from data import CLASSES, DEBIAN_PATH, load
 
 from ptqd_export.calibrate import TorchEngine, open_model
-from ptqd_export.core.sampling import sample
-from ptqd_export.core.schedule import NoiseSchedule
+from ptqd_export.core.sampling import Sampling
 from ptqd_export.evaluate.metrics import EXCURSION_MARGIN, excursions, feature_stats, frechet_distance
-from ptqd_export.files import write_atomic
-from ptqd_export.pictures import image_grid, save_png, to_uint8
+from ptqd_export.files import write_file
+from ptqd_export.pictures import encode_png, image_grid, to_uint8
 from ptqd_export.progress import progress
 from ptqd_export.recipe import Recipe
 
@@ -39,26 +39,14 @@ BEGIN, END = "<!-- figures: begin, written by sample_grid.py --card -->", "<!-- 
 def draw(recipe: Recipe, n: int, batch_size: int, seed: int) -> np.ndarray:
     """Samples 0 to n - 1 of `seed`, float64 (n, 1, 32, 32), not clamped."""
     network = open_model(recipe)
-    schedule = NoiseSchedule.from_config(
-        network.scheduler_config, recipe.sampler.n_steps, recipe.sampler.eta, recipe.sampler.solver
-    )
+    sampling = Sampling.of(network.info, network.scheduler_config, **asdict(recipe.sampler))
     conditions = network.info.conditions(None, n)
     parts = []
-    with TorchEngine(network, schedule) as engine, progress(n, "samples", "sample") as bar:
+    with TorchEngine(network.module, sampling) as engine, progress(n, "samples", "sample") as bar:
         for start in range(0, n, batch_size):
             batch = range(start, min(n, start + batch_size))
             feeds = {name: value[batch.start : batch.stop] for name, value in conditions.items()}
-            parts.append(
-                sample(
-                    lambda _: engine,
-                    schedule,
-                    network.info,
-                    feeds,
-                    batch,
-                    seed=seed,
-                    guidance_scale=recipe.sampler.guidance_scale,
-                )
-            )
+            parts.append(sampling.sample(lambda _: engine, feeds, batch, seed=seed))
             bar.update(len(batch))
     return np.concatenate(parts)
 
@@ -190,7 +178,7 @@ def write_card(folder: Path) -> None:
         )
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    write_atomic(readme, f"{before}{BEGIN}\n{card(folder)}\n{END}{after}".encode())
+    write_file(readme, f"{before}{BEGIN}\n{card(folder)}\n{END}{after}".encode())
 
 
 def main() -> None:
@@ -231,8 +219,9 @@ def main() -> None:
         "seconds": round(time.monotonic() - began, 1),
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    save_png(image_grid(x[: GRID_ROWS * len(CLASSES)], columns=len(CLASSES)), args.out / "samples.png")
-    write_atomic(args.out / "sampling.json", (json.dumps(figures, indent=1) + "\n").encode())
+    grid = image_grid(x[: GRID_ROWS * len(CLASSES)], columns=len(CLASSES))
+    write_file(args.out / "samples.png", encode_png(grid))
+    write_file(args.out / "sampling.json", (json.dumps(figures, indent=1) + "\n").encode())
     print(json.dumps(figures))
 
 
