@@ -1,6 +1,6 @@
 """The picture of the README: the same samples at several precisions, a column per class.
 
-    python benchmarks/samples.py [BUNDLE] [--precisions fp32 w8a8 w4a8 w4a4] [--seed 0]
+    python benchmarks/samples.py [BUNDLE] [--precisions fp32 w8a8 w4a8 w4a4+] [--seed 0]
 
 All rows start from the same noise. Writes docs/samples.png; runs the bundle's own graphs on the CPU.
 """
@@ -71,7 +71,7 @@ def main() -> None:
     )
     parser.add_argument("bundle", nargs="?", type=Path, default=REFERENCE_BUNDLE)
     parser.add_argument(
-        "--precisions", nargs="+", type=Precision.parse, default=["fp32", "w8a8", "w4a8", "w4a4"]
+        "--precisions", nargs="+", type=Precision.parse, default=["fp32", "w8a8", "w4a8", "w4a4+"]
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "samples.png")
