@@ -102,8 +102,7 @@ def _notes(recipe: Recipe, untimed: Sequence[str]) -> list[str]:
     notes = [f"{why}; the plan goes by the {judged} of another backend" if judged else why for why in untimed]
     if recipe.calibration.held_out < FEW:
         notes.append(
-            f"{recipe.calibration.held_out} held-out trajectories: the gate and the check of the noise see "
-            "little; "
-            f"give --calib-size {2 * FEW} or more for anything that matters"
+            f"{recipe.calibration.held_out} held-out trajectories: the check of the noise and the sampled "
+            f"errors see little; give --calib-size {2 * FEW} or more for anything that matters"
         )
     return notes

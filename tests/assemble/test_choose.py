@@ -199,9 +199,7 @@ def test_few_held_out_trajectories_are_noted(held_out: int, noted: bool) -> None
     notes = _notes(recipe, ())
     assert bool(notes) is noted
     if noted:
-        assert notes[0].startswith(
-            "7 held-out trajectories: the gate, the check of the noise and the sampled"
-        )
+        assert notes[0].startswith("7 held-out trajectories: the check of the noise and the sampled errors")
 
 
 def test_a_plan_and_its_rivals_are_sampled_once_each() -> None:

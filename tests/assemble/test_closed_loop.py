@@ -61,7 +61,7 @@ def loop(request: pytest.FixtureRequest, class_info: ModelInfo) -> ClosedLoop:
 def test_full_precision_ends_where_it_ended(loop: ClosedLoop, first: int) -> None:
     """Only the rounding of what is kept of trajectories is between them; the same noise is drawn again."""
     end = loop.end(fixed(["fp32"], STEPS), first)
-    assert end.paired.shape == (4,) and end.paired.max() < 1e-10 and end.distribution < 1e-10
+    assert end.paired.shape == (4,) and end.paired.max() < 1e-10 and end.distribution < 1e-5  # a root
     assert loop.evaluations == 4 * (STEPS - first)
 
 
