@@ -12,7 +12,7 @@ from cases import Case
 from chain import chain
 
 from ptqd_export.calibrate import quantize, refine
-from ptqd_export.calibrate.rounding import gptq
+from ptqd_export.calibrate.rounding import gptq, smoothed_weight
 from ptqd_export.calibrate.rows import calls
 from ptqd_export.calibrate.sequential import _hessians, _stages, round_in_stages
 from ptqd_export.calibrate.simulate import simulate
@@ -87,7 +87,7 @@ def test_codes_fit_the_inputs_that_layers_get(started: Started) -> None:
     errors: dict[str, list[float]] = {"full": [], "done": []}
     for name in names:
         layer = done.layers[name]
-        weight = case.network.module.get_submodule(name).weight.detach().numpy()  # type: ignore[union-attr]
+        weight = smoothed_weight(case.network.module.get_submodule(name), layer.smooth)
         codes = {"full": gptq(weight, layer.weight_scale, 3, of_full[name]), "done": layer.weight}
         for which, value in codes.items():
             error = torch.from_numpy(weight - value * layer.weight_scale[:, None, None, None]).flatten(1)

@@ -122,18 +122,12 @@ def test_products_merged_into_one(build: Build, tmp_path: Path) -> None:
 
 def test_an_exported_network(build: Build, rgb: Built) -> None:
     """Every quantized layer of a graph is found in its plan in 8 bits; none in the float graph's."""
-    path = rgb.path / "w8a8.portable.onnx"
-    made = {output: node for node in onnx.load(path).graph.node for output in node.output}
-    products = [node for node in made.values() if node.op_type in ("Conv", "MatMul", "Gemm")]
-    quantized = {
-        n.name: "int8"
-        for n in products
-        if all(i in made and made[i].op_type == "DequantizeLinear" for i in n.input[:2])
-    }
+    graph = rgb.bundle.manifest.graph(Precision(8, 8), Emission.HALF)
+    path, quantized = rgb.path / graph.file, dict(graph.quantized)
     assert len(quantized) > 10
     plan = build(path, quantized=quantized).plan
     assert plan.taken == plan.meant == len(quantized), plan.fell_back
-    float_plan = build(rgb.path / "fp32.portable.onnx", quantized=quantized).plan
+    float_plan = build(rgb.path / "fp32.half.onnx", quantized=quantized).plan
     assert float_plan.taken == 0 and set(float_plan.fell_back) == set(quantized)
 
 
