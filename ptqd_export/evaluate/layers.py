@@ -21,12 +21,13 @@ def layer_lines(manifest: Manifest) -> list[str]:
     title = "bit operations of one evaluation (10^9), by the width of float parts, and layers by their bits:"
     lines = [title, f"  {'':<12}{'32 bits':>10}{'16 bits':>10}"]
     for precision, bops in manifest.bops.items():
-        half = manifest.half_bops.get(precision)
-        halves = "-" if half is None else f"{half / 1e9:.4g}"
+        half = manifest.half_bops[precision]
         counts = [f"{b} {len(names)}" for b, names in manifest.layers.get(precision, {}).items() if names]
-        lines.append(f"  {precision!s:<12}{bops / 1e9:>10.4g}{halves:>10}  {', '.join(counts)}".rstrip())
+        lines.append(
+            f"  {precision!s:<12}{bops / 1e9:>10.4g}{half / 1e9:>10.4g}  {', '.join(counts)}".rstrip()
+        )
     for precision, found in manifest.layer_sensitivity.items():
-        lines += _sensitive(precision, found, manifest.layers.get(precision, {}))
+        lines += _sensitive(precision, found, manifest.layers[precision])
     return lines
 
 
@@ -35,10 +36,10 @@ def _sensitive(
 ) -> list[str]:
     """Lines on the layers that make most noise with the fewest bits, quantized alone."""
     totals = {level: found.total(level) for level in sorted(found.noise)}
-    lowest = next(iter(totals.values()), (0.0,) * len(found.layers))
+    lowest = totals[min(totals)]
     order = sorted(range(len(found.layers)), key=lambda i: -lowest[i])[:MOST]
     bits = _bits(layers)
-    width = max([len(found.layers[i]) for i in order], default=0)
+    width = max(len(found.layers[i]) for i in order)
     steps = ", ".join(map(str, found.steps))
     title = f"layers of {precision} that make most noise, {len(order)} of {len(found.layers)}: "
     title += f"c^2 E D^2 / E e^2 of each alone, summed over steps {steps}"
@@ -47,7 +48,7 @@ def _sensitive(
     for i in order:
         name = found.layers[i]
         noise = "".join(f"{total[i]:>10.2g}" for total in totals.values())
-        lines.append(f"  {name:<{width}}  {bits.get(name, '-'):<6}{noise}")
+        lines.append(f"  {name:<{width}}  {bits[name]:<6}{noise}")
     return lines
 
 
@@ -57,17 +58,15 @@ def plot_sensitivities(manifest: Manifest, path: Path) -> None:
     Its colour is the noise that a layer makes with the fewest bits, its label has the bits that it got.
     """
     for precision, found in manifest.layer_sensitivity.items():
-        bits = _bits(manifest.layers.get(precision, {}))
-        level = min(found.noise, default=None)
-        if level is not None and found.layers and found.steps:
-            plot_layers(
-                path.with_name(f"{path.stem}-layers-{precision.stem}{path.suffix}"),
-                [f"{name}  {bits.get(name, '-')}" for name in found.layers],
-                found.steps,
-                np.asarray(found.noise[level], np.float64),
-                label=f"noise of the layer alone at {level}: E D^2 / E e^2",
-                title=f"{manifest.sampling.model.name}: layers of {precision} and the bits they got",
-            )
+        bits, level = _bits(manifest.layers[precision]), min(found.noise)
+        plot_layers(
+            path.with_name(f"{path.stem}-layers-{precision.stem}{path.suffix}"),
+            [f"{name}  {bits[name]}" for name in found.layers],
+            found.steps,
+            np.asarray(found.noise[level], np.float64),
+            label=f"noise of the layer alone at {level}: E D^2 / E e^2",
+            title=f"{manifest.sampling.model.name}: layers of {precision} and the bits they got",
+        )
 
 
 def _bits(layers: Mapping[str, Sequence[str]]) -> dict[str, str]:

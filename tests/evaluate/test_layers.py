@@ -74,18 +74,6 @@ def test_the_most_sensitive_layers_come_first(rgb: Built) -> None:
     assert f"{3} of 3: " in "\n".join(layer_lines(manifest(rgb, 3)))
 
 
-def test_a_manifest_that_says_little_is_shown_all_the_same(rgb: Built, tmp_path: Path) -> None:
-    """What a bundle says may come from anywhere."""
-    empty = LayerSensitivity((), (), (), (), {})
-    m = replace(manifest(rgb, 3), half_bops={}, layers={}, layer_sensitivity={MIXED: empty, W4A4: found(2)})
-    lines = layer_lines(m)
-    assert lines[2] == "  w4a4+              2.5         -"
-    assert any(line.startswith("layers of w4a4+ that make most noise, 0 of 0") for line in lines)
-    assert [line.split()[:2] for line in lines[-2:]] == [["block.1", "-"], ["block.0", "-"]]
-    plot_sensitivities(m, tmp_path / "x.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["x-layers-w4a4.png"]
-
-
 def test_the_map_shows_the_noise_and_the_bits(rgb: Built, tmp_path: Path) -> None:
     def draw(name: str, m: Manifest) -> bytes:
         plot_sensitivities(m, tmp_path / f"{name}.png")
@@ -99,8 +87,9 @@ def test_the_map_shows_the_noise_and_the_bits(rgb: Built, tmp_path: Path) -> Non
     assert draw("d", replace(m, layers={MIXED: {"w4a8": found(4).layers}})) != first
     other = replace(found(4), noise={**found(4).noise, W8A8: ((0.0, 1.0),) * 4})
     assert draw("e", replace(m, layer_sensitivity={MIXED: other})) == first
-    other = replace(found(4), layers=("$", "$\\frac$", "a_b^c", "{"))
-    assert draw("f", replace(m, layer_sensitivity={MIXED: other})) != first
+    odd = ("$", "$\\frac$", "a_b^c", "{")
+    other, bits = replace(found(4), layers=odd), {MIXED: {"w4a4": odd}}
+    assert draw("f", replace(m, layers=bits, layer_sensitivity={MIXED: other})) != first
     plain: Bundle = rgb.bundle
     plot_sensitivities(plain.manifest, tmp_path / "plain.png")
     assert not list(tmp_path.glob("plain*"))
