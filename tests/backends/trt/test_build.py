@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 from helpers import Built
 from onnx import TensorProto, helper, numpy_helper
 
 from ptqd_export.backends import trt
 from ptqd_export.backends.trt import plan as plan_module
-from ptqd_export.core.backend import TENSORRT
+from ptqd_export.core.backend import TENSORRT, Emission
 from ptqd_export.core.engine_build import EngineBuild, EngineSettings, PlanReport
+from ptqd_export.core.precision import Precision
 from ptqd_export.errors import BackendUnavailable, GraphError, RecipeError
 from ptqd_export.typed import read_typed, to_plain
 
@@ -127,7 +127,7 @@ def test_an_exported_network(build: Build, rgb: Built) -> None:
     assert len(quantized) > 10
     plan = build(path, quantized=quantized).plan
     assert plan.taken == plan.meant == len(quantized), plan.fell_back
-    float_plan = build(rgb.path / "fp32.half.onnx", quantized=quantized).plan
+    float_plan = build(rgb.path / "fp32.portable.onnx", quantized=quantized).plan
     assert float_plan.taken == 0 and set(float_plan.fell_back) == set(quantized)
 
 
