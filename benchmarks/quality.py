@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import OUT, REFERENCE_MODEL, machine, table, write_section
+from report import OUT, REFERENCE_MODEL, SECTIONS, machine, table, write_section
 from safetensors.numpy import save_file
 
 from ptqd_export.assemble.assemble import assemble
@@ -221,13 +221,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--only", nargs="+", default=list(every), choices=list(every))
     parser.add_argument("--no-data", action="store_true", help="leave distances to data out")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
+    parser.add_argument("--write", action="store_true", help="put the headline into docs/benchmarks.md")
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     for name in args.only:
         text = "\n\n".join([*(text_of(of, args) for of in every[name]), f"{machine()}."])
         print(text)
-        if args.write:
+        if args.write and f"quality-{name}" in SECTIONS:
             write_section(f"quality-{name}", text)
 
 

@@ -22,8 +22,6 @@ SECTIONS = {
     "weights": _BENCHMARKS,
     "engine-builds": _BENCHMARKS,
     "quality-headline": _BENCHMARKS,
-    "quality-ablation": _BENCHMARKS,
-    "quality-paper": _BENCHMARKS,
     "plan-ranking": _BENCHMARKS,
     "rounding": _BENCHMARKS,
     "switching": _BENCHMARKS,
