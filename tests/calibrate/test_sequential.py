@@ -93,7 +93,7 @@ def test_codes_fit_the_inputs_that_layers_get(started: Started) -> None:
             error = torch.from_numpy(weight - value * layer.weight_scale[:, None, None, None]).flatten(1)
             errors[which].append(float(torch.einsum("ok,kl,ol->", error, of_final[name][0], error)))
     ratio = np.array(errors["done"]) / np.array(errors["full"])
-    assert np.exp(np.log(ratio).mean()) < 0.97, ratio
+    assert np.exp(np.log(ratio).mean()) < 0.98, ratio
 
 
 def test_scales_stay_and_so_do_layers_of_8_bits(started: Started) -> None:
