@@ -55,7 +55,7 @@ def test_other_rules(guided: Built) -> None:
     known = Known.of(m)
     assert replan(bundle, spec_of(m, rule="snr"))[0] == by_snr(known.snr, bops, m.sampling.schedule)
     assert str(replan(bundle, spec_of(m, rule="paper"))[0]) == "w4a4*1 w4a8*2"
-    ends = replan(bundle, spec_of(m, rule="first-last", budget=0.7))[0]
+    ends = replan(bundle, spec_of(m, rule="first-last", budget=0.9))[0]
     assert ends.steps[0] == ends.steps[-1] == FP32 and ends.steps[1] != FP32
     by_hand, choice = replan(bundle, spec_of(m, rule="fixed", steps=("w4a8,w8a8*2",)))
     assert str(by_hand) == "w4a8*1 w8a8*2" and choice.rule == "fixed"
