@@ -27,7 +27,7 @@ def field(number: int, content: bytes) -> bytes:
 
 
 def choose(draft: Draft) -> tuple[str, bytes]:
-    update = draft.data["update"]["file"]
+    update = draft.base.manifest["update"]["file"]
     name = update if draft.rng.random() < 0.2 else draft.rng.choice(draft.base.graphs)
     return name, draft.read(name)
 
