@@ -28,7 +28,7 @@ class Call(NamedTuple):
 
 
 def seen_trajectories(info: ModelInfo, size: int, least: int) -> range:
-    """The calibration trajectories that ranges and Hessians are taken from, out of `size`.
+    """The calibration trajectories that weights are rounded again on, out of `size`.
 
     Classes go in turn over the trajectories, so the first ones hold every class once. At least `least` are
     taken, and as many as there are classes.

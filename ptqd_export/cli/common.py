@@ -25,6 +25,24 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+# Options of the commands that sample.
+condition = click.option(
+    "--condition",
+    "conditions",
+    multiple=True,
+    metavar="NAME=FILE.npy",
+    help="A tensor condition (N, ...), e.g. text embeddings.",
+)
+batch_size = click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
+workers = click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Processes of one thread each that split the batches.",
+)
+
+
 def say(text: str) -> None:
     """Print a line on what is being done, for people who watch."""
     if sys.stderr.isatty():

@@ -12,6 +12,7 @@ import click
 from ..core.backend import BACKENDS, TORCH
 from ..core.plan import Plan, parse_plan
 from ..typed import brief, to_plain
+from . import common as options
 from .common import common, show
 from .run import AUTO, read_tensors
 
@@ -45,13 +46,7 @@ REPORT, TABLE, PLOT = "report.json", "report.md", "report.png"
     type=click.IntRange(0, 2**64 - 1),
     help="Of the noise; if left out, one that nothing else uses.",
 )
-@click.option(
-    "--condition",
-    "conditions",
-    multiple=True,
-    metavar="NAME=FILE.npy",
-    help="A tensor condition (N, ...), e.g. text embeddings.",
-)
+@options.condition
 @click.option(
     "--classifier",
     type=click.Path(path_type=Path),
@@ -69,14 +64,8 @@ REPORT, TABLE, PLOT = "report.json", "report.md", "report.png"
     show_default=True,
     help="Of the bootstrap behind the intervals.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Processes of one thread each that split the batches.",
-)
+@options.batch_size
+@options.workers
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads without --workers; all if left out.")
 @click.option(
     "--backend",

@@ -18,6 +18,7 @@ from ..core.model import ModelInfo
 from ..core.plan import parse_plan
 from ..errors import BackendUnavailable, RecipeError
 from ..progress import progress
+from . import common as options
 from .common import common, engine_notes, say, show
 
 if TYPE_CHECKING:
@@ -35,27 +36,15 @@ AUTO = "auto"
 @click.option(
     "--class-labels", help="Classes in turn, such as 3 or 0,1,2 or 0-9; all classes in turn if left out."
 )
-@click.option(
-    "--condition",
-    "conditions",
-    multiple=True,
-    metavar="NAME=FILE.npy",
-    help="A tensor condition (N, ...), e.g. text embeddings.",
-)
+@options.condition
 @click.option(
     "--plan",
     "plan_text",
     help="Another plan over the bundle's precisions, such as fp32*3,w8a8*17; the bundle's own if left out.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Processes of one thread each that split the batches.",
-)
+@options.batch_size
+@options.workers
 @click.option(
     "--backend",
     type=click.Choice([AUTO, *BACKENDS]),
