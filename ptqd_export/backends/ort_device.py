@@ -36,6 +36,7 @@ DTYPES = {
     "tensor(bool)": "bool",
 }
 GPU_FAILURE = re.compile(r"\b(CUDA|CUDNN|CUDNN_FE|CUBLAS) failure -?\d+: [^;]*[^; ]")
+MAX_TEXT = 400
 QUIET = 4
 """Log severity: fatal only. Errors arrive as exceptions, and are told once."""
 
@@ -140,10 +141,14 @@ def share_pool(ort: Any) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """An error's text; of a failure of the GPU what CUDA said, without onnxruntime's source locations."""
+    """An error's text, at most MAX_TEXT characters, as it may quote a whole file.
+
+    Of a failure of the GPU what CUDA said, without onnxruntime's source locations.
+    """
     text = " ".join(str(error).split())
     told = GPU_FAILURE.search(text)
-    return told[0] if told else text
+    text = told[0] if told else text
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "..."
 
 
 class OrtDevice:

@@ -328,3 +328,13 @@ def test_same_input_same_bytes(tmp_path: Path, rng: np.random.Generator) -> None
     with OrtEngine(path) as a, OrtEngine(path) as b:
         first = a(feeds)["epsilon"]
         assert all(np.array_equal(engine(feeds)["epsilon"], first) for engine in (a, b, a, b))
+
+
+def test_an_error_that_quotes_a_whole_graph_is_cut(tmp_path: Path) -> None:
+    node = helper.make_node("Add", ["x"] * 4000, ["y"])
+    value = [helper.make_tensor_value_info(name, 1, [1]) for name in "xy"]
+    model = helper.make_model(helper.make_graph([node], "g", value[:1], value[1:]), ir_version=10)
+    onnx.save(model, tmp_path / "many.onnx")
+    with pytest.raises(GraphError, match=r"cannot be loaded by ONNX Runtime .*\.\.\.$") as caught:
+        _ = OrtEngine(tmp_path / "many.onnx").session
+    assert len(str(caught.value)) < 500 + len(str(tmp_path))
