@@ -160,10 +160,9 @@ class OrtEngine:
             text = one_line(error)
             if GPU_FAILURE.match(text):
                 raise self._failure(error, {}) from error
-            if (
-                isinstance(error, ort.capi.onnxruntime_pybind11_state.NotImplemented)
-                or "not a registered function/op" in str(error)
-            ):
+            if isinstance(
+                error, ort.capi.onnxruntime_pybind11_state.NotImplemented
+            ) or "not a registered function/op" in str(error):
                 raise BackendUnavailable(
                     f"ONNX Runtime {ort.__version__} has no kernel for an operator of {self.path}: {text}"
                 ) from error
