@@ -18,6 +18,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,23 @@ ARCHITECTURES = {
         ("fp16", "w8a8", "w4a8", "w4a4", "w8a8-fp8"),
         (1, 8, 32),
     ),
+    "cross": Architecture(
+        "a small network with cross-attention, random weights",
+        "UNet2DConditionModel",
+        3_173_124,
+        {
+            "sample_size": 32,
+            "cross_attention_dim": 96,
+            "attention_head_dim": 4,
+            "layers_per_block": 1,
+            "block_out_channels": (64, 128),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        },
+        ({"name": "encoder_hidden_states", "dtype": "float32", "shape": [77, 96]},),
+        ("w8a8", "w4a4"),
+        (2, 2, 4),
+    ),
     "sd": Architecture(
         "size of Stable Diffusion 1.5, random weights",
         "UNet2DConditionModel",
@@ -155,32 +173,33 @@ def of_bundle(path: Path) -> Graphs:
     return Graphs(m.sampling.model.name, files, parameters, m.engine_settings.rows)
 
 
-def export(key: str, folder: Path) -> Graphs:
-    """Random weights to half-precision graphs in `folder`; for a process of its own."""
+def recipe_of(key: str, folder: Path, **quantization: object) -> Recipe:
+    """A recipe with a minimal calibration; random weights are written to `folder`."""
+    few = {"size": 2, "held_out": 2, "batch_size": 2, "activation_range": "minmax", "weight_range": "minmax"}
+    sections = {"sampler": {"n_steps": 1}, "calibration": few}
+    if key == REFERENCE:
+        return Recipe.load(REFERENCE_MODEL).override(**sections, quantization=quantization)
     import diffusers
     import torch
 
-    from ptqd_export.calibrate import collect, observe, open_model, quantize
-    from ptqd_export.core.sampling import Sampling
-    from ptqd_export.export import export_fp, exported_layers, fold, insert_qdq, lint, lower, save
-
-    a, start = ARCHITECTURES[key], time.monotonic()
+    a = ARCHITECTURES[key]
     torch.manual_seed(0)
     module = getattr(diffusers, a.class_name)(**a.config)
     assert (found := sum(p.numel() for p in module.parameters())) == a.parameters, found
     module.save_pretrained(folder / "model" / "unet")
     diffusers.DDIMScheduler().save_pretrained(folder / "model" / "scheduler")
-    del module
-    few = {"size": 2, "held_out": 2, "batch_size": 2, "activation_range": "minmax", "weight_range": "minmax"}
-    recipe = Recipe.from_dict(
-        {
-            "model": {"source": "model", "inputs": list(a.inputs)},
-            "sampler": {"n_steps": 1},
-            "calibration": few,
-            "quantization": {"precisions": list(a.precisions), "rounding": "nearest"},
-        },
-        folder,
-    )
+    model = {"source": "model", "name": a.title, "inputs": list(a.inputs)}
+    return Recipe.from_dict({**sections, "model": model, "quantization": quantization}, folder)
+
+
+def export(key: str, folder: Path, **quantization: object) -> Graphs:
+    """A model's half-precision graphs, in `folder`; for a process of its own."""
+    from ptqd_export.calibrate import collect, observe, open_model, quantize
+    from ptqd_export.core.sampling import Sampling
+    from ptqd_export.export import export_fp, exported_layers, fold, insert_qdq, lint, lower, save
+
+    start = time.monotonic()
+    recipe = recipe_of(key, folder, rounding="nearest", **quantization)
     network = open_model(recipe)
     sampling = Sampling.of(network.info, network.scheduler_config, n_steps=recipe.sampler.n_steps)
     base = export_fp(network.module, network.info)
@@ -196,7 +215,15 @@ def export(key: str, folder: Path) -> Graphs:
         save({str(precision): fold(graph, schedule, correction)}, folder, f"{precision}.safetensors")
         files[str(precision)] = folder / f"{precision}.onnx"
         lint(files[str(precision)], Emission.HALF)
-    return Graphs(a.title, files, a.parameters, a.rows, (time.monotonic() - start, _peak()))
+    rows = ARCHITECTURES[key].rows if key in ARCHITECTURES else recipe.tensorrt.settings(1).rows
+    parameters = sum(p.numel() for p in network.module.parameters())
+    return Graphs(network.info.name, files, parameters, rows, (time.monotonic() - start, _peak()))
+
+
+def export_apart(key: str, folder: Path, **quantization: object) -> Graphs:
+    """`export` in a process of its own, whose memory is gone when the builder's starts."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(partial(export, **quantization), key, folder).result()
 
 
 def _peak() -> int:
@@ -269,8 +296,7 @@ def graphs_of(key: str, bundle: Path, folder: Path) -> Graphs:
         if not bundle.exists():
             build(Recipe.load(REFERENCE_MODEL).override(quantization={"precisions": SIX}), bundle)
         return of_bundle(bundle)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(export, key, folder).result()
+    return export_apart(key, folder, precisions=ARCHITECTURES[key].precisions)
 
 
 def main() -> None:
@@ -278,7 +304,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bundle", type=Path, default=OUT / "six-precisions", help="of the reference model")
-    known = (REFERENCE, *ARCHITECTURES)
+    known = (REFERENCE, "cifar", "sd")
     parser.add_argument("--models", nargs="+", choices=known, default=known)
     parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
     args = parser.parse_args()

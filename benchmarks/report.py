@@ -21,6 +21,7 @@ SECTIONS = {
     "false-alarms": _BENCHMARKS,
     "weights": _BENCHMARKS,
     "engine-builds": _BENCHMARKS,
+    "input-grids": _BENCHMARKS,
     "quality-headline": _BENCHMARKS,
     "plan-ranking": _BENCHMARKS,
     "rounding": _BENCHMARKS,

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from ...core.sampling import Sampling
 from .onnx_file import Tensor
 
-SMALLEST, LARGEST = 1 << 24, 1 << 31
+SMALLEST, LARGEST = 1 << 22, 1 << 31
 """Elements of a value, per sample, that any model may have, and that none may have."""
-CHANNELS = 1 << 16
-"""Elements per position: channels, times the window of a convolution."""
+CHANNELS = 8
+"""Elements per position (channels, times the window of a convolution), by the root of the largest weight's
+size: a square of so many has 64 times its size."""
 HEADS = 16
 """Of attention over all positions, whose scores are the largest value of most networks."""
-AT_ONCE = 8
+AT_ONCE = 3
 """How many of the largest values may be needed at one time."""
 REUSE = 1 << 14
 """Multiplications, in all, per element of the largest value."""
@@ -41,9 +42,11 @@ def network_limits(sampling: Sampling, constants: Iterable[Tensor]) -> Limits:
     model = sampling.model
     tokens = (math.prod(spec.shape[:-1]) for spec in model.inputs)
     positions = max(math.prod(model.sample_shape[1:]), *tokens, 1)
-    value = min(LARGEST, max(SMALLEST, CHANNELS * positions, HEADS * positions**2))
     sizes = [tensor.size for tensor in constants]
-    return Limits(max(value, *sizes, 0), AT_ONCE * value + 4 * sum(sizes), REUSE * value)
+    most = max(sizes, default=0)
+    channels = CHANNELS * math.isqrt(most)
+    value = min(LARGEST, max(SMALLEST, channels * positions, HEADS * positions**2))
+    return Limits(max(value, most), AT_ONCE * value + 4 * sum(sizes), REUSE * value)
 
 
 def update_limits(sampling: Sampling) -> Limits:
