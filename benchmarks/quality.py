@@ -221,14 +221,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--only", nargs="+", default=list(every), choices=list(every))
     parser.add_argument("--no-data", action="store_true", help="leave distances to data out")
-    parser.add_argument("--write", action="store_true", help="put the headline into docs/benchmarks.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     for name in args.only:
         text = "\n\n".join([*(text_of(of, args) for of in every[name]), f"{machine()}."])
         print(text)
-        if args.write and name == "headline":
-            write_section("quality-headline", text)
+        if args.write:
+            write_section(f"quality-{name}", text)
 
 
 if __name__ == "__main__":
