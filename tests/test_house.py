@@ -37,6 +37,7 @@ FLOORS = {
     "parity": 6,
     "assemble": 7,
     "evaluate": 7,
+    "dropin": 7,
     "pictures": 7,
     "cli": 9,
     "__main__": 10,
@@ -44,7 +45,7 @@ FLOORS = {
 """Of folders and of the modules beside them; the package's own face, `ptqd_export/__init__.py`, stands at
 8."""
 FACE = 8
-APART = ({"calibrate", "export", "backends"}, {"assemble", "evaluate", "pictures"})
+APART = ({"calibrate", "export", "backends"}, {"assemble", "evaluate", "dropin", "pictures"})
 """Rooms of one floor that never import one another: they exchange values of the core."""
 HEAVY = {
     "torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "onnxruntime", "tensorrt",
@@ -53,6 +54,7 @@ HEAVY = {
 }  # fmt: skip
 ALLOWED = {
     "calibrate": {"torch", "diffusers"},
+    "dropin": {"torch", "diffusers"},
     "export": {"onnx", "onnx_ir", "onnxscript", "ml_dtypes"},
     "backends": {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"},
     "parity": {"scipy", "polygraphy"},

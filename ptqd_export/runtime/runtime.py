@@ -212,10 +212,11 @@ class Runtime:
         conditions = sampling.model.conditions(labels, len(indices), tensors)
         with np.errstate(over="ignore", invalid="ignore"):  # samples that are not finite are refused below
             if self._on_device is not None:
-                x = self._on_device.sample(self._engine_at, conditions, indices, seed=seed, advance=advance)
+                at: Any = self.engine_at  # those of a device are all DeviceEngine
+                x = self._on_device.sample(at, conditions, indices, seed=seed, advance=advance)
             else:
                 x = sampling.sample(
-                    self._engine_at,
+                    self.engine_at,
                     conditions,
                     indices,
                     seed=seed,
@@ -236,7 +237,8 @@ class Runtime:
             return self._replaced.sigmas
         return self.bundle.sigmas(self.backend, self.plan)
 
-    def _engine_at(self, step: int) -> Any:
+    def engine_at(self, step: int) -> Engine:
+        """The engine of a step, by the plan."""
         precision = self.plan.steps[step]
         if not self._resident and self._in_use not in (None, precision):
             unload = getattr(self.engines[self._in_use], "unload", None)
