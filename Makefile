@@ -2,7 +2,7 @@
 # make test   lint, type check and run the tests
 # make test-gpu  run the tests that need an NVIDIA GPU, on a machine that has one (in .venv-gpu); they say why where they skip
 # make check  lint and type check alone
-# make bench  measure the tables of docs/benchmarks.md and of the README (about an hour)
+# make bench  measure the tables of docs/benchmarks.md and of the README (several hours)
 # make clean  remove what these commands wrote (.venv and .venv-gpu stay: remove them by hand)
 #
 # Each of them creates .venv first if it is missing or older than pyproject.toml and constraints.txt.
@@ -55,7 +55,9 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/false_alarms.py --write
 	$(BIN)/python benchmarks/engine_builds.py --write
 	$(BIN)/python benchmarks/input_grids.py --write
-	$(BIN)/python benchmarks/quality.py --only headline --samples 512 --write
+	$(BIN)/python benchmarks/quality.py --only headline --write
+	$(BIN)/python benchmarks/quality.py --only ablation paper --samples 512 --write
+	$(BIN)/python benchmarks/one_step.py --write
 	$(BIN)/python benchmarks/plan_ranking.py benchmarks/out/ours-eta0-20-5 --samples 256 --write
 	$(BIN)/python benchmarks/rounding.py --n-steps 5 --calib-size 10 --samples 16 --iterations 200 --write
 	$(BIN)/python benchmarks/summary.py --write
