@@ -210,6 +210,10 @@ def text_of(of: Table, args: argparse.Namespace) -> str:
     return f"**{of.title}**\n\n{table(head, rows)}\n\n{note}"
 
 
+SECTIONS = {"headline": "quality-headline", "ablation": "quality-ablation", "paper": "quality-paper"}
+"""Where the tables stand."""
+
+
 def main() -> None:
     every = tables()
     parser = argparse.ArgumentParser(
@@ -228,7 +232,7 @@ def main() -> None:
         text = "\n\n".join([*(text_of(of, args) for of in every[name]), f"{machine()}."])
         print(text)
         if args.write:
-            write_section(f"quality-{name}", text)
+            write_section(SECTIONS[name], text)
 
 
 if __name__ == "__main__":

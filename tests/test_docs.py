@@ -13,10 +13,11 @@ from types import ModuleType
 from unittest.mock import create_autospec
 
 import click
+import diffusers
 import pytest
 
 import ptqd_export
-from ptqd_export import Manifest, Recipe
+from ptqd_export import Manifest, Recipe, dropin
 from ptqd_export.bundle.manifest import FORMAT_VERSION
 from ptqd_export.cli import cli
 from ptqd_export.core.backend import BACKENDS
@@ -217,6 +218,8 @@ def test_recipes_of_the_pages_are_recipes() -> None:
 def test_python_of_the_pages_calls_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("build", "run"):
         monkeypatch.setattr(ptqd_export, name, create_autospec(getattr(ptqd_export, name)))
+    monkeypatch.setattr(dropin, "PtqdUNet", create_autospec(dropin.PtqdUNet))
+    monkeypatch.setattr(diffusers.DDIMPipeline, "from_pretrained", create_autospec(diffusers.DDIMPipeline))
     found = blocks("python")
     assert found
     for block in found:
@@ -245,7 +248,11 @@ def test_sections_stand_where_scripts_write_them(script: Callable[[str], ModuleT
         assert {name for name, _ in found} == expected[page]
     sources = {path: path.read_text("utf-8") for path in ROOT.glob("benchmarks/*.py")}
     written = {name for text in sources.values() for name in re.findall(r'write_section\("([a-z-]+)"', text)}
-    assert written == report.SECTIONS.keys()
+    named = {
+        name for name in report.SECTIONS for path, text in sources.items()
+        if f'"{name}"' in text and path.name != "report.py"
+    }  # fmt: skip
+    assert written <= report.SECTIONS.keys() == named
     assert all(report.read_section(name) for name in report.SECTIONS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..core.sampling import Sampling
 from ..errors import PTQDError
 from ..files import digest, write_file
 from ..recipe import Recipe
-from ..typed import read_typed, to_plain
+from ..typed import brief, read_typed, to_plain
 
 
 def quantize_all(
@@ -43,20 +44,24 @@ def quantize_all(
         work: folder of intermediate results, from which those of a stopped build are reused.
         key: key of everything before quantization that decides them.
     """
+    spec = recipe.quantization
+    for glob in (*spec.skip, *(text.rpartition("=")[0] for text in spec.layer_bits)):
+        if not any(fnmatch.fnmatchcase(name, glob) for name in seen.layers):
+            say(f"{brief(glob)} of quantization.skip or layer_bits matches none of {len(seen.layers)} layers")
     quantized: dict[Precision, QuantizedNetwork] = {}
     found: dict[Precision, LayerSensitivity] = {}
     for precision in recipe.precisions:
         assigned = {}
         if precision.mixed:
             name = digest(key, recipe.digest("quantization"), str(precision))[:16]
-            file = work / f"sensitivity-{name}.json"
+            file = work / f"layer-sensitivity-{name}.json"
             known = _load(file)
             if known is None:
                 known = sensitivity(network, seen, sampling, trajectories, precision, recipe, exported)
                 write_file(file, json.dumps(to_plain(known)).encode())
             found[precision] = known
             given = given_layers(recipe, known.layers)
-            assigned = assign(known, precision.levels, recipe.quantization.layer_budget, given)
+            assigned = assign(known, precision.levels, spec.layer_budget, given)
             raised = sum(assigned[n] != precision.levels[0] for n in known.layers)
             say(f"{precision}: {raised} of {len(assigned)} layers get more bits than {precision.levels[0]}")
         start = quantize(network, seen, precision, recipe, assigned).exported(exported)

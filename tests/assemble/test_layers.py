@@ -82,6 +82,13 @@ def test_bits_by_hand(call: Call) -> None:
     assert bits(networks[MIXED]) == by_hand and bits(networks[W4A4]) == dict.fromkeys(INNER, W4A4)
 
 
+def test_globs_that_match_nothing_are_told(call: Call) -> None:
+    said: list[str] = []
+    call(say=said.append, skip=("blocks.0.*", "blokcs.*"), layer_bits=("*.9=w8a8",))
+    told = [line for line in said if "matches none" in line]
+    assert [line.partition(" of ")[0] for line in told] == ["'blokcs.*'", "'*.9'"]
+
+
 def test_sensitivity_is_taken_up(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the work folder, under what decides it; a file that is none is measured again."""
     measured: list[Precision] = []
@@ -93,7 +100,7 @@ def test_sensitivity_is_taken_up(call: Call, tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(layers, "sensitivity", counting)
     networks, found = call()
-    (file,) = tmp_path.glob("sensitivity-*.json")
+    (file,) = tmp_path.glob("layer-sensitivity-*.json")
     content = file.read_bytes()
     again, same = call()
     assert measured == [MIXED] and same == found and bits(again[MIXED]) == bits(networks[MIXED])
@@ -104,13 +111,13 @@ def test_sensitivity_is_taken_up(call: Call, tmp_path: Path, monkeypatch: pytest
     assert measured == [MIXED] * 4
     call(key="another")
     call(smoothing=0.0)
-    assert measured == [MIXED] * 6 and len([*tmp_path.glob("sensitivity-*.json")]) == 3
+    assert measured == [MIXED] * 6 and len([*tmp_path.glob("layer-sensitivity-*.json")]) == 3
 
 
 def test_what_lies_there_decides(call: Call, tmp_path: Path) -> None:
     """The other way round: the test above could not tell whether the file is used."""
     _, found = call(layer_budget=2.0)
-    (file,) = tmp_path.glob("sensitivity-*.json")
+    (file,) = tmp_path.glob("layer-sensitivity-*.json")
     quiet = {p: tuple((0.0,) * len(row) for row in rows) for p, rows in found[MIXED].noise.items()}
     file.write_text(json.dumps(to_plain(replace(found[MIXED], noise=quiet))))
     assert bits(call(layer_budget=2.0)[0][MIXED]) == dict.fromkeys(INNER, W4A4)

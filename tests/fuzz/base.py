@@ -156,7 +156,7 @@ class Draft:
 
     def read(self, name: str) -> bytes:
         content = self.contents.get(name)
-        if content is None:
+        if content is None and name in self.base.sizes:
             return self.base.read(name)
         if not isinstance(content, bytes):
             raise NotApplicable(f"{name} is no plain file by now")
