@@ -13,12 +13,23 @@ from torch import nn
 from ..core.model import ModelInfo
 from ..errors import ModelError, PTQDError
 from ..recipe import Recipe
-from .folder import from_folder, scheduler_config, with_null
+from .conditions import with_null
+from .folder import from_folder, scheduler_config
 from .network import Network, bare, check_finite, one_line, try_forward, weights_sha256
+from .parts import Parts
 
 
 def open_model(recipe: Recipe) -> Network:
     """The network of `recipe.model`, checked by one trial forward; see ModelSpec for the sources.
+
+    Raises:
+        ModelError: as `open_parts`.
+    """
+    return open_parts(recipe).network
+
+
+def open_parts(recipe: Recipe) -> Parts:
+    """The model of `recipe.model` with all its parts; the network is checked by one trial forward.
 
     Raises:
         ModelError: the files are missing or damaged, the config or the weights do not fit, or the network
@@ -26,11 +37,11 @@ def open_model(recipe: Recipe) -> Network:
     """
     file, separator, function = recipe.model.source.rpartition(":")
     if separator and file.endswith(".py"):
-        network = _from_function(recipe, recipe.path(file), function)
+        parts = Parts(_from_function(recipe, recipe.path(file), function))
     else:
-        network = from_folder(recipe, recipe.path(recipe.model.source))
-    try_forward(network)
-    return network
+        parts = from_folder(recipe, recipe.path(recipe.model.source))
+    try_forward(parts.network)
+    return parts
 
 
 def _from_function(recipe: Recipe, file: Path, function: str) -> Network:
