@@ -61,11 +61,11 @@ def from_folder(recipe: Recipe, folder: Path) -> Parts:
     where = str(unet / CONFIG)
     check_sizes(config, where)
     scheduler = scheduler_config(recipe, folder)
-    shape = _sample_shape(spec, config, where)
+    shape = sample_shape(spec, config, where)
     inputs = declare(spec, config, shape, where, _around(folder))
     module = bare(adapted(_load(config, unet)))
     kept = {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
-    info = ModelInfo(spec.name or folder.name, shape, inputs, weights_sha256(kept, module))
+    info = ModelInfo(recipe.model_name, shape, inputs, weights_sha256(kept, module))
     first = next((folder / name for name in FIRST_STAGES if (folder / name / CONFIG).is_file()), None)
     about = {} if first is None else read_json(first / CONFIG)
     return Parts(
@@ -181,7 +181,7 @@ def scheduler_config(recipe: Recipe, folder: Path) -> dict[str, Any]:
     return config
 
 
-def _sample_shape(spec: ModelSpec, config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
+def sample_shape(spec: ModelSpec, config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
     """(C, H, W) of the samples.
 
     A UNet that takes more channels than it returns takes the rest as a condition; one that returns more

@@ -1,4 +1,4 @@
-"""Model intake: open a diffusers folder or "file.py:function" as a Network."""
+"""Model intake: open a diffusers folder, a checkpoint or "file.py:function"."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..errors import ModelError, PTQDError
 from ..recipe import Recipe
 from .conditions import with_null
 from .folder import from_folder, scheduler_config
+from .ldm import from_checkpoint
 from .network import Network, bare, check_finite, one_line, try_forward, weights_sha256
 from .parts import Parts
 
@@ -36,7 +37,9 @@ def open_parts(recipe: Recipe) -> Parts:
             computes NaN, infinite values or a wrong shape.
     """
     file, separator, function = recipe.model.source.rpartition(":")
-    if separator and file.endswith(".py"):
+    if recipe.model.checkpoint:
+        parts = from_checkpoint(recipe)
+    elif separator and file.endswith(".py"):
         parts = Parts(_from_function(recipe, recipe.path(file), function))
     else:
         parts = from_folder(recipe, recipe.path(recipe.model.source))
@@ -89,6 +92,6 @@ def _from_function(recipe: Recipe, file: Path, function: str) -> Network:
     # The weights do not say what the function computes with them; its file says most of that.
     code_hash = hashlib.sha256(file.read_bytes()).hexdigest()
     info = ModelInfo(
-        spec.name or file.stem, (channels, height, width), inputs, weights_sha256({"code": code_hash}, module)
+        recipe.model_name, (channels, height, width), inputs, weights_sha256({"code": code_hash}, module)
     )
     return Network(bare(module), info, scheduler_config(recipe, file.parent))
