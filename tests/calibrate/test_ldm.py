@@ -109,8 +109,7 @@ def test_a_wrong_import_would_be_seen(made: Callable[[str], tuple[Path, Original
                 module.heads //= 2  # type: ignore[operator]
         assert distance(parts.network.module(**ours), expected) > 100 * CLOSE
         write(folder / "trained", small("lsun_churches256") | {}, model.state)
-        file = folder / "trained" / "config.yaml"
-        file.write_text(file.read_text().replace("scale_by_std: true", "scale_by_std: true\n    use_ema: false"))
+        edit(folder / "trained", "scale_by_std: true", "scale_by_std: true\n    use_ema: false")
         last = open_parts(recipe(folder / "trained"))
         assert distance(last.network.module(**ours), expected) > 100 * CLOSE
 
@@ -140,15 +139,18 @@ def test_the_weights_of_the_text_encoder(tmp_path: Path) -> None:
     assert read is not None and list(read()) == ["text_model.embeddings.token_embedding.weight"]
 
 
-def test_exported_graph(made: Callable[[str], tuple[Path, Original]], tmp_path: Path) -> None:
+def test_exported_graph(tmp_path: Path) -> None:
     """The class table is in the graph: it takes labels, and computes what the original computes."""
     import onnx_ir as ir
     import onnxruntime
 
     from ptqd_export.export import export_fp
 
-    folder, model = made("cin256-v2")
-    parts = open_parts(recipe(folder))
+    config = small("cin256-v2")
+    config["model"]["params"]["unet_config"]["params"].update(channel_mult=[1], attention_resolutions=[1])
+    model = original(config)
+    write(tmp_path, config, model.state)
+    parts = open_parts(recipe(tmp_path))
     ir.save(export_fp(parts.network.module, parts.network.info), tmp_path / "m.onnx")
     ours, theirs = feeds(parts, model)
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
@@ -169,7 +171,7 @@ def test_exported_graph(made: Callable[[str], tuple[Path, Original]], tmp_path: 
     ],
 )
 def test_other_settings(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    """The new order of qkv, resampling by residual blocks, inpainting, labels in the UNet, SD 2's attention."""
+    """The new order of qkv, residual resampling, inpainting, labels in the UNet, SD 2's attention."""
     config = small(name)
     config["model"]["params"]["unet_config"]["params"] |= changes
     model = original(config)
@@ -288,12 +290,11 @@ def test_wrong_checkpoints(
         ("num_heads: 8", "num_hats: 8", "unknown key 'num_hats'"),
         ("model_channels: 64", "model_channels: 96", "has shape .* expects"),
         ("model_channels: 64", "model_channels: wide", "model_channels: expected int, got 'wide'"),
-        ("num_res_blocks: 1", "num_res_blocks: 1000000000", "layers_per_block' is 1000000000: expected at most"),
-        ("channel_mult:\n", f"channel_mult: [{'1, ' * 40}1]\n        unused:\n", "unknown key 'unused'"),
+        ("num_res_blocks: 1", "num_res_blocks: 1000000000", "layers_per_block' is 1000000000: expected"),
+        ("channel_mult:\n", "ch_mults:\n", "unknown key 'ch_mults'"),
         ("linear_end: 0.0155", "linear_end: 0.0195", "the configuration is another model's"),
-        ("ddpm.LatentDiffusion", "ddpm.LatentUpscaleDiffusion", "model 'LatentUpscaleDiffusion', which is not"),
+        ("ddpm.LatentDiffusion", "ddpm.LatentUpscaleDiffusion", "model 'LatentUpscaleDiffusion', which"),
         ("openaimodel.UNetModel", "dit.DiT", "unet_config 'DiT', which is not supported"),
-        ("beta_schedule", "beta_schedule", "x"),
         ("embed_dim: 4", "embed_dim: 3", "says embed_dim 3: expected the UNet's 4"),
         ("double_z: true", "double_z: false", "double_z False: expected true for KL"),
         ("timesteps: 1000", "timesteps: &a 1000\n    x: *a", "holds YAML aliases"),
@@ -306,8 +307,6 @@ def test_wrong_configurations(
     churches: tuple[Path, dict[str, Tensor]], old: str, new: str, message: str
 ) -> None:
     folder, _ = churches
-    if old == new:
-        return
     edit(folder, old, new)
     assert_one_line(recipe(folder), message)
 
@@ -340,8 +339,8 @@ CROSS = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.
     [
         # recognised, and so asked for the rest
         ({FIRST: (320, 9, 3, 3), CROSS: (320, 768)}, "lacks 684 tensors of the UNet of v1-inference.yaml"),
-        ({FIRST: (320, 4, 3, 3), CROSS: (320, 1024)}, "looks like Stable Diffusion 2.*--ldm-config v2-inference"),
-        ({FIRST: (320, 4, 3, 3), "conditioner.x": (1,)}, "Stable Diffusion XL in one file: give its diffusers"),
+        ({FIRST: (320, 4, 3, 3), CROSS: (320, 1024)}, "looks like Stable Diffusion 2.*give --ldm-config v2"),
+        ({FIRST: (320, 4, 3, 3), "conditioner.x": (1,)}, "Stable Diffusion XL in one file: give its"),
         ({FIRST: (192, 3, 3, 3)}, "is not Stable Diffusion 1 .*: give its configuration, --ldm-config"),
         ({"model.diffusion_model.double_blocks.0.x": (1,)}, r"holds a transformer \(Flux, SD 3\)"),
         ({"x": (1,)}, "it is no checkpoint in CompVis' layout"),
@@ -377,8 +376,12 @@ def test_full_sizes_without_memory() -> None:
     from ptqd_export.calibrate.construct import construct
     from ptqd_export.calibrate.ldm_config import LdmConfig
 
-    counts = {"cin256-v2": (400_920_579, 55_322_782), "lsun_beds256": (274_056_163, 55_322_782),
-              "lsun_churches256": (294_966_916, 83_653_863), "v1-inference": (859_520_964, 83_653_863)}  # fmt: skip
+    counts = {
+        "cin256-v2": (400_920_579, 55_322_782),
+        "lsun_beds256": (274_056_163, 55_322_782),
+        "lsun_churches256": (294_966_916, 83_653_863),
+        "v1-inference": (859_520_964, 83_653_863),
+    }
 
     def parameters(module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())

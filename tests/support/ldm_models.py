@@ -17,8 +17,18 @@ from torch import Tensor, nn
 LDM = "ldm.models.diffusion.ddpm.LatentDiffusion"
 UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 MODULES = "ldm.modules.encoders.modules."
-VQ = {"z_channels": 3, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
-      "ch_mult": [1, 2, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0, "double_z": False}  # fmt: skip
+VQ: dict[str, Any] = {
+    "z_channels": 3,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 128,
+    "ch_mult": [1, 2, 4],
+    "num_res_blocks": 2,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+    "double_z": False,
+}
 KL = VQ | {"z_channels": 4, "ch_mult": [1, 2, 4, 4], "double_z": True}
 VQ_STAGE = {
     "target": "ldm.models.autoencoder.VQModelInterface",
@@ -50,14 +60,14 @@ def _config(
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "cin256-v2": _config(
         VQ_STAGE,
-        {"target": MODULES + "ClassEmbedder", "params": {"n_classes": 1001, "embed_dim": 512, "key": "class_label"}},
+        {"target": MODULES + "ClassEmbedder", "params": {"n_classes": 1001, "embed_dim": 512, "key": "c"}},
         {
             "image_size": 64, "in_channels": 3, "out_channels": 3, "model_channels": 192,
             "attention_resolutions": [8, 4, 2], "channel_mult": [1, 2, 3, 5], "num_heads": 1,
             "use_spatial_transformer": True, "transformer_depth": 1, "context_dim": 512,
         },
         linear_start=0.0015, linear_end=0.0195, image_size=64, channels=3, use_ema=False,
-        conditioning_key="crossattn", cond_stage_key="class_label",
+        conditioning_key="crossattn", cond_stage_key="c",
     ),
     "lsun_beds256": _config(
         VQ_STAGE,
