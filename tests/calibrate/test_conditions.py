@@ -250,3 +250,28 @@ def test_parts_of_a_latent_pipeline(tmp_path: Path) -> None:
     x = torch.randn(1, 1, 8, 8)
     with torch.no_grad():
         assert first is not None and torch.equal(first.decode(x), vae.decode(x / 0.5).sample)
+
+
+def test_all_conditions_are_inputs_of_the_graph(tmp_path: Path) -> None:
+    """With a batch of another size than that of the export."""
+    import onnx_ir as ir
+    import onnxruntime
+
+    from ptqd_export.export import export_fp
+
+    unet = text_unet(
+        block_out_channels=(16,), down_block_types=("DownBlock2D",), mid_block_type=None, up_block_types=("UpBlock2D",),
+        in_channels=9, class_embed_type="timestep", time_cond_proj_dim=8, addition_embed_type="text_time",
+        addition_time_embed_dim=4, projection_class_embeddings_input_dim=40,
+    )  # fmt: skip
+    network = open_model(plain(text_pipeline(tmp_path / "m", unet, projection_dim=16)))
+    info = network.info
+    assert len(info.inputs) == 6
+    ir.save(export_fp(network.module, info), tmp_path / "m.onnx")
+    torch.manual_seed(0)
+    feeds = {"sample": torch.randn(3, 4, 8, 8), "timestep": torch.tensor([3, 40, 700])}
+    feeds |= {spec.name: torch.rand(3, *spec.shape) for spec in info.inputs}
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    (found,) = session.run(None, {name: value.numpy() for name, value in feeds.items()})
+    with torch.no_grad():
+        np.testing.assert_allclose(found, network.module(**feeds), atol=1e-4)

@@ -139,25 +139,39 @@ def test_the_weights_of_the_text_encoder(tmp_path: Path) -> None:
     assert read is not None and list(read()) == ["text_model.embeddings.token_embedding.weight"]
 
 
-def test_exported_graph(tmp_path: Path) -> None:
-    """The class table is in the graph: it takes labels, and computes what the original computes."""
+class Crossed(nn.Module):
+    """The least network that a token of width 4 conditions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(2, 2, 3, padding=1), nn.Linear(4, 2)
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        token = self.linear(encoder_hidden_states).mean(1)
+        return self.conv(sample) * token[:, :, None, None] + timestep[:, None, None, None]
+
+
+def test_the_table_is_in_the_graph(tmp_path: Path) -> None:
     import onnx_ir as ir
     import onnxruntime
 
+    from ptqd_export.calibrate.conditions import adapted
+    from ptqd_export.core.model import InputSpec, ModelInfo
     from ptqd_export.export import export_fp
 
-    config = small("cin256-v2")
-    config["model"]["params"]["unet_config"]["params"].update(channel_mult=[1], attention_resolutions=[1])
-    model = original(config)
-    write(tmp_path, config, model.state)
-    parts = open_parts(recipe(tmp_path))
-    ir.save(export_fp(parts.network.module, parts.network.info), tmp_path / "m.onnx")
-    ours, theirs = feeds(parts, model)
-    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
-    (found,) = session.run(None, {name: value.numpy() for name, value in ours.items()})
-    assert "class_labels" in ours
+    torch.manual_seed(0)
+    plain_module, table = Crossed(), nn.Embedding(6, 4)
+    labels, x, t = torch.tensor([0, 5, 2]), torch.randn(3, 2, 4, 4), torch.tensor([1, 2, 3])
     with torch.no_grad():
-        assert distance(torch.from_numpy(found), model.unet(**theirs)) < CLOSE
+        expected = plain_module(x, t, table(labels)[:, None])
+    info = ModelInfo("m", (2, 4, 4), (InputSpec("class_labels", num_classes=6, null_class=5),), "0" * 64)
+    graph = export_fp(adapted(plain_module, table), info)
+    ir.save(graph, tmp_path / "m.onnx")
+    assert [value.name for value in graph.graph.inputs] == ["sample", "timestep", "class_labels"]
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    given = {"sample": x.numpy(), "timestep": t.numpy(), "class_labels": labels.numpy()}
+    (found,) = session.run(None, given)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -238,11 +252,12 @@ def edit(folder: Path, old: str, new: str) -> None:
 
 
 @pytest.fixture
-def churches(tmp_path: Path, made: Callable[[str], tuple[Path, Original]]) -> tuple[Path, dict[str, Tensor]]:
-    """A copy to damage: its folder, and its tensors."""
-    state = dict(made("lsun_churches256")[1].state)
-    write(tmp_path, small("lsun_churches256"), state)
-    return tmp_path, state
+def churches(tmp_path: Path, made: Callable[[str], tuple[Path, Original]]) -> Path:
+    """A folder whose configuration may be changed."""
+    folder, _ = made("lsun_churches256")
+    (tmp_path / "config.yaml").write_bytes((folder / "config.yaml").read_bytes())
+    (tmp_path / "model.ckpt").symlink_to(folder / "model.ckpt")
+    return tmp_path
 
 
 NAME = "model_ema.diffusion_modelout2bias"
@@ -275,12 +290,15 @@ NAME = "model_ema.diffusion_modelout2bias"
     ],
 )
 def test_wrong_checkpoints(
-    churches: tuple[Path, dict[str, Tensor]], damage: Callable[[dict[str, Tensor]], Any], message: str
+    made: Callable[[str], tuple[Path, Original]],
+    tmp_path: Path,
+    damage: Callable[[dict[str, Tensor]], Any],
+    message: str,
 ) -> None:
-    folder, state = churches
+    state = dict(made("lsun_churches256")[1].state)
     damage(state)
-    write(folder, small("lsun_churches256"), state)
-    assert_one_line(recipe(folder), message)
+    write(tmp_path, small("lsun_churches256"), state)
+    assert_one_line(recipe(tmp_path), message)
 
 
 @pytest.mark.parametrize(
@@ -288,8 +306,8 @@ def test_wrong_checkpoints(
     [
         ("num_heads: 8", "num_heads: 7", "num_heads 7 and num_head_channels -1 for channels"),
         ("num_heads: 8", "num_hats: 8", "unknown key 'num_hats'"),
-        ("model_channels: 64", "model_channels: 96", "has shape .* expects"),
-        ("model_channels: 64", "model_channels: wide", "model_channels: expected int, got 'wide'"),
+        ("model_channels: 32", "model_channels: 64", "has shape .* expects"),
+        ("model_channels: 32", "model_channels: wide", "model_channels: expected int, got 'wide'"),
         ("num_res_blocks: 1", "num_res_blocks: 1000000000", "layers_per_block' is 1000000000: expected"),
         ("channel_mult:\n", "ch_mults:\n", "unknown key 'ch_mults'"),
         ("linear_end: 0.0155", "linear_end: 0.0195", "the configuration is another model's"),
@@ -303,12 +321,9 @@ def test_wrong_checkpoints(
         ("model:", "network:", "has no model with a target"),
     ],
 )
-def test_wrong_configurations(
-    churches: tuple[Path, dict[str, Tensor]], old: str, new: str, message: str
-) -> None:
-    folder, _ = churches
-    edit(folder, old, new)
-    assert_one_line(recipe(folder), message)
+def test_wrong_configurations(churches: Path, old: str, new: str, message: str) -> None:
+    edit(churches, old, new)
+    assert_one_line(recipe(churches), message)
 
 
 def test_another_schedule_is_taken_from_the_checkpoint(tmp_path: Path) -> None:

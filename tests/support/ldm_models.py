@@ -102,8 +102,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 """{name: the configuration file as it is published}"""
-SMALL_WIDTH = {"cin256-v2": 32, "lsun_beds256": 32, "lsun_churches256": 64, "v1-inference": 64}
-"""Channels of small versions: the fewest that 32 groups and the heads divide."""
+SMALL_WIDTH = 32
+"""Channels of small versions: the fewest that 32 groups divide."""
 
 
 def small(name: str) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def small(name: str) -> dict[str, Any]:
     config = copy.deepcopy(CONFIGURATIONS[name])
     params = config["model"]["params"]
     unet, first = params["unet_config"]["params"], params["first_stage_config"]["params"]
-    unet.update(model_channels=SMALL_WIDTH[name], num_res_blocks=1, image_size=16)
+    unet.update(model_channels=SMALL_WIDTH, num_res_blocks=1, image_size=16)
     if unet.get("context_dim"):
         unet["context_dim"] = 24
     if "params" in params["cond_stage_config"]:
