@@ -22,6 +22,8 @@ HEADER = ("key", "value", "default", "option", "meaning")
 
 OPTION: Mapping[str, str] = {
     "backends": "--backend",
+    "model.checkpoint": "--checkpoint",
+    "model.ldm_config": "--ldm-config",
     "sampler.solver": "--solver",
     "sampler.n_steps": "--n-steps",
     "sampler.eta": "--eta",
@@ -44,6 +46,8 @@ OPTION: Mapping[str, str] = {
 
 MEANING: Mapping[str, str] = {
     "backends": "what the bundle gets engines and measured times for",
+    "model.checkpoint": "in place of a source: a latent diffusion model in one file of CompVis' layout",
+    "model.ldm_config": "the checkpoint's configuration, a `.yaml`; not needed for Stable Diffusion 1",
     "model.source": "a diffusers folder, or `file.py:function`: **that code is run**",
     "model.name": "the bundle's name for the model; the folder's or file's name if empty",
     "model.sample_shape": "channels, height, width; read from a diffusers folder, needed for a function",
@@ -97,6 +101,8 @@ MEANING: Mapping[str, str] = {
     "model.inputs.shape": "of one sample; empty for a class label",
     "model.inputs.num_classes": "for a class label: how many ids, the null class included",
     "model.inputs.null_class": "for a class label: the id that stands for no class",
+    "model.inputs.default": "for a tensor: all its numbers, where nothing is given; else zeros",
+    "model.inputs.kept": "for a tensor: the unconditional branch of guidance takes it too (a mask, sizes)",
     "model.inputs.values": "for a tensor: a `.npy` file (N, *shape) for calibration; else normal numbers",
 }
 """{key: what it does}; `keys` asks for exactly these."""
@@ -123,7 +129,11 @@ def kind_name(kind: Any) -> str:
     if origin in (types.UnionType, typing.Union):
         return kind_name(next(arg for arg in args if arg is not type(None)))
     if origin is tuple:
-        many = "tables" if dataclasses.is_dataclass(args[0]) else {str: "strings", int: "integers"}[args[0]]
+        many = (
+            "tables"
+            if dataclasses.is_dataclass(args[0])
+            else {str: "strings", int: "integers", float: "numbers"}[args[0]]
+        )
         return f"array of {many}"
     return {str: "string", int: "integer", float: "number", bool: "true, false"}[kind]
 

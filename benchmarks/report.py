@@ -30,6 +30,7 @@ SECTIONS = {
     "rounding": _BENCHMARKS,
     "switching": _BENCHMARKS,
     "recipe-keys": ROOT / "docs" / "recipe.md",
+    "ldm-configurations": ROOT / "docs" / "models.md",
 }
 """{section: the file that it stands in}."""
 

@@ -27,6 +27,9 @@ from .errors import RecipeError
 from .typed import brief, read_typed, to_plain
 
 RECIPE_FILE = "recipe.toml"
+CHECKPOINTS = (".safetensors", ".ckpt")
+UNTOLD_NAMES = ("model", "last", "checkpoint")
+"""Names of checkpoints that say nothing: then the folder's name counts."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,16 @@ class ModelSpec:
     `source`: a diffusers folder (a pipeline with unet/ and scheduler/, or a bare UNet with its scheduler
         config), or "file.py:function", where the function returns an nn.Module called as module(sample,
         timestep, **inputs). The file's code is run.
+    `checkpoint`: instead of a source, one file with all weights of a latent diffusion model in CompVis'
+        layout, .safetensors or .ckpt.
+    `ldm_config`: its configuration, a .yaml file; not needed for Stable Diffusion 1.
     `sample_shape`, `inputs`, `scheduler` (a file or folder): read from a diffusers folder; a model from a
         function needs them in the recipe.
     """
 
     source: str = "."
+    checkpoint: str = ""
+    ldm_config: str = ""
     name: str = ""
     sample_shape: tuple[int, ...] = ()
     inputs: tuple[InputSpec, ...] = ()
@@ -177,6 +185,20 @@ class Recipe:
     def precisions(self) -> tuple[Precision, ...]:
         return tuple(Precision.parse(p) for p in self.quantization.precisions)
 
+    @property
+    def model_name(self) -> str:
+        """The model's name: the recipe's, or that of its file or folder."""
+        spec = self.model
+        if spec.name:
+            return spec.name
+        if spec.checkpoint:
+            file = self.path(spec.checkpoint)
+            return file.parent.name if file.stem in UNTOLD_NAMES else file.stem
+        code, separator, _ = spec.source.rpartition(":")
+        if separator and code.endswith(".py"):
+            return self.path(code).stem
+        return self.path(spec.source).name
+
     def path(self, text: str) -> Path:
         """A path of the recipe as an absolute path."""
         return (self.folder / text).resolve()
@@ -221,7 +243,9 @@ class Recipe:
 
     @classmethod
     def load(cls, path: Path | str) -> Recipe:
-        """Load a recipe file, a folder that holds recipe.toml, or a diffusers folder with all defaults.
+        """Load a recipe file, a folder that holds recipe.toml, or a model with all defaults.
+
+        A model is a diffusers folder or a checkpoint in one file.
 
         Raises:
             RecipeError: there is no such file, it is not TOML, or a value is wrong.
@@ -230,6 +254,8 @@ class Recipe:
         file = path / RECIPE_FILE if path.is_dir() else path
         if path.is_dir() and not file.exists():
             return cls.from_dict({"model": {"source": str(path.resolve())}}, path.resolve())
+        if path.suffix in CHECKPOINTS:
+            return cls.from_dict({"model": {"checkpoint": str(path.resolve())}}, path.resolve().parent)
         if path.suffix == ".py" or ".py:" in path.name:
             raise RecipeError(
                 f"{path}: a model from a function needs a recipe that says model.source, model.sample_shape "
@@ -275,6 +301,12 @@ def check(recipe: Recipe) -> None:
     need(0 <= c.seed < 2**63, f"calibration.seed is {c.seed}: give a value from 0 to 2^63 - 1")
     name, shape = recipe.model.name, recipe.model.sample_shape
     need(name.isprintable(), f"the name {brief(name)} holds characters that cannot be printed: use others")
+    m = recipe.model
+    need(
+        not m.ldm_config or bool(m.checkpoint),
+        f"model.ldm_config is {brief(m.ldm_config)}, but model.checkpoint is not set: give the file of its "
+        "weights",
+    )
     need(
         len(shape) in (0, 3) and all(size >= 1 for size in shape),
         f"model.sample_shape is {list(shape)}: give [channels, height, width]",

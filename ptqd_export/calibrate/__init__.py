@@ -1,10 +1,11 @@
 """Calibration in torch: open a model, collect trajectories, quantize, simulate and measure the noise."""
 
-from .intake import open_model
+from .intake import open_model, open_parts
 from .layer_noise import given_layers, sensitivity
 from .measure import measure, measure_own
 from .network import Network
 from .observe import Observed, observe
+from .parts import FirstStage, Parts
 from .quantize import quantize
 from .refine import refine
 from .simulate import LayerSimulator, SimulatedLayer, simulate
@@ -13,9 +14,11 @@ from .trajectories import Batch, Trajectories, collect
 
 __all__ = [
     "Batch",
+    "FirstStage",
     "LayerSimulator",
     "Network",
     "Observed",
+    "Parts",
     "SimulatedLayer",
     "TorchEngine",
     "Trajectories",
@@ -25,6 +28,7 @@ __all__ = [
     "measure_own",
     "observe",
     "open_model",
+    "open_parts",
     "quantize",
     "refine",
     "sensitivity",

@@ -1,40 +1,44 @@
-"""Read a diffusers folder (config and safetensors) as a Network: offline, quietly and without pickle."""
+"""Read a diffusers folder (config and safetensors) as Parts: offline, quietly and without pickle."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
 import math
-from collections.abc import Iterator, Mapping
-from logging import CRITICAL
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
-from ..core.model import MAX_ELEMENTS, InputSpec, ModelInfo
+from ..core.model import MAX_ELEMENTS, ModelInfo
 from ..core.schedule import NoiseSchedule
 from ..errors import ModelError, PTQDError
 from ..recipe import ModelSpec, Recipe
 from ..typed import brief
-from .network import Network, bare, check_finite, one_line, weights_sha256
+from .conditions import CONDITION_UNET, Around, adapted, declare
+from .construct import check_sizes, construct, fill
+from .network import Network, bare, one_line, weights_sha256
+from .parts import Parts
+from .weights import read_folder, read_json
 
-CONFIG = "config.json"
+CONFIG, MODEL_INDEX = "config.json", "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
-MAX_SIZE, MAX_LAYERS, MAX_LIST = 1_000_000, 100, 64
-"""Bounds on numbers in a config, layers of a block and items of a list: far above any model's."""
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
-CLASSES = ("UNet2DModel", "UNet2DConditionModel")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+CLASSES = ("UNet2DModel", CONDITION_UNET)
+AUTOENCODERS = ("AutoencoderKL", "VQModel")
+FIRST_STAGES = ("vae", "vqvae")
+OTHER_NETWORKS, CONTROL = ("transformer", "dit", "prior", "unet_2"), "controlnet"
+"""Folders of networks that are no UNet, and of one that works on a UNet."""
+MAX_TOKENS = 4096
+"""More tokens than any text encoder takes; a tokenizer that says more says nothing."""
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 """Names of attention weights in models saved before diffusers 0.15."""
 
 
-def from_folder(recipe: Recipe, folder: Path) -> Network:
+def from_folder(recipe: Recipe, folder: Path) -> Parts:
+    """A pipeline folder, or a bare UNet's.
+
+    Raises:
+        ModelError: it holds no UNet that is supported, or its files are damaged or do not fit.
+    """
     spec = recipe.model
     if not folder.is_dir():
         raise ModelError(
@@ -42,110 +46,117 @@ def from_folder(recipe: Recipe, folder: Path) -> Network:
         )
     unet = next((f for f in (folder / "unet", folder) if (f / CONFIG).is_file()), None)
     if unet is None:
+        raise ModelError(_without_unet(folder))
+    if (folder / CONTROL / CONFIG).is_file():
         raise ModelError(
-            f"{folder} holds neither unet/{CONFIG} nor {CONFIG}: give a diffusers pipeline folder or a UNet "
-            "folder"
+            f"{folder} holds {CONTROL}/, which steers the UNet and is not supported: give the folder of the "
+            "UNet alone, or load both by file.py:function"
         )
-    config = _read_json(unet / CONFIG)
+    config = read_json(unet / CONFIG)
     if config.get("_class_name") not in CLASSES:
         raise ModelError(
             f"{unet / CONFIG} says _class_name {config.get('_class_name')!r}: expected one of "
             f"{', '.join(CLASSES)}, or load it by file.py:function"
         )
-    _check_sizes(config, unet / CONFIG)
+    where = str(unet / CONFIG)
+    check_sizes(config, where)
     scheduler = scheduler_config(recipe, folder)
-    shape = _sample_shape(spec, config, unet / CONFIG)
-    inputs = _unet_inputs(spec, config, unet / CONFIG)
-    module = _load_unet(config, unet)
+    shape = sample_shape(spec, config, where)
+    inputs = declare(spec, config, shape, where, _around(folder))
+    module = bare(adapted(_load(config, unet)))
     kept = {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
-    name = spec.name or folder.name
-    return Network(bare(module), ModelInfo(name, shape, inputs, weights_sha256(kept, module)), scheduler)
+    info = ModelInfo(recipe.model_name, shape, inputs, weights_sha256(kept, module))
+    first = next((folder / name for name in FIRST_STAGES if (folder / name / CONFIG).is_file()), None)
+    about = {} if first is None else read_json(first / CONFIG)
+    return Parts(
+        Network(module, info, scheduler),
+        config,
+        None if first is None else lambda: _first_stage(about, first),
+        *_scales(about),
+        text_encoders=_folders(folder, "text_encoder"),
+        tokenizers=_folders(folder, "tokenizer"),
+        files=(unet,),
+    )
 
 
-def _load_unet(config: dict[str, Any], folder: Path) -> nn.Module:
-    """The UNet of a config, with its weights.
+def _without_unet(folder: Path) -> str:
+    """Why a folder cannot be read, by what it holds instead of a UNet."""
+    index = folder / MODEL_INDEX
+    pipeline = read_json(index).get("_class_name") if index.is_file() else None
+    other = next((name for name in OTHER_NETWORKS if (folder / name / CONFIG).is_file()), None)
+    if other is not None or pipeline is not None:
+        network = read_json(folder / other / CONFIG).get("_class_name") if other else None
+        what = f"{other}/ ({brief(network)})" if other else "no unet/"
+        return (
+            f"{folder} is a pipeline {brief(pipeline)} with {what}: supported are pipelines with a UNet "
+            f"({', '.join(CLASSES)}); load another network by file.py:function"
+        )
+    return (
+        f"{folder} holds neither unet/{CONFIG} nor {CONFIG}: give a diffusers pipeline folder or a UNet "
+        "folder"
+    )
 
-    diffusers builds it from the config; the weights are filled in here, so that every mismatch is named. It
-    is first built on the meta device, without memory, and compared with the weights, so that a config cannot
-    ask for more memory than the weights take.
-    """
-    state = _read_weights(folder)
-    with torch.device("meta"):
-        expected = _construct(config, folder).state_dict()
+
+def _load(config: Mapping[str, Any], folder: Path) -> nn.Module:
+    """A model of diffusers with its weights."""
+    state = read_folder(folder)
+    module = construct(config, str(folder / CONFIG))
+    expected = module.state_dict()
     for key in [key for key in state if key not in expected]:
         for old, new in OLD_ATTENTION.items():
             if old in key and key.replace(old, new) in expected:
                 state[key.replace(old, new)] = state.pop(key)
-    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
-    for what, keys in (("lack", missing), ("hold unexpected", unexpected)):
-        if keys:
-            raise ModelError(
-                f"the weights in {folder} {what} {len(keys)} tensors, such as {brief(min(keys))}: config and "
-                "weights "
-                "are of different models"
-            )
-    for key, value in sorted(state.items()):
-        if value.shape != expected[key].shape:
-            raise ModelError(
-                f"weight {key!r} in {folder} has shape {tuple(value.shape)}: the config expects "
-                f"{tuple(expected[key].shape)}"
-            )
-        check_finite(key, value, str(folder))
-    module = _construct(config, folder)
-    module.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()}, strict=True)
-    return module.float().eval().requires_grad_(False)
+    return fill(module, config, state, str(folder))
 
 
-def _construct(config: dict[str, Any], folder: Path) -> nn.Module:
-    class_name = config["_class_name"]
-    with _quiet_diffusers(), torch.random.fork_rng(devices=[]):
-        import diffusers
-
-        try:
-            module = getattr(diffusers, class_name).from_config(config)
-        except Exception as error:  # the constructor trusts its arguments and fails in many ways
-            raise ModelError(
-                f"{folder / CONFIG} does not describe a {class_name}: {one_line(error)}"
-            ) from error
-    if not isinstance(module, nn.Module):
-        raise ModelError(f"{folder / CONFIG} does not describe a {class_name}")
-    return module
+def _first_stage(config: Mapping[str, Any], folder: Path) -> nn.Module:
+    if config.get("_class_name") not in AUTOENCODERS:
+        raise ModelError(
+            f"{folder / CONFIG} says _class_name {config.get('_class_name')!r}: expected one of "
+            f"{', '.join(AUTOENCODERS)}"
+        )
+    return _load(config, folder)
 
 
-def _check_sizes(config: Any, file: Path, key: str = "") -> None:
-    """Refuse numbers that no UNet has: they would keep the constructor busy for ever.
+def _scales(config: Mapping[str, Any]) -> tuple[float, float]:
+    """(scaling_factor, shift_factor) of an autoencoder's config; the class's defaults where it says nothing.
 
-    Raises:
-        ModelError: a number is out of bounds; names the key.
+    For latents of VQ models the factor counts too: diffusers writes it, and its pipelines divide by it.
     """
-    if isinstance(config, dict):
-        for name, value in config.items():
-            _check_sizes(value, file, str(name))
-    elif isinstance(config, list):
-        if len(config) > MAX_LIST:
-            raise ModelError(f"{file} says {brief(key)} of {len(config)} items: expected at most {MAX_LIST}")
-        for value in config:
-            _check_sizes(value, file, key)
-    elif isinstance(config, int):
-        most = MAX_LAYERS if "layers" in key else MAX_SIZE
-        if not -1 <= config <= most:
-            raise ModelError(f"{file} says {brief(key)} is {brief(config)}: expected at most {most}")
+    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+    default = 0.18215 if config.get("_class_name") in AUTOENCODERS else 1.0
+    return (
+        default if scale is None else float(scale),
+        0.0 if shift is None else float(shift),
+    )
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if file is None:
-        pickled = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES)
-        if pickled:
-            raise ModelError(
-                f"{folder} holds {pickled[0]}, a pickle, which is never loaded: save the model with "
-                "safe_serialization=True"
-            )
-        raise ModelError(f"{folder} has no weights: expected {WEIGHTS[0]} in one piece")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{file} is damaged or not safetensors: {one_line(error)}: copy it again") from error
+def _folders(folder: Path, name: str) -> tuple[Path, ...]:
+    """name, name_2, name_3, as far as they are there."""
+    return tuple(f for f in (folder / (name + end) for end in ("", "_2", "_3")) if f.is_dir())
+
+
+def _around(folder: Path) -> Around:
+    """What a pipeline's other configs say of a UNet's inputs."""
+    tokens = pooled = None
+    for encoder in _folders(folder, "text_encoder"):
+        if (encoder / CONFIG).is_file():
+            config = read_json(encoder / CONFIG)
+            tokens = _count(config.get("max_position_embeddings")) or tokens
+            pooled = _count(config.get("projection_dim"))  # the last one gives the pooled text
+    for tokenizer in _folders(folder, "tokenizer"):
+        file = tokenizer / "tokenizer_config.json"
+        if tokens is None and file.is_file():
+            tokens = _count(read_json(file).get("model_max_length"))
+    first = next((folder / name for name in FIRST_STAGES if (folder / name / CONFIG).is_file()), None)
+    levels = read_json(first / CONFIG).get("block_out_channels") if first is not None else None
+    if isinstance(levels, list) and 1 <= len(levels) <= 8:
+        return Around(tokens, pooled, 2 ** (len(levels) - 1))
+    return Around(tokens, pooled)
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and 0 < value <= MAX_TOKENS else None
 
 
 def scheduler_config(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -160,7 +171,7 @@ def scheduler_config(recipe: Recipe, folder: Path) -> dict[str, Any]:
             f"no scheduler config at {' or '.join(map(str, places))}: put one there, or set model.scheduler "
             "in the recipe"
         )
-    config = _read_json(file)
+    config = read_json(file)
     try:
         NoiseSchedule.from_config(config, 1, 0.0)
     except PTQDError:
@@ -170,14 +181,21 @@ def scheduler_config(recipe: Recipe, folder: Path) -> dict[str, Any]:
     return config
 
 
-def _sample_shape(spec: ModelSpec, config: Mapping[str, Any], file: Path) -> tuple[int, int, int]:
-    channels, size = config.get("in_channels"), config.get("sample_size")
+def sample_shape(spec: ModelSpec, config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
+    """(C, H, W) of the samples.
+
+    A UNet that takes more channels than it returns takes the rest as a condition; one that returns more
+    learns a variance.
+    """
+    takes, returns, size = (config.get(key) for key in ("in_channels", "out_channels", "sample_size"))
+    fewer = isinstance(takes, int) and isinstance(returns, int) and 0 < returns < takes
+    channels = returns if fewer else takes
     shape: tuple[Any, ...]
     if spec.sample_shape:
         shape = spec.sample_shape
     elif size is None:
         raise ModelError(
-            f"{file} has no sample_size: set model.sample_shape = [channels, height, width] in the recipe"
+            f"{where} has no sample_size: set model.sample_shape = [channels, height, width] in the recipe"
         )
     else:
         shape = (
@@ -189,84 +207,12 @@ def _sample_shape(spec: ModelSpec, config: Mapping[str, Any], file: Path) -> tup
         )
     if len(shape) != 3 or not all(isinstance(v, int) and v > 0 for v in shape) or shape[0] != channels:
         raise ModelError(
-            f"the sample shape is {list(shape)}: expected [{channels}, height, width], from in_channels and "
-            f"sample_size in {file}"
+            f"the sample shape is {list(shape)}: expected [{channels}, height, width], from the channels and "
+            f"the sample_size in {where}"
         )
     if math.prod(shape) > MAX_ELEMENTS:
         raise ModelError(
             f"the sample shape is {brief(list(shape))}: expected at most {MAX_ELEMENTS} elements, from "
-            f"sample_size in {file}"
+            f"sample_size in {where}"
         )
     return int(shape[0]), int(shape[1]), int(shape[2])
-
-
-def _unet_inputs(spec: ModelSpec, config: Mapping[str, Any], file: Path) -> tuple[InputSpec, ...]:
-    """The conditioning inputs of a diffusers UNet: the recipe's, and class labels from the config."""
-    declared = {s.name: s for s in spec.inputs}
-    if config.get("class_embed_type") is not None or config.get("addition_embed_type") is not None:
-        raise ModelError(
-            f"{file} sets class_embed_type or addition_embed_type, which is not supported: load the model by "
-            "file.py:function"
-        )
-    inputs: list[InputSpec] = []
-    if config["_class_name"] == "UNet2DConditionModel":
-        text, width = declared.pop("encoder_hidden_states", None), config.get("cross_attention_dim", 1280)
-        if text is None or text.dtype != "float32" or len(text.shape) != 2 or text.shape[1] != width:
-            got = "is not declared" if text is None else f"is declared as {text.dtype} {list(text.shape)}"
-            raise ModelError(
-                f"input encoder_hidden_states {got}: a UNet2DConditionModel needs it under model.inputs as "
-                f"float32 with shape [tokens, {width}]"
-            )
-        inputs.append(text)
-    classes = config.get("num_class_embeds")
-    if classes is not None:
-        if not isinstance(classes, int):
-            raise ModelError(f"{file} says num_class_embeds {classes!r}: expected an integer")
-        labels = InputSpec("class_labels", "int64", (), classes)
-        given = declared.pop("class_labels", labels)
-        if dataclasses.replace(given, null_class=None) != labels:
-            raise ModelError(
-                f"model.inputs declares class_labels otherwise than {file}: num_class_embeds is "
-                f"{labels.num_classes}; leave it out"
-            )
-        inputs.append(with_null(spec, given))
-    elif spec.null_class is not None:
-        raise ModelError(
-            f"model.null_class is {spec.null_class}, but {file} has no num_class_embeds: leave null_class out"
-        )
-    if declared:
-        raise ModelError(
-            f"model.inputs declares {min(declared)!r}, which {config['_class_name']} of {file} does not "
-            "take: leave it out"
-        )
-    return tuple(inputs)
-
-
-def with_null(spec: ModelSpec, given: InputSpec) -> InputSpec:
-    if given.num_classes is None or given.null_class is not None:
-        return given
-    return dataclasses.replace(given, null_class=spec.null_class)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise ModelError(f"{file} cannot be read: {one_line(error)}") from error
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise ModelError(f"{file} is not valid JSON: {one_line(error)}") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{file} holds a JSON {type(data).__name__}: expected an object")
-    return data
-
-
-@contextlib.contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    from diffusers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity(CRITICAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)

@@ -1,4 +1,4 @@
-"""Model intake: open a diffusers folder or "file.py:function" as a Network."""
+"""Model intake: open a diffusers folder, a checkpoint or "file.py:function"."""
 
 from __future__ import annotations
 
@@ -13,24 +13,38 @@ from torch import nn
 from ..core.model import ModelInfo
 from ..errors import ModelError, PTQDError
 from ..recipe import Recipe
-from .folder import from_folder, scheduler_config, with_null
+from .conditions import with_null
+from .folder import from_folder, scheduler_config
+from .ldm import from_checkpoint
 from .network import Network, bare, check_finite, one_line, try_forward, weights_sha256
+from .parts import Parts
 
 
 def open_model(recipe: Recipe) -> Network:
     """The network of `recipe.model`, checked by one trial forward; see ModelSpec for the sources.
 
     Raises:
+        ModelError: as `open_parts`.
+    """
+    return open_parts(recipe).network
+
+
+def open_parts(recipe: Recipe) -> Parts:
+    """The model of `recipe.model` with all its parts; the network is checked by one trial forward.
+
+    Raises:
         ModelError: the files are missing or damaged, the config or the weights do not fit, or the network
             computes NaN, infinite values or a wrong shape.
     """
     file, separator, function = recipe.model.source.rpartition(":")
-    if separator and file.endswith(".py"):
-        network = _from_function(recipe, recipe.path(file), function)
+    if recipe.model.checkpoint:
+        parts = from_checkpoint(recipe)
+    elif separator and file.endswith(".py"):
+        parts = Parts(_from_function(recipe, recipe.path(file), function))
     else:
-        network = from_folder(recipe, recipe.path(recipe.model.source))
-    try_forward(network)
-    return network
+        parts = from_folder(recipe, recipe.path(recipe.model.source))
+    try_forward(parts.network)
+    return parts
 
 
 def _from_function(recipe: Recipe, file: Path, function: str) -> Network:
@@ -78,6 +92,6 @@ def _from_function(recipe: Recipe, file: Path, function: str) -> Network:
     # The weights do not say what the function computes with them; its file says most of that.
     code_hash = hashlib.sha256(file.read_bytes()).hexdigest()
     info = ModelInfo(
-        spec.name or file.stem, (channels, height, width), inputs, weights_sha256({"code": code_hash}, module)
+        recipe.model_name, (channels, height, width), inputs, weights_sha256({"code": code_hash}, module)
     )
     return Network(bare(module), info, scheduler_config(recipe, file.parent))

@@ -43,7 +43,7 @@ def trial_feeds(info: ModelInfo, n: int) -> dict[str, Array]:
     tensors = {
         s.name: generator.standard_normal((n, *s.shape)).astype(np.float32)
         for s in info.inputs
-        if s.num_classes is None
+        if s.num_classes is None and not s.default
     }
     sample = generator.standard_normal((n, *info.sample_shape)).astype(np.float32)
     return {"sample": sample, "timestep": np.full(n, 1, np.int64), **info.conditions(None, n, tensors)}

@@ -105,7 +105,7 @@ def collect(network: Network, sampling: Sampling, recipe: Recipe, folder: Path) 
     """Sample calibration.size + calibration.held_out trajectories in full precision, with guidance.
 
     Sample i of calibration.seed gets class i modulo the number of classes; a float condition is row i of its
-    InputSpec.values (modulo the number of rows), or standard normal noise.
+    InputSpec.values (modulo the number of rows), its default, or standard normal noise.
 
     Args:
         folder: where the batches are kept; complete batches of the same model, schedule, guidance and seed
@@ -174,7 +174,7 @@ def _conditions(info: ModelInfo, indices: range, seed: int, sources: Mapping[str
         if spec.name in sources:
             rows = np.asarray(indices) % len(sources[spec.name])
             tensors[spec.name] = np.asarray(sources[spec.name][rows], np.float32)
-        else:
+        elif not spec.default:
             stream = [CONDITION_STREAM * (i + 1) + index for index in indices]
             tensors[spec.name] = NoiseSource(seed, stream, spec.shape).draw().astype(np.float32)
     # Classes go in turn over all samples, not within a batch.

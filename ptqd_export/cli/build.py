@@ -21,7 +21,17 @@ ENGINES = Path("engines")
 
 
 @click.command()
-@click.argument("recipe_or_model")
+@click.argument("recipe_or_model", required=False)
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="A latent diffusion model in one file of CompVis' layout, .safetensors or .ckpt.",
+)
+@click.option(
+    "--ldm-config",
+    type=click.Path(path_type=Path),
+    help="Its configuration, a .yaml file; not needed for Stable Diffusion 1.",
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -84,15 +94,19 @@ ENGINES = Path("engines")
     help="Take up the intermediate results of a build that was stopped.",
 )
 @common
-def build(recipe_or_model: str, out: Path | None, as_json: bool, resume: bool, **options: Any) -> None:
+def build(recipe_or_model: str | None, out: Path | None, as_json: bool, resume: bool, **options: Any) -> None:
     """Calibrate, correct, export and pack RECIPE_OR_MODEL.
 
-    RECIPE_OR_MODEL is a recipe, a folder with one, or a diffusers folder.
+    RECIPE_OR_MODEL is a recipe, a folder with one, a diffusers folder, or a checkpoint in one file;
+    --checkpoint takes its place, or that of the model in the recipe.
     """
     from ..assemble import build as build_bundle
     from ..bundle import check_target
 
-    recipe = override(Recipe.load(Path(recipe_or_model)), **options)
+    if recipe_or_model is None and options["checkpoint"] is None:
+        raise RecipeError("nothing to build: give a recipe, a model's folder, or --checkpoint")
+    start = Recipe(folder=Path.cwd()) if recipe_or_model is None else Recipe.load(Path(recipe_or_model))
+    recipe = override(start, **options)
     out = default_out(recipe) if out is None else out
     started = time.monotonic()
     bundle = build_bundle(recipe, check_target(out), resume=resume, say=say)
@@ -123,10 +137,7 @@ def default_out(recipe: Recipe) -> Path:
     """
     from ..bundle.bundle import model_of
 
-    file, separator, _ = recipe.model.source.rpartition(":")
-    of_function = bool(separator) and file.endswith(".py")
-    name = recipe.path(file).stem if of_function else recipe.path(recipe.model.source).name
-    name = recipe.model.name or name
+    name = recipe.model_name
     out = ENGINES / name
     there = model_of(out)
     if there not in (None, name):
@@ -149,6 +160,9 @@ def override(recipe: Recipe, **options: Any) -> Recipe:
         if value is not None:
             sections.setdefault(section, {})[name] = value
 
+    for name in ("checkpoint", "ldm_config"):
+        if options[name] is not None:
+            put("model", name, str(options[name].resolve()))
     for name in ("solver", "n_steps", "eta", "guidance_scale"):
         put("sampler", name, options[name])
     if options["solver"] == "ddpm" and options["eta"] is None:

@@ -43,6 +43,10 @@ class InputSpec:
         null_class: the id that stands for "no class" in classifier-free guidance, or None.
         values: for tensors: .npy file (N, *shape) that calibration draws from; standard normal noise if none
             is given.
+        default: for tensors: what a sample gets where nothing is given, here and in calibration, one number
+            per element; if empty, zeros, and standard normal noise in calibration.
+        kept: for tensors: the unconditional branch of guidance takes the same value (a mask, a picture's
+            size), not zeros.
     Raises:
         RecipeError: the values contradict each other.
     """
@@ -53,6 +57,8 @@ class InputSpec:
     num_classes: int | None = None
     null_class: int | None = None
     values: str | None = None
+    default: tuple[float, ...] = ()
+    kept: bool = False
 
     def __post_init__(self) -> None:
         n, null = self.num_classes, self.null_class
@@ -72,6 +78,15 @@ class InputSpec:
             label = n is not None and self.shape == ()
             _need(label, f"{said} is int64: a class label needs num_classes >= 1 and shape []")
             _need(1 <= (n or 0) <= MAX_CLASSES, f"{said}: num_classes is {brief(n)}: give 1 to {MAX_CLASSES}")
+        _need(
+            not (self.default or self.kept) or self.dtype == "float32",
+            f"{said} is a class label and has default or kept: only float32 inputs have them",
+        )
+        _need(
+            len(self.default) in (0, math.prod(self.shape)) and all(map(math.isfinite, self.default)),
+            f"{said} has a default of {len(self.default)} numbers: expected {math.prod(self.shape)}, finite, "
+            "one per element",
+        )
         fits = null is None or (n is not None and n > 1 and 0 <= null < n)
         _need(
             fits,
@@ -150,7 +165,7 @@ class ModelInfo:
         """
         if guidance_scale == 1.0:
             return
-        if not self.inputs:
+        if all(spec.kept for spec in self.inputs):
             raise RecipeError(
                 f"guidance_scale is {guidance_scale}, but {self.name} takes no condition: set it to 1"
             )
@@ -168,7 +183,7 @@ class ModelInfo:
 
         Args:
             labels: one class per sample, or None: all classes in turn.
-            tensors: float conditions (n, *shape) by input name; zeros where one is missing.
+            tensors: float conditions (n, *shape) by input name; where one is missing, its default, or zeros.
         Raises:
             RecipeError: a label is out of range or not an integer, or a count or shape is wrong.
         """
@@ -200,17 +215,31 @@ class ModelInfo:
         return np.array(labels, np.int64)
 
     def null_conditions(self, n: int) -> dict[str, Array]:
-        """Feeds that stand for "no condition": the null class, and zeros for tensors."""
+        """Feeds that stand for "no condition": the null class, and zeros for tensors.
+
+        A tensor that is `kept` has its default; where there is a condition, `Sampling.condition_rows` takes
+        that.
+        """
         return {
-            spec.name: np.full((n, *spec.shape), spec.null_class or 0, np.dtype(spec.dtype))
+            spec.name: _default(spec, n)
+            if spec.kept
+            else np.full((n, *spec.shape), spec.null_class or 0, np.dtype(spec.dtype))
             for spec in self.inputs
         }
+
+
+def _default(spec: InputSpec, n: int) -> Array:
+    """The default (n, *shape) of a float condition; zeros if it has none."""
+    if not spec.default:
+        return np.zeros((n, *spec.shape), np.float32)
+    one = np.asarray(spec.default, np.float32).reshape(spec.shape)
+    return np.broadcast_to(one, (n, *spec.shape)).copy()
 
 
 def _tensor(spec: InputSpec, n: int, tensors: Mapping[str, Array]) -> Array:
     value = tensors.get(spec.name)
     if value is None:
-        return np.zeros((n, *spec.shape), np.dtype(spec.dtype))
+        return _default(spec, n)
     if value.shape != (n, *spec.shape):
         raise RecipeError(f"condition {spec.name!r} has shape {value.shape}: expected {(n, *spec.shape)}")
     return value.astype(spec.dtype)

@@ -119,9 +119,11 @@ class Sampling:
     def condition_rows(self, conditions: Mapping[str, Array], n: int) -> dict[str, Array]:
         """Feeds (branches * n, ...) of the conditioning inputs.
 
-        Rows of the null condition come first; at guidance_scale 0 there are no others.
+        Rows of the null condition come first; at guidance_scale 0 there are no others. What an input keeps
+        (`InputSpec.kept`) is the same in both.
         """
-        null = self.model.null_conditions(n)
+        kept = {spec.name: conditions[spec.name] for spec in self.model.inputs if spec.kept}
+        null = self.model.null_conditions(n) | kept
         if self.guided:
             used: list[Mapping[str, Array]] = [null, conditions]
         else:

@@ -170,7 +170,7 @@ def scheduler_text(folder: Path) -> None:
         (lambda f: edit_config(f, norm_num_groups="x"), "does not describe a UNet2DModel"),
         (lambda f: edit_config(f, sample_size=None), "has no sample_size"),
         (lambda f: edit_config(f, sample_size="big"), "the sample shape is"),
-        (lambda f: edit_config(f, class_embed_type="timestep"), "class_embed_type"),
+        (lambda f: edit_config(f, class_embed_type="odd"), "class_embed_type 'odd' of size None"),
         (lambda f: edit_config(f, num_class_embeds=None), "has no num_class_embeds: leave null_class out"),
         (lambda f: edit_config(f, num_class_embeds="four"), "num_class_embeds 'four': expected an integer"),
         (

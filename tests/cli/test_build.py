@@ -36,7 +36,8 @@ def test_build_prints_one_object_and_is_quiet_when_piped(own: Built, tmp_path: P
 
 def test_build_options_reach_the_recipe() -> None:
     words = (
-        "model --out o --precision w4a8 --precision fp32 --solver ddpm --n-steps 7 --calib-size 6 "
+        "model --checkpoint a.ckpt --ldm-config b.yaml --out o "
+        "--precision w4a8 --precision fp32 --solver ddpm --n-steps 7 --calib-size 6 "
         "--batch-size 3 --seed 5 --budget 0.5 --cost bops "
         "--rounding adaround --iterations 7 "
         "--plan w4a8*6,fp32 --correction affine --no-recalibrate-variance --backend ort-cuda "
@@ -46,6 +47,8 @@ def test_build_options_reach_the_recipe() -> None:
     for name in ("recipe_or_model", "out", "as_json", "resume"):
         params.pop(name)
     recipe = override(Recipe(), **params)
+    assert recipe.model.checkpoint == str(Path("a.ckpt").resolve())
+    assert recipe.model.ldm_config == str(Path("b.yaml").resolve())
     s, c, q, p = recipe.sampler, recipe.calibration, recipe.quantization, recipe.plan
     assert (s.solver, s.n_steps, s.eta) == ("ddpm", 7, 1.0)
     assert (c.size, c.held_out, c.batch_size, c.seed) == (6, 3, 3, 5)
@@ -134,6 +137,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("x/other.toml", "", "x"),
         ("x/other.toml", 'source = "../y"', "y"),
         ("x/recipe.toml", 'source = "net.py:make"', "net"),
+        ("x/recipe.toml", 'checkpoint = "beds/model.ckpt"', "beds"),
+        ("x/recipe.toml", 'checkpoint = "v1-5.safetensors"', "v1-5"),
     ],
 )
 def test_a_bundle_is_named_after_its_model(
@@ -146,6 +151,15 @@ def test_a_bundle_is_named_after_its_model(
     told = invoke("build", file)
     assert (told.code, told.err) == (0, "") and f"ptqd-export run engines/{name} --out DIR" in told.out
     assert stub == [here / "engines" / name]
+
+
+def test_a_checkpoint_in_place_of_a_recipe(here: Path, invoke: Invoke, stub: list[Path]) -> None:
+    (here / "beds").mkdir()
+    for words in (["v1-4.ckpt"], ["--checkpoint", "v1-4.safetensors"], ["--checkpoint", "beds/last.ckpt"]):
+        assert invoke("build", *words).code == 0
+    assert [out.name for out in stub] == ["v1-4", "v1-4", "beds"]
+    assert "nothing to build: give a recipe, a model's folder, or --checkpoint" in invoke("build").error
+    assert "but model.checkpoint is not set" in invoke("build", here, "--ldm-config", "a.yaml").error
 
 
 def test_the_bundle_of_another_model_is_not_replaced_unasked(
