@@ -21,8 +21,8 @@ from .core.model import InputSpec
 from .core.noise import Mode
 from .core.plan import Rule
 from .core.precision import Precision
-from .core.solvers import Solver
 from .core.sensitivity import Objective
+from .core.solvers import Solver
 from .errors import RecipeError
 from .typed import brief, read_typed, to_plain
 

@@ -92,7 +92,9 @@ def measure_own(
         for step in range(n_steps):
             predicted = []
             for (indices, conditions), state in zip(batches, states, strict=True):
-                e, eq = (_predict(net, sampling, state.x, step, indices, conditions) for net in (reference, engine))
+                e, eq = (
+                    _predict(net, sampling, state.x, step, indices, conditions) for net in (reference, engine)
+                )
                 predicted.append(eq)
                 for row, i in enumerate(indices):
                     sums[i] += NoiseStats.of_step(step, n_steps, e[row : row + 1], eq[row : row + 1])

@@ -25,7 +25,7 @@ int64 (1,), the row of the tables; epsilon f32 (B, C, H, W).
 
 NOISE, NEXT_SAMPLE, NEXT_TIMESTEP, NEXT_STEP = "noise", "next_sample", "next_timestep", "next_step"
 KEPT, NEXT_KEPT = "kept.", "next_kept."
-"""Further names in the graph of the sampler's update (`export.sampler_update`); numbers follow the last two."""
+"""Further names in the graph of the sampler's update (`export.sampler_update`); the last two are numbered."""
 
 
 @dataclass(frozen=True)

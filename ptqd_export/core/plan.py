@@ -74,9 +74,7 @@ class Plan:
         """
         return np.array([0.0 if p.is_float else var[p][step] for step, p in enumerate(self.steps)])
 
-    def sigmas(
-        self, schedule: NoiseSchedule, var: Mapping[Precision, F64], recalibrate: bool = True
-    ) -> F64:
+    def sigmas(self, schedule: NoiseSchedule, var: Mapping[Precision, F64], recalibrate: bool = True) -> F64:
         """Standard deviation of the noise that each step injects under this plan, (T,).
 
         Args:

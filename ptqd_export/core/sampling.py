@@ -136,7 +136,7 @@ class Sampling:
         """The guided prediction, float64 (N, ...), of an engine's rows (branches * N, ...) at x (N, ...).
 
         e_null + guidance_scale (e_cond - e_null) (classifier-free guidance, Ho & Salimans 2022). With
-        guidance_rescale, the network's own output r of that is scaled: r (1 - phi + phi std(r_cond) / std(r)),
+        guidance_rescale, the network's output r of that is scaled: r (1 - phi + phi std(r_cond) / std(r)),
         with the standard deviations of each sample (Lin et al. 2023, eq. 15 and 16).
         """
         e = np.asarray(prediction, np.float64)
@@ -237,10 +237,8 @@ class Sampling:
         recalibration does not shift the stream of later steps."""
         return bool(self.schedule.table[step, 0, NOISE] > 0)
 
-    def replay(
-        self, states: Sequence[Floats], predictions: Sequence[Floats], source: NoiseSource, n: int
-    ) -> State:
-        """The state before step n of a run of which every step's x and prediction are known.
+    def replay(self, states: Floats, predictions: Floats, source: NoiseSource, n: int) -> State:
+        """The state before step n of a run whose x and predictions, (T, N, C, H, W), are known.
 
         What a solver keeps is found from them, and the last step is taken again; `source` has then given
         what those steps take.
@@ -250,9 +248,7 @@ class Sampling:
             noise = source.draw() if self.draws(step) else None
             if self.schedule.kept or step + 1 not in known:
                 x, e = (np.asarray(values[step], np.float64) for values in (states, predictions))
-                state = self.advance(
-                    State(x, state.kept), e, step, float(self.schedule.sigmas[step]), noise
-                )
+                state = self.advance(State(x, state.kept), e, step, float(self.schedule.sigmas[step]), noise)
         return State(np.asarray(states[n], np.float64), state.kept) if n in known else state
 
     def sample(

@@ -73,7 +73,7 @@ class NoiseSchedule:
     @property
     def kept(self) -> int:
         """Tensors that the solver keeps between evaluations."""
-        return self.table.shape[1] - 1
+        return int(self.table.shape[1]) - 1
 
     @property
     def bounded(self) -> bool:
@@ -97,7 +97,7 @@ class NoiseSchedule:
 
     @cached_property
     def linear_table(self) -> F64:
-        """The table with x_0 written out, as it is where nothing is clipped: (T, 1 + S, 4 + S), column CLEAN 0."""
+        """The table with x_0 written out, as if nothing were clipped: (T, 1 + S, 4 + S), column CLEAN 0."""
         u, w = self.clean_coefficients
         table = self.table.copy()
         table[:, :, STATE] += u[:, None] * table[:, :, CLEAN]
@@ -123,7 +123,7 @@ class NoiseSchedule:
         Solvers that keep predictions use each of them in several steps, with different signs, or undo a step
         and take it again. What counts is what is left once that is over. It is found by following the error
         through the table to the end, with the network's answers as they are: then x / alpha moves by what
-        the entries add up to and stays there, as in the differential equation d(x / alpha) = e d(sigma / alpha).
+        the entries add up to and stays there, as in d(x / alpha) = e d(sigma / alpha).
         That sum, times alpha of the level that the step leads to, is c_i. (How later answers of the network
         take it back is not known here; it is measured, see `core.sensitivity`.)
         """
@@ -175,8 +175,8 @@ class NoiseSchedule:
             ddim             sqrt(1 - abar_prev - sigma^2) - sqrt(abar_prev (1 - abar) / abar)
             ddpm             -beta / sqrt(alpha (1 - abar)), beta = 1 - alpha = 1 - abar / abar_prev; for
                              fixed_large the same, with sigma^2 = beta
-            euler-ancestral  alpha_prev (sigma_down - sigma), with sigma as sigma / alpha and sigma^2 = alpha_prev^2
-                             sigma_up^2: what Euler's step to sigma_down does to e
+            euler-ancestral  alpha_prev (sigma_down - sigma), these as sigma / alpha: what Euler's step to
+                             sigma_down does to e; the noise is alpha_prev sigma_up
             lcm              -sqrt(abar_prev) c_out sqrt((1 - abar) / abar), with sigma^2 = 1 - abar_prev
             sde-dpmsolver++  -alpha_t (1 - e^-2h) (sigma_s / alpha_s), times 1 + 1 / (2 r) in second order
 
@@ -186,7 +186,7 @@ class NoiseSchedule:
 
             c_k^2 v_k + b_k-1^2 v_k-1 + 2 P_k c_k-1 b_k-1 v_k-1
 
-        where v is var and P_k is how much of a deviation of x_k is left in x_k+1. c and b have opposite signs:
+        where v is var and P_k is how much of a deviation of x_k is left in x_k+1. c and b have other signs:
         the cross term is negative, and second order adds less than its c alone says. P_k is the table's
         factor of x at a given x_0: a denoiser's x_0 hardly follows white noise in x. (It follows it where
         little noise is left; P is larger there, and slightly too much is taken off.) The sum is found with
@@ -269,7 +269,7 @@ class NoiseSchedule:
                 1 <= len(t) == len(a) == len(f) == len(p),
                 f"{len(t)} timesteps, {len(a)}, {len(f)} and {len(p)} alphas_cumprod",
             ),
-            (all(0 <= step <= MAX_TRAIN_TIMESTEPS for step in t), f"a timestep outside [0, {MAX_TRAIN_TIMESTEPS}]"),
+            (all(0 <= s <= MAX_TRAIN_TIMESTEPS for s in t), f"a timestep outside [0, {MAX_TRAIN_TIMESTEPS}]"),
             (
                 bool(((a >= least) & (a <= 1 - TINY) & (f >= least) & (f <= 1 - TINY)).all()),
                 f"alphas_cumprod outside [{least:g}, 1 - {TINY}]",
@@ -278,7 +278,7 @@ class NoiseSchedule:
             (0 <= plain.eta <= 1, f"eta {plain.eta}, outside [0, 1]"),
             (plain.clip_sample is None or plain.clip_sample > 0, f"clip_sample {plain.clip_sample}"),
             (
-                threshold is None or (0 < threshold[0] <= 1 and 1 <= threshold[1]),
+                threshold is None or (0 < threshold[0] <= 1 and threshold[1] >= 1),
                 f"threshold {threshold}, outside (0, 1] and [1, inf)",
             ),
             (1 <= o.order <= 3, f"order {o.order}, outside [1, 3]"),
@@ -290,14 +290,24 @@ class NoiseSchedule:
             if not ok:
                 raise RecipeError(f"the schedule has {message}")
         whole = all(step == int(step) for step in t)
-        steps = np.asarray(t, np.int64 if whole else np.float32)
         schedule = cls(
-            steps, a, f, p, plain.eta, plain.prediction_type, plain.clip_sample,
-            None if threshold is None else Threshold(*threshold), plain.solver, o, plain.n_steps, plain.start,
-        )  # fmt: skip
+            np.asarray(t, np.int64) if whole else np.asarray(t, np.float32),
+            a,
+            f,
+            p,
+            plain.eta,
+            plain.prediction_type,
+            plain.clip_sample,
+            None if threshold is None else Threshold(*threshold),
+            plain.solver,
+            o,
+            plain.n_steps,
+            plain.start,
+        )
         if not schedule.usable:
             raise RecipeError(
-                f"the schedule has values of which solver {plain.solver} makes no finite numbers up to {LARGEST:g}"
+                f"the schedule has values of which solver {plain.solver} makes numbers that are not "
+                f"finite, or above {LARGEST:g}"
             )
         return schedule
 
@@ -327,8 +337,8 @@ class NoiseSchedule:
         schedule = cls(**vars(read_config(config, n_steps, eta, solver)))
         if not schedule.usable:
             raise ModelError(
-                f"solver {schedule.solver} cannot take {n_steps} steps by this scheduler config: its numbers are "
-                "not finite; give another n_steps, or another --solver"
+                f"solver {schedule.solver} cannot take {n_steps} steps by this scheduler config (its numbers "
+                "are not finite): give another n_steps, or another --solver"
             )
         return schedule
 

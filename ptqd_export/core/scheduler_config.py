@@ -1,8 +1,8 @@
 """Diffusers' scheduler configs, read as diffusers 0.42 reads them: the noise levels of a run, and its solver.
 
-A solver means the scheduler class of that name, made from the model's config: keys that are there count, others
-have the class's defaults; those that decide the diffusion process (betas) have the defaults of the config's own
-class.
+A solver means the scheduler class of that name, made from the model's config: keys that are there count,
+others have the class's defaults; those that decide the diffusion process (betas) have the defaults of the
+config's own class.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SAME_PROCESS = (
     "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler", "SASolverScheduler",
     "TCDScheduler", "DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler",
 )  # fmt: skip
-"""Other classes over the same process: their solvers are not known here, but any of ours can take their place."""
+"""Other classes over the same process: their solvers are not known, but any of ours can take their place."""
 CLIPS = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler")
 """Classes that clip x_0 unless they are told not to."""
 ZERO_SNR = 2.0**-24
@@ -93,8 +93,8 @@ def default_solver(config: Config) -> Solver:
     if name not in CLASSES:
         if name in SAME_PROCESS:
             raise ModelError(
-                f"the scheduler config is of {brief(name)}, whose solver is not supported: set sampler.solver "
-                f"(--solver) to one of {', '.join(SOLVERS)}"
+                f"the scheduler config is of {brief(name)}, whose solver is not supported: set "
+                f"sampler.solver (--solver) to one of {', '.join(SOLVERS)}"
             )
         raise _other_process(name)
     algorithm = config.get("algorithm_type", "dpmsolver++")
@@ -130,15 +130,13 @@ def read_config(config: Config, n_steps: int, eta: float, solver: Solver | None)
             f"the scheduler config says num_train_timesteps {n_train}: expected 1 to {MAX_TRAIN_TIMESTEPS}"
         )
     if not 1 <= n_steps <= n_train:
-        raise RecipeError(
-            f"n_steps is {n_steps}: give 1 to {n_train}, the scheduler's num_train_timesteps"
-        )
+        raise RecipeError(f"n_steps is {n_steps}: give 1 to {n_train}, the scheduler's num_train_timesteps")
     if not 0.0 <= eta <= 1.0:
         raise RecipeError(f"eta is {eta}: give a value in [0, 1] (0 is DDIM, 1 is DDPM)")
     if solver != "ddim" and eta != 0 and (solver, eta) != ("ddpm", 1):
         raise RecipeError(f"eta is {eta}, but it belongs to ddim: leave it out with {solver}")
     prediction_type = _check(config, solver)
-    abar = np.cumprod(1.0 - _betas(config, n_train))
+    abar = np.asarray(np.cumprod(1.0 - _betas(config, n_train)), np.float64)
     if config.get("rescale_betas_zero_snr"):
         abar = _zero_snr(abar, solver)
     spacing = Spacing(config, solver, n_train, n_steps, abar)
@@ -146,16 +144,17 @@ def read_config(config: Config, n_steps: int, eta: float, solver: Solver | None)
     low, high = float(np.min(timesteps)), float(np.max(timesteps))
     if high > n_train - 1 or low < 0:
         raise ModelError(
-            f"timesteps {low:g}..{high:g} leave the scheduler's 0..{n_train - 1}: lower steps_offset or n_steps"
+            f"timesteps {low:g}..{high:g} leave the scheduler's 0..{n_train - 1}: lower steps_offset or "
+            "n_steps"
         )
     scaled = solver in ("euler", "euler-ancestral", "heun") and spacing.name != "leading"
     thresholds = config.get("thresholding") and solver in ("ddim", "ddpm", "lcm", "unipc", *DPM)
     clips = config.get("clip_sample", name in CLIPS) and solver in ("ddim", "ddpm", "heun", "lcm")
     ratio, largest = (float(config.get(*key)) for key in _THRESHOLD)
-    if thresholds and not (0 < ratio <= 1 and 1 <= largest):
+    if thresholds and not (0 < ratio <= 1 and largest >= 1):
         raise ModelError(
-            f"the scheduler config says dynamic_thresholding_ratio {ratio:g} and sample_max_value {largest:g}: "
-            "expected a ratio in (0, 1] and a value of 1 or more"
+            f"the scheduler config says dynamic_thresholding_ratio {ratio:g} and sample_max_value {largest:g}"
+            ": expected a ratio in (0, 1] and a value of 1 or more"
         )
     return Read(
         solver,
@@ -185,7 +184,8 @@ def _check(config: Config, solver: Solver) -> str:
     for key in REFUSED:
         if config.get(key):
             raise ModelError(
-                f"the scheduler config sets {key}, which is not supported: set it to false if the model allows"
+                f"the scheduler config sets {key}, which is not supported: set it to false if the model "
+                "allows"
             )
     prediction_type = str(config.get("prediction_type", "epsilon"))
     allowed = PREDICTION_TYPES[: 2 if solver in ("pndm", "euler-ancestral") else 3]
@@ -215,8 +215,8 @@ def _check(config: Config, solver: Solver) -> str:
     if config.get("rescale_betas_zero_snr"):
         if solver in ("pndm", "heun"):
             raise ModelError(
-                f"the scheduler config sets rescale_betas_zero_snr, which solver {solver} does not know: give "
-                "another --solver, such as ddim"
+                f"the scheduler config sets rescale_betas_zero_snr, which solver {solver} does not know: "
+                "give another --solver, such as ddim"
             )
         if prediction_type == "epsilon" and solver in ("ddim", "ddpm", "lcm"):
             raise ModelError(
@@ -263,17 +263,16 @@ def _betas(config: Config, n: int) -> F64:
         if betas.shape != (n,):
             raise ModelError(f"the scheduler config has {betas.size} trained_betas for {n} train timesteps")
         return betas
-    of_sd = config.get("_class_name") in ("LCMScheduler", "HeunDiscreteScheduler")
-    kind = str(
-        config.get("beta_schedule", "scaled_linear" if config.get("_class_name") == "LCMScheduler" else "linear")
-    )
+    name = config.get("_class_name")
+    of_sd = name in ("LCMScheduler", "HeunDiscreteScheduler")
+    kind = str(config.get("beta_schedule", "scaled_linear" if name == "LCMScheduler" else "linear"))
     start = float(config.get("beta_start", 0.00085 if of_sd else 1e-4))
     end = float(config.get("beta_end", 0.012 if of_sd else 0.02))
     if kind == "linear":
         return np.linspace(start, end, n)
     if kind == "scaled_linear":
         return np.asarray(np.linspace(math.sqrt(start), math.sqrt(end), n) ** 2)
-    if kind == "sigmoid" and config.get("_class_name") in ("DDPMScheduler", "DDPMParallelScheduler"):
+    if kind == "sigmoid" and name in ("DDPMScheduler", "DDPMParallelScheduler"):
         return np.asarray((end - start) / (1 + np.exp(-np.linspace(-6, 6, n))) + start)
     if kind == "squaredcos_cap_v2":
         u = np.arange(n + 1) / n

@@ -9,9 +9,9 @@ y, its prediction of e, and from it
 Where alpha is nothing (zero terminal SNR), e says nothing of x_0, and y is v = alpha e - sigma x_0 instead:
 x_0 = alpha x - sigma y, e = alpha y + sigma x.
 
-A solver makes the next state, and whatever it keeps for later, as sums of x_0, y, x, fresh noise z and what it
-kept before, each times a number that is known in advance. So it is run here once, on such sums: vectors over
-these terms (`SYMBOLS`). What comes out is the table. The semantics are those of diffusers 0.42.
+A solver makes the next state, and whatever it keeps for later, as sums of x_0, y, x, fresh noise z and what
+it kept before, each times a number that is known in advance. So it is run here once, on such sums: vectors
+over these terms (`SYMBOLS`). What comes out is the table. The semantics are those of diffusers 0.42.
 """
 
 from __future__ import annotations
@@ -25,7 +25,16 @@ import numpy.typing as npt
 
 F64 = npt.NDArray[np.float64]
 Solver = Literal[
-    "ddim", "ddpm", "pndm", "dpmsolver++", "sde-dpmsolver++", "euler", "euler-ancestral", "heun", "unipc", "lcm"
+    "ddim",
+    "ddpm",
+    "pndm",
+    "dpmsolver++",
+    "sde-dpmsolver++",
+    "euler",
+    "euler-ancestral",
+    "heun",
+    "unipc",
+    "lcm",
 ]
 Variant = Literal["", "fixed_small", "fixed_large", "plms", "prk", "midpoint", "heun", "bh1", "bh2"]
 CLEAN, PREDICTION, STATE, NOISE, KEPT = range(5)
@@ -35,6 +44,13 @@ MAX_KEPT = 5
 SYMBOLS: F64 = np.eye(KEPT + MAX_KEPT)
 FEW_STEPS = 15
 """Below it, DPM-Solver++ lowers its order in the last steps (`Options.lower_order_final`)."""
+ADAMS_BASHFORTH = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+"""Weights of the last predictions, newest first, by their number."""
 SIGMA_DATA = 0.5
 """Of the boundary condition of LCM (Luo et al. 2023, section 4.1)."""
 
@@ -113,7 +129,7 @@ class Run:
     def e(self, k: int) -> F64:
         """The prediction of e at evaluation k."""
         y, at = SYMBOLS[PREDICTION], self.at[k]
-        return at.alpha * y + at.sigma * self.x if self.inputs.velocity[k] else y
+        return np.asarray(at.alpha * y + at.sigma * self.x) if self.inputs.velocity[k] else y
 
     def step(self, following: F64, *kept: F64) -> tuple[F64, ...]:
         """End an evaluation: its next state, and what is kept for the next one.
@@ -128,7 +144,8 @@ class Run:
         return tuple(SYMBOLS[KEPT : KEPT + len(kept)])
 
     def table(self) -> F64:
-        return np.stack(self._rows)[:, : 1 + self._kept, : KEPT + self._kept]
+        rows: F64 = np.stack(self._rows)
+        return rows[:, : 1 + self._kept, : KEPT + self._kept]
 
 
 def compile_table(inputs: Inputs) -> F64:
@@ -172,16 +189,14 @@ def _pndm(run: Run) -> None:
     def output(k: int) -> F64:
         at = run.at[k]
         if not is_v or run.inputs.velocity[k]:
-            return SYMBOLS[PREDICTION]
-        return (SYMBOLS[PREDICTION] - at.sigma * run.x) / at.alpha
+            return np.asarray(SYMBOLS[PREDICTION])
+        return np.asarray((SYMBOLS[PREDICTION] - at.sigma * run.x) / at.alpha)
 
     def transfer(k: int, x: F64, mixed: F64) -> F64:
         """Eq. 11."""
         a, p = run.start[k].abar, run.to[k].abar
         e = run.start[k].alpha * mixed + run.start[k].sigma * x if is_v else mixed
-        return np.asarray(
-            np.sqrt(p / a) * x - (p - a) / (a * np.sqrt(1 - p) + np.sqrt(a * (1 - a) * p)) * e
-        )
+        return np.asarray(np.sqrt(p / a) * x - (p - a) / (a * np.sqrt(1 - p) + np.sqrt(a * (1 - a) * p)) * e)
 
     ets: tuple[F64, ...] = ()
     runge_kutta = min(12, run.n) if run.options.variant == "prk" else 0
@@ -202,8 +217,7 @@ def _pndm(run: Run) -> None:
             ets = run.step(transfer(k, saved, (m + ets[0]) / 2), *ets)
         else:
             ets = (m, *ets)[:4]
-            weights = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
-            terms = [w * et for w, et in zip(weights[len(ets) - 1], ets, strict=True)]
+            terms = [w * et for w, et in zip(ADAMS_BASHFORTH[len(ets) - 1], ets, strict=True)]
             ets = run.step(transfer(k, run.x, np.sum(terms, axis=0)), *ets[:3])
 
 

@@ -36,7 +36,9 @@ class Spacing:
         name: leading, trailing or linspace.
     """
 
-    def __init__(self, config: Mapping[str, Any], solver: Solver, n_train: int, n_steps: int, abar: F64) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], solver: Solver, n_train: int, n_steps: int, abar: F64
+    ) -> None:
         self.config, self.solver, self.n_train, self.n, self.abar = config, solver, n_train, n_steps, abar
         default = "leading" if solver in ("ddim", "ddpm", "pndm", "lcm") else "linspace"
         self.name = str(config.get("timestep_spacing", default))
@@ -138,13 +140,15 @@ class Spacing:
         multistep = self.solver in ("unipc", *DPM)
         t = self._multistep_timesteps() if multistep else np.asarray(self._spaced(), np.float32)
         ratios = np.interp(t, np.arange(len(every)), every)
-        zero = self.solver in ("euler-ancestral", "heun") or self.config.get("final_sigmas_type") != "sigma_min"
+        zero = (
+            self.solver in ("euler-ancestral", "heun") or self.config.get("final_sigmas_type") != "sigma_min"
+        )
         last = 0.0 if zero else float(every[0])
         if self.config.get("use_karras_sigmas") and self.solver != "euler-ancestral":
-            ends = (every[-1], every[0]) if multistep else (ratios[0], ratios[-1])
+            ends = [every[-1], every[0]] if multistep else [ratios[0], ratios[-1]]
             if self.solver in ("euler", "unipc"):
                 given = (self.config.get("sigma_max"), self.config.get("sigma_min"))
-                ends = tuple(end if own is None else float(own) for own, end in zip(given, ends, strict=True))
+                ends = [end if own is None else float(own) for own, end in zip(given, ends, strict=True)]
             roots = [end ** (1 / RHO) for end in ends]
             ratios = (roots[0] + np.linspace(0, 1, self.n) * (roots[1] - roots[0])) ** RHO
             t = np.interp(np.log(np.maximum(ratios, 1e-10)), np.log(every), np.arange(len(every)))

@@ -131,7 +131,9 @@ class _Update:
     def _clean(self, x: ir.Value, e: ir.Value) -> ir.Value:
         """x_0, clipped or thresholded."""
         u, w = self.schedule.clean_coefficients
-        clean = self._total([self._scaled(x, "clean.sample", u), self._scaled(e, "clean.epsilon", w)], "clean")
+        clean = self._total(
+            [self._scaled(x, "clean.sample", u), self._scaled(e, "clean.epsilon", w)], "clean"
+        )
         if self.schedule.clip_sample is None:
             return self._thresholded(clean)
         return self._clipped(clean, -self.schedule.clip_sample, self.schedule.clip_sample, "clean.clipped")
@@ -150,7 +152,9 @@ class _Update:
         size = math.prod(self.sampling.model.sample_shape)
         rank = threshold.ratio * (size - 1)
         k = size - math.floor(rank)
-        flat = self._shaped("Flatten", [self._node("Abs", [clean], "clean.absolute", clean)], "flat", size, axis=1)
+        flat = self._shaped(
+            "Flatten", [self._node("Abs", [clean], "clean.absolute", clean)], "flat", size, axis=1
+        )
         top = ir.node(
             "TopK",
             [flat, self._whole("threshold.k", k)],
@@ -176,7 +180,9 @@ class _Update:
         )
 
     def _column(self, rows: ir.Value, i: int) -> ir.Value:
-        ends = [self._whole(f"threshold.{name}{i}", at) for name, at in (("from", i), ("to", i + 1), ("axis", 1))]
+        ends = [
+            self._whole(f"threshold.{name}{i}", at) for name, at in (("from", i), ("to", i + 1), ("axis", 1))
+        ]
         return self._shaped("Slice", [rows, *ends], f"threshold.row{i}", 1)
 
     def _guided(self, x: ir.Value) -> ir.Value:
@@ -208,7 +214,9 @@ class _Update:
 
         raw, wanted = output(guided, "rescale.guided"), output(condition, "rescale.condition")
         of_raw, of_wanted = variance(raw, "rescale.guided"), variance(wanted, "rescale.condition")
-        share = self._node("Sqrt", [self._node("Div", [of_wanted, of_raw], "rescale.ratio", of_raw)], "rescale.share", of_raw)
+        share = self._node(
+            "Sqrt", [self._node("Div", [of_wanted, of_raw], "rescale.ratio", of_raw)], "rescale.share", of_raw
+        )
         part = self._node("Mul", [share, self._number("rescale.phi", phi)], "rescale.part", share)
         factor = self._node("Add", [part, self._number("rescale.rest", 1 - phi)], "rescale.factor", share)
         scaled = self._node("Mul", [raw, factor], "rescaled", raw)

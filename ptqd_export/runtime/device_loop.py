@@ -1,9 +1,9 @@
 """The sampler's loop with the state on a device: engines and the update graph pass buffers to each other.
 
 Each step is two launches: the precision's engine, sample -> epsilon, then the update, (sample, epsilon, what
-the solver keeps) -> (next sample, timestep, step, what it keeps next). Nothing is copied back before the end. Two sets of state buffers alternate, so
-that no engine reads what it writes, and addresses repeat, as CUDA graphs need. The state is float32 here; on
-the host (`Sampling.sample`) it is float64.
+the solver keeps) -> (next sample, timestep, step, what it keeps next). Nothing is copied back before the end.
+Two sets of state buffers alternate, so that no engine reads what it writes, and addresses repeat, as CUDA
+graphs need. The state is float32 here; on the host (`Sampling.sample`) it is float64.
 """
 
 from __future__ import annotations
