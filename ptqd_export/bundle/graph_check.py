@@ -110,7 +110,8 @@ def _check(data: bytes, expected: Expected) -> int:
     sampling, update = expected.sampling, expected.emission is None
     steps = len(sampling)
     inline = max(MAX_INLINE, 8 * steps) if update else MAX_INLINE
-    limit = (1 << 16) + 64 * steps if update else MAX_BYTES
+    tables = 64 + 4 * (1 + sampling.schedule.kept) * (4 + sampling.schedule.kept)
+    limit = (1 << 16) + tables * steps if update else MAX_BYTES
     if len(data) > limit:
         raise _Refused(f"has {len(data)} bytes, expected {limit} at most")
     if data[ORT_MARK[0]] == ORT_MARK[1]:

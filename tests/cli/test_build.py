@@ -47,7 +47,7 @@ def test_build_options_reach_the_recipe() -> None:
         params.pop(name)
     recipe = override(Recipe(), **params)
     s, c, q, p = recipe.sampler, recipe.calibration, recipe.quantization, recipe.plan
-    assert (s.solver, s.n_steps, s.eta) == ("ddpm", 7, 1.0)
+    assert (s.solver, s.n_steps, s.eta) == ("ddpm", 7, 0.0)
     assert (c.size, c.held_out, c.batch_size, c.seed) == (6, 3, 3, 5)
     assert (q.precisions, q.correction, q.recalibrate_variance) == (("w4a8", "fp32"), "affine", False)
     assert (p.rule, p.steps, p.budget, p.cost, recipe.backends) == (
