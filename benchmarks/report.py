@@ -25,6 +25,7 @@ SECTIONS = {
     "plan-ranking": _BENCHMARKS,
     "rounding": _BENCHMARKS,
     "switching": _BENCHMARKS,
+    "solvers": ROOT / "docs" / "solvers.md",
     "recipe-keys": ROOT / "docs" / "recipe.md",
 }
 """{section: the file that it stands in}."""
