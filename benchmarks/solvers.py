@@ -1,10 +1,11 @@
-"""Every solver against diffusers' own scheduler: the largest difference of what the network sees, step by step.
+"""Every solver against diffusers' own scheduler, step by step: largest difference of what the network sees.
 
     python benchmarks/solvers.py [--model calib/fashion_mnist] [--write]
 
-Both loops start from the same noise and draw the same noise; each calls the network at its own states. Diffusers
-computes in float32. The network is a smooth function of x and t, or the reference model. Differences are those
-of the network's input at every evaluation, and of the last state relative to its largest value or 1.
+Both loops start from the same noise and draw the same noise; each calls the network at its own states.
+Diffusers computes in float32. The network is a smooth function of x and t, or the reference model.
+Differences are those of the network's input at every evaluation, and of the last state relative to its
+largest value or 1.
 """
 
 from __future__ import annotations
@@ -77,14 +78,15 @@ CASES = (
     Case("heun, Karras, clipped", HeunDiscreteScheduler, {"use_karras_sigmas": True, "clip_sample": True}),
     Case("unipc, bh2", UniPCMultistepScheduler, {}),
     Case("unipc, third order, bh1, x_0", UniPCMultistepScheduler,
-         {"solver_order": 3, "solver_type": "bh1", "prediction_type": "sample", "final_sigmas_type": "sigma_min"}),
+         {"solver_order": 3, "solver_type": "bh1", "prediction_type": "sample",
+          "final_sigmas_type": "sigma_min"}),
     Case("lcm", LCMScheduler, {}),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Largest differences of the network's input at each evaluation, and of the end; tensors that are kept."""
+    """Largest difference of the network's input at each evaluation, and of the end; tensors that are kept."""
 
     steps: tuple[float, ...]
     end: float
@@ -111,7 +113,12 @@ def drawing(scheduler: Any, draw: Callable[[], torch.Tensor]) -> Iterator[None]:
 
 
 def compare(
-    case: Case, n_steps: int, network: Network, shape: tuple[int, ...] = (3, 8, 8), betas: Any = LATENT, n: int = 2
+    case: Case,
+    n_steps: int,
+    network: Network,
+    shape: tuple[int, ...] = (3, 8, 8),
+    betas: Any = LATENT,
+    n: int = 2,
 ) -> Compared:
     """One case; the network takes x (N, C, H, W) and a timestep, and returns its output."""
     theirs = case.scheduler(**{**betas, **case.settings})
@@ -137,7 +144,9 @@ def compare(
         y = a[k] * network(state.x, float(schedule.timesteps[k])) + b[k] * state.x
         state = sampling.advance(state, y, k, float(schedule.sigmas[k]), z if sampling.draws(k) else None)
     end = x.numpy()
-    return Compared(tuple(steps), float(np.abs(end - state.x).max() / max(1.0, np.abs(end).max())), schedule.kept)
+    return Compared(
+        tuple(steps), float(np.abs(end - state.x).max() / max(1.0, np.abs(end).max())), schedule.kept
+    )
 
 
 def smooth(x: np.ndarray, t: float) -> np.ndarray:

@@ -211,7 +211,9 @@ def test_advance_is_deterministic_where_no_noise_is_given(
     still = sampling.advance(State(x), e, 3, 0.5, None).x
     other = sampling.advance(State(x), e, 3, 7.0, None).x
     np.testing.assert_array_equal(still, other)  # sigma' is of the noise alone
-    np.testing.assert_allclose(sampling.advance(State(x), e, 3, 0.5, noise).x, still + 0.5 * noise, rtol=1e-12)
+    np.testing.assert_allclose(
+        sampling.advance(State(x), e, 3, 0.5, noise).x, still + 0.5 * noise, rtol=1e-12
+    )
 
 
 def test_sampling_of_a_scheduler_config(class_info: ModelInfo) -> None:
