@@ -134,7 +134,10 @@ def read_config(config: Config, n_steps: int, eta: float, solver: Solver | None)
     if not 0.0 <= eta <= 1.0:
         raise RecipeError(f"eta is {eta}: give a value in [0, 1] (0 is DDIM, 1 is DDPM)")
     if solver != "ddim" and eta != 0 and (solver, eta) != ("ddpm", 1):
-        raise RecipeError(f"eta is {eta}, but it belongs to ddim: leave it out with {solver}")
+        raise RecipeError(
+            f"eta is {eta}, but it belongs to ddim: leave it out with {solver}, or "
+            "set sampler.solver (--solver) to ddim"
+        )
     prediction_type = _check(config, solver)
     abar = np.asarray(np.cumprod(1.0 - _betas(config, n_train)), np.float64)
     if config.get("rescale_betas_zero_snr"):
