@@ -29,6 +29,7 @@ SECTIONS = {
     "plan-ranking": _BENCHMARKS,
     "rounding": _BENCHMARKS,
     "switching": _BENCHMARKS,
+    "solvers": ROOT / "docs" / "solvers.md",
     "recipe-keys": ROOT / "docs" / "recipe.md",
     "ldm-configurations": ROOT / "docs" / "models.md",
 }

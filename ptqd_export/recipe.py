@@ -21,8 +21,8 @@ from .core.model import InputSpec
 from .core.noise import Mode
 from .core.plan import Rule
 from .core.precision import Precision
-from .core.sampling import Solver
 from .core.sensitivity import Objective
+from .core.solvers import Solver
 from .errors import RecipeError
 from .typed import brief, read_typed, to_plain
 
@@ -58,10 +58,18 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class SamplerSpec:
-    solver: Solver = "ddim"
+    """How samples are drawn.
+
+    `solver`: if not given, the one that the scheduler config's class names.
+    `eta`: of solver ddim.
+    `guidance_rescale`: how far guided outputs are brought back to the standard deviation of conditional ones.
+    """
+
+    solver: Solver | None = None
     n_steps: int = 20
     eta: float = 0.0
     guidance_scale: float = 1.0
+    guidance_rescale: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -288,8 +296,12 @@ def check(recipe: Recipe) -> None:
     need(s.n_steps >= 1, f"sampler.n_steps is {s.n_steps}: give at least 1")
     need(0 <= s.eta <= 1, f"sampler.eta is {s.eta}: give a value in [0, 1] (0 is DDIM, 1 is DDPM)")
     need(
-        s.solver != "ddpm" or s.eta == 1,
-        "sampler.solver is ddpm, which is eta = 1: set sampler.eta to 1, or the solver to ddim",
+        s.solver in (None, "ddim") or s.eta == 0 or (s.solver, s.eta) == ("ddpm", 1),
+        f"sampler.eta is {s.eta}, but it belongs to solver ddim: leave it out with {s.solver}",
+    )
+    need(
+        0 <= s.guidance_rescale <= 1,
+        f"sampler.guidance_rescale is {s.guidance_rescale}: give a value in [0, 1]",
     )
     need(
         math.isfinite(s.guidance_scale) and s.guidance_scale >= 0,

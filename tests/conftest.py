@@ -139,7 +139,20 @@ def rgb(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
         sample_size=16, in_channels=3, out_channels=3, block_out_channels=(8, 16),
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
-    return _build(invoke, folder, "--calib-size", "4", "--n-steps", "4", "--eta", "1", "--plan", MIXED)
+    return _build(
+        invoke,
+        folder,
+        "--calib-size",
+        "4",
+        "--n-steps",
+        "4",
+        "--solver",
+        "ddim",
+        "--eta",
+        "1",
+        "--plan",
+        MIXED,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ def assemble(recipe: Recipe, out: Path, *, resume: bool = True, say: Say = lambd
     network = open_model(recipe)
     sampling = Sampling.of(network.info, network.scheduler_config, **asdict(recipe.sampler))
     if recipe.plan.rule == "fixed":
-        fixed_plan(recipe)  # refuse a wrong one before any work
+        fixed_plan(recipe, len(sampling))  # refuse a wrong one before any work
     elif recipe.plan.rule == "paper":
         by_paper(recipe.precisions, len(sampling))
     with work_folder(out, resume) as work:
@@ -86,13 +86,11 @@ def _fill(
     say: Say,
 ) -> Manifest:
     """Write everything but the manifest into `folder`; returns the manifest."""
-    schedule, spec = sampling.schedule, recipe.quantization
+    spec = recipe.quantization
     key = key_of(to_plain(sampling), recipe.digest("model", "sampler", "calibration"), _versions())
-    say(
-        f"{network.info.name}: {len(sampling)} steps, eta {schedule.eta:g}, guidance "
-        f"{sampling.guidance_scale:g}"
-    )
-    base = export_fp(network.module, network.info)  # first: no calibration if the export fails
+    say(f"{network.info.name}: {sampling.summary}")
+    # First: no calibration if the export fails.
+    base = export_fp(network.module, network.info, sampling.schedule.timesteps.dtype.name)
     paths = collect(network, sampling, recipe, work / f"trajectories-{key[:16]}")
     seen = observe(network, sampling, recipe, paths)
     exported = exported_layers(base)
@@ -199,9 +197,7 @@ def _choose(
     var = {p: measured[p, emission.numerics(p)].correction.var for p in noisy}
 
     def sigmas(plan: Plan) -> npt.NDArray[np.float64]:
-        if not recipe.quantization.recalibrate_variance:
-            return sampling.schedule.sigmas
-        return sampling.schedule.recalibrated_sigmas(plan.residual_var(var))
+        return plan.sigmas(sampling.schedule, var, recipe.quantization.recalibrate_variance)
 
     batches = held_out(paths, spec.sensitivity_samples, spec.batch_size)
     seed = recipe.calibration.seed

@@ -53,7 +53,7 @@ def choose(
         sensitivity,
     )
     if recipe.plan.rule == "fixed":
-        fixed_plan(recipe)
+        fixed_plan(recipe, n)
     plan, choice = decide(known, recipe.plan)
     return plan, replace(choice, notes=(*choice.notes, *_notes(recipe, times.notes)))
 
@@ -75,13 +75,13 @@ def sampled(choice: Choice, loop: ClosedLoop) -> Choice:
     return replace(choice, compared=tuple(compared))
 
 
-def fixed_plan(recipe: Recipe) -> Plan:
-    """The plan that a recipe gives by hand.
+def fixed_plan(recipe: Recipe, n_steps: int) -> Plan:
+    """The plan that a recipe gives by hand, over all steps of the sampler.
 
     Raises:
         RecipeError: it has another number of steps, or a precision that is not built.
     """
-    plan = fixed(recipe.plan.steps, recipe.sampler.n_steps)
+    plan = fixed(recipe.plan.steps, n_steps)
     for precision in plan.precisions:
         if precision not in recipe.precisions:
             raise RecipeError(

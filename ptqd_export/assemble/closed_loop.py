@@ -96,24 +96,18 @@ class ClosedLoop:
 
     def _sample(self, batch: Batch, plan: Plan, first: int) -> tuple[F64, F64]:
         """x_0 of one batch under a plan, and in full precision."""
-        sampling, original = self.sampling, self.sampling.schedule.sigmas
-        sigmas, last = self.sigmas(plan), len(self.sampling) - 1
+        sampling, sigmas = self.sampling, self.sigmas(plan)
         indices = [CALIBRATION_STREAM + i for i in batch.indices]
-        source = NoiseSource(self.seed, indices, sampling.model.sample_shape)
-        source.draw()
-        x = np.asarray(batch.x[first], np.float64)
-        noise = None
+        source, other = (NoiseSource(self.seed, indices, sampling.model.sample_shape) for _ in range(2))
+        state = sampling.replay(batch.x, batch.e, source, first)
         with np.errstate(over="ignore", invalid="ignore"):  # samples that run away are an error like others
-            for step in range(len(sampling)):
-                noise = source.draw() if original[step] > 0 else None
-                if step < first:
-                    continue
-                epsilon = sampling.predict(self.engines[plan.steps[step]], x, step, batch.conditions)
-                x = sampling.advance(x, epsilon, step, float(sigmas[step]), noise)
+            for step in range(first, len(sampling)):
+                noise = source.draw() if sampling.draws(step) else None
+                epsilon = sampling.predict(self.engines[plan.steps[step]], state.x, step, batch.conditions)
+                state = sampling.advance(state, epsilon, step, float(sigmas[step]), noise)
                 self.evaluations += len(indices)
                 self.advance()
-            x_last, e_last = (np.asarray(v[last], np.float64) for v in (batch.x, batch.e))
-            return x, sampling.advance(x_last, e_last, last, float(original[last]), noise)
+            return state.x, sampling.replay(batch.x, batch.e, other, len(sampling)).x
 
 
 def held_out(trajectories: Trajectories, n: int, rows: int) -> list[Batch]:

@@ -89,12 +89,10 @@ class Bundle:
         Args:
             plan: over this bundle's precisions; None is the bundle's own.
         """
-        schedule = self.manifest.sampling.schedule
-        if not self.manifest.recalibrate_variance:
-            return schedule.sigmas
-        plan, emission = plan or self.manifest.plan, BACKENDS[backend].emission
+        m, emission = self.manifest, BACKENDS[backend].emission
+        plan = plan or m.plan
         var = {precision: self.correction(precision, emission).var for precision in plan.precisions}
-        return schedule.recalibrated_sigmas(plan.residual_var(var))
+        return plan.sigmas(m.sampling.schedule, var, m.recalibrate_variance)
 
     def read(self, name: str) -> bytes:
         """The content of a file, hashed again.

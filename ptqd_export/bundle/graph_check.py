@@ -15,12 +15,22 @@ that would be wrong; the file is read strictly, and everything in it must be as 
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..core.backend import Emission
-from ..core.engine import EPSILON, NEXT_SAMPLE, NEXT_STEP, NEXT_TIMESTEP, NOISE, SAMPLE, STEP, TIMESTEP
+from ..core.engine import (
+    EPSILON,
+    KEPT,
+    NEXT_KEPT,
+    NEXT_SAMPLE,
+    NEXT_STEP,
+    NEXT_TIMESTEP,
+    NOISE,
+    SAMPLE,
+    STEP,
+    TIMESTEP,
+)
 from ..core.sampling import Sampling
 from ..errors import BundleError
 from ..typed import brief
@@ -100,7 +110,8 @@ def _check(data: bytes, expected: Expected) -> int:
     sampling, update = expected.sampling, expected.emission is None
     steps = len(sampling)
     inline = max(MAX_INLINE, 8 * steps) if update else MAX_INLINE
-    limit = (1 << 16) + 64 * steps if update else MAX_BYTES
+    tables = 64 + 4 * (1 + sampling.schedule.kept) * (4 + sampling.schedule.kept)
+    limit = (1 << 16) + tables * steps if update else MAX_BYTES
     if len(data) > limit:
         raise _Refused(f"has {len(data)} bytes, expected {limit} at most")
     if data[ORT_MARK[0]] == ORT_MARK[1]:
@@ -129,7 +140,8 @@ Interface = Mapping[str, tuple[int, Shape]]
 def _network_interface(graph: OnnxGraph, sampling: Sampling) -> tuple[Interface, Interface]:
     batch, model = Batch(1), sampling.model
     rows = (batch, *model.sample_shape)
-    inputs: dict[str, tuple[int, Shape]] = {SAMPLE: (FLOAT32, rows), TIMESTEP: (INT64, (batch,))}
+    timestep = DTYPES[sampling.schedule.timesteps.dtype.name], (batch,)
+    inputs: dict[str, tuple[int, Shape]] = {SAMPLE: (FLOAT32, rows), TIMESTEP: timestep}
     for spec in model.inputs:
         inputs[spec.name] = DTYPES[spec.dtype], (batch, *spec.shape)
     if len(graph.inputs) > len(inputs):  # where nothing is folded in, there is none
@@ -140,10 +152,14 @@ def _network_interface(graph: OnnxGraph, sampling: Sampling) -> tuple[Interface,
 def _update_interface(sampling: Sampling) -> tuple[Interface, Interface]:
     rows = FLOAT32, (Batch(1), *sampling.model.sample_shape)
     step = INT64, (1,)
+    schedule = sampling.schedule
     inputs: dict[str, tuple[int, Shape]] = {SAMPLE: rows, EPSILON: rows, STEP: step}
-    if (sampling.schedule.sigmas > 0).any():
+    inputs |= {f"{KEPT}{i}": rows for i in range(schedule.kept)}
+    if (schedule.sigmas > 0).any():
         inputs[NOISE] = rows
-    return inputs, {NEXT_SAMPLE: rows, NEXT_TIMESTEP: (INT64, (Batch(1),)), NEXT_STEP: step}
+    timestep = DTYPES[schedule.timesteps.dtype.name], (Batch(1),)
+    outputs: dict[str, tuple[int, Shape]] = {NEXT_SAMPLE: rows, NEXT_TIMESTEP: timestep, NEXT_STEP: step}
+    return inputs, outputs | {f"{NEXT_KEPT}{i}": rows for i in range(schedule.kept)}
 
 
 def _check_versions(graph: OnnxGraph, emission: Emission | None) -> None:
@@ -265,15 +281,16 @@ def _check_step(node: Node, graph: OnnxGraph, steps: int, channels: int) -> None
 
 def _check_timesteps(graph: OnnxGraph, sampling: Sampling) -> None:
     """The update hands the network its next timestep: it must be one of the manifest's."""
-    wanted = tuple(int(t) for t in sampling.schedule.timesteps)
+    wanted = sampling.schedule.timesteps
+    dtype = DTYPES[wanted.dtype.name]
     for node in graph.nodes:
         table = graph.initializers.get(node.inputs[0]) if node.op == "Gather" else None
         if node.op != "Gather" or STEP in node.inputs:
             continue
         content = None if table is None else table.data
-        if table is None or table.dtype != INT64 or not isinstance(content, bytes):
+        if table is None or table.dtype != dtype or not isinstance(content, bytes):
             raise _Refused("gathers from something that is no table of timesteps")
-        if struct.unpack(f"<{table.size}q", content) != wanted:
+        if content != wanted.tobytes():
             raise _Refused("has other timesteps than the manifest")
 
 

@@ -23,7 +23,7 @@ from ..typed import brief, read_typed, to_plain
 from .checks import check_backend, check_layers, check_plain
 from .reading import FileEntry
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 UPDATE = "update"
 """What files and messages call the sampler's update, where they call a network by its precision."""
 
@@ -228,7 +228,7 @@ class Manifest:
     """Everything that a runtime must know; see `Bundle.manifest`.
 
     Attributes:
-        sampling: what the tables were measured for: model, schedule, guidance, solver.
+        sampling: what the tables were measured for: model, schedule with its solver, guidance.
         recalibrate_variance: sigma' is injected in place of sigma.
         plan: precision per step.
         graphs: one per precision and emission.

@@ -173,7 +173,8 @@ def scheduler_config(recipe: Recipe, folder: Path) -> dict[str, Any]:
         )
     config = read_json(file)
     try:
-        NoiseSchedule.from_config(config, 1, 0.0)
+        s = recipe.sampler
+        NoiseSchedule.from_config(config, s.n_steps, s.eta, s.solver)
     except PTQDError:
         raise
     except (TypeError, ValueError, OverflowError) as error:

@@ -86,13 +86,15 @@ def measure_own(
     n_steps, shape = len(sampling), sampling.model.sample_shape
     batches = [(b.indices, b.conditions) for b in trajectories if b.indices.start in trajectories.calibration]
     sources = [NoiseSource(seed, [CALIBRATION_STREAM + i for i in rows], shape) for rows, _ in batches]
-    states = [source.draw() for source in sources]
+    states = [sampling.begin(source) for source in sources]
     sums = [NoiseStats.zeros(n_steps, sampling.model.channels) for _ in trajectories.calibration]
     with progress(len(sums) * n_steps, what, "step") as bar:
         for step in range(n_steps):
             predicted = []
-            for (indices, conditions), x in zip(batches, states, strict=True):
-                e, eq = (_predict(net, sampling, x, step, indices, conditions) for net in (reference, engine))
+            for (indices, conditions), state in zip(batches, states, strict=True):
+                e, eq = (
+                    _predict(net, sampling, state.x, step, indices, conditions) for net in (reference, engine)
+                )
                 predicted.append(eq)
                 for row, i in enumerate(indices):
                     sums[i] += NoiseStats.of_step(step, n_steps, e[row : row + 1], eq[row : row + 1])
@@ -101,9 +103,9 @@ def measure_own(
             gain, offset = (rows[step][:, None, None] for rows in (correction.gain, correction.offset))
             injected = sampling.schedule.sigmas
             sigma = sampling.schedule.recalibrated_sigmas(correction.var) if recalibrate else injected
-            for j, (x, eq) in enumerate(zip(states, predicted, strict=True)):
-                noise = sources[j].draw() if injected[step] > 0 else None
-                states[j] = sampling.advance(x, gain * eq + offset, step, float(sigma[step]), noise)
+            for j, (state, eq) in enumerate(zip(states, predicted, strict=True)):
+                noise = sources[j].draw() if sampling.draws(step) else None
+                states[j] = sampling.advance(state, gain * eq + offset, step, float(sigma[step]), noise)
     return sums
 
 

@@ -11,6 +11,7 @@ import click
 
 from ..core.backend import RUNNABLE
 from ..core.plan import Rule
+from ..core.scheduler_config import SOLVERS
 from ..errors import RecipeError
 from ..recipe import Recipe
 from ..typed import brief, to_plain
@@ -44,10 +45,11 @@ ENGINES = Path("engines")
     help="fp32, fp16, w8a8, w4a8, w4a4, w8a8-fp8, w4a16, w4a4+ (layers that carry most of the noise get more "
     "bits), ...; repeat for several.",
 )
-@click.option("--solver", type=click.Choice(["ddim", "ddpm"]))
+@click.option("--solver", type=click.Choice(SOLVERS), help="Default: what the scheduler config names.")
 @click.option("--n-steps", type=int, help="Denoising steps.")
-@click.option("--eta", type=float, help="0 is deterministic DDIM, 1 is DDPM.")
+@click.option("--eta", type=float, help="Of solver ddim: 0 is deterministic, 1 as noisy as DDPM.")
 @click.option("--guidance-scale", type=float)
+@click.option("--guidance-rescale", type=float, help="0 to 1; for models with zero terminal SNR.")
 @click.option(
     "--calib-size", type=int, help="Calibration trajectories; half as many more are held out to judge by."
 )
@@ -163,10 +165,8 @@ def override(recipe: Recipe, **options: Any) -> Recipe:
     for name in ("checkpoint", "ldm_config"):
         if options[name] is not None:
             put("model", name, str(options[name].resolve()))
-    for name in ("solver", "n_steps", "eta", "guidance_scale"):
+    for name in ("solver", "n_steps", "eta", "guidance_scale", "guidance_rescale"):
         put("sampler", name, options[name])
-    if options["solver"] == "ddpm" and options["eta"] is None:
-        put("sampler", "eta", 1.0)
     if options["calib_size"] is not None:
         put("calibration", "size", options["calib_size"])
         put("calibration", "held_out", max(2, options["calib_size"] // 2))

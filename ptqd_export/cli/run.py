@@ -16,6 +16,7 @@ from .. import __version__
 from ..core.backend import BACKENDS, ENGINE_BACKENDS
 from ..core.model import ModelInfo
 from ..core.plan import parse_plan
+from ..core.scheduler_config import SOLVERS
 from ..errors import BackendUnavailable, RecipeError
 from ..progress import progress
 from . import common as options
@@ -72,7 +73,7 @@ AUTO = "auto"
 @click.option("--n-steps", type=int, help="Checked against the bundle.")
 @click.option("--eta", type=float, help="Checked against the bundle.")
 @click.option("--guidance-scale", type=float, help="Checked against the bundle.")
-@click.option("--solver", type=click.Choice(["ddim", "ddpm"]), help="Checked against the bundle.")
+@click.option("--solver", type=click.Choice(SOLVERS), help="Checked against the bundle.")
 @common
 def run(
     bundle_dir: Path,

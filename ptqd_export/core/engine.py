@@ -19,12 +19,13 @@ Feeds = Mapping[str, Array]
 SAMPLE, TIMESTEP, STEP, EPSILON = "sample", "timestep", "step", "epsilon"
 """Names of the inputs and the output of every graph.
 
-sample f32 (B, C, H, W); timestep int64 (B,); step int64 (1,), the row of the tables; epsilon f32
-(B, C, H, W).
+sample f32 (B, C, H, W); timestep int64 (B,), or f32 where a solver evaluates between train timesteps; step
+int64 (1,), the row of the tables; epsilon f32 (B, C, H, W).
 """
 
 NOISE, NEXT_SAMPLE, NEXT_TIMESTEP, NEXT_STEP = "noise", "next_sample", "next_timestep", "next_step"
-"""Further names in the graph of the sampler's update (`export.sampler_update`)."""
+KEPT, NEXT_KEPT = "kept.", "next_kept."
+"""Further names in the graph of the sampler's update (`export.sampler_update`); the last two are numbered."""
 
 
 @dataclass(frozen=True)

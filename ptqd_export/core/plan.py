@@ -74,6 +74,15 @@ class Plan:
         """
         return np.array([0.0 if p.is_float else var[p][step] for step, p in enumerate(self.steps)])
 
+    def sigmas(self, schedule: NoiseSchedule, var: Mapping[Precision, F64], recalibrate: bool = True) -> F64:
+        """Standard deviation of the noise that each step injects under this plan, (T,).
+
+        Args:
+            var: as of `residual_var`.
+            recalibrate: sigma' (`NoiseSchedule.recalibrated_sigmas`); else the schedule's own sigma.
+        """
+        return schedule.recalibrated_sigmas(self.residual_var(var)) if recalibrate else schedule.sigmas
+
     def total(self, cost: Mapping[Precision, float]) -> float:
         """Sum of a per-evaluation cost (seconds, BOPs) over the steps."""
         return float(sum(cost[p] for p in self.steps))

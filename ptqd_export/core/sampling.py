@@ -1,4 +1,4 @@
-"""Sampling: DDIM and DDPM over any Engine, with the network's interface, the schedule and the guidance.
+"""Sampling: any solver over any Engine, with the network's interface, the schedule and the guidance.
 
 The state x is float64; engines receive it as float32.
 """
@@ -7,18 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import RecipeError
 from .engine import EPSILON, SAMPLE, STEP, TIMESTEP, Array, Engine
 from .model import ModelInfo
 from .schedule import NoiseSchedule
+from .solvers import CLEAN, KEPT, NOISE, PREDICTION, STATE, Solver
 
 F64 = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.floating]
-Solver = Literal["ddim", "ddpm"]
+
+
+class State(NamedTuple):
+    """Where a run stands between two evaluations.
+
+    Attributes:
+        x: what the network sees next; x_0 at the end. (N, C, H, W).
+        kept: what the solver keeps, each like x; empty before the first step.
+    """
+
+    x: F64
+    kept: tuple[F64, ...] = ()
 
 
 class NoiseSource:
@@ -47,18 +60,22 @@ class Sampling:
         schedule: the denoising steps.
         guidance_scale: s of e_null + s (e_cond - e_null); 1 is the conditional prediction, 0 the
             unconditional one.
-        solver: "ddim" or "ddpm".
+        guidance_rescale: phi of Lin et al. 2023, eq. 16: how far the guided output is brought back to the
+            standard deviation of the conditional one, per sample.
     Raises:
-        RecipeError: guidance needs an unconditional prediction that the model does not have.
+        RecipeError: guidance needs an unconditional prediction that the model does not have, or
+            guidance_rescale is out of range.
     """
 
     model: ModelInfo
     schedule: NoiseSchedule
     guidance_scale: float = 1.0
-    solver: Solver = "ddim"
+    guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
         self.model.check_guidance(self.guidance_scale)
+        if not 0 <= self.guidance_rescale <= 1:
+            raise RecipeError(f"guidance_rescale is {self.guidance_rescale}: give a value in [0, 1]")
 
     @classmethod
     def of(
@@ -69,19 +86,33 @@ class Sampling:
         n_steps: int,
         eta: float = 0.0,
         guidance_scale: float = 1.0,
-        solver: Solver = "ddim",
+        guidance_rescale: float = 0.0,
+        solver: Solver | None = None,
     ) -> Sampling:
-        """From a diffusers scheduler config.
+        """From a diffusers scheduler config; solver None is the one that its class names.
 
         Raises:
             ModelError, RecipeError: as `NoiseSchedule.from_config`, or the model does not support guidance.
         """
         schedule = NoiseSchedule.from_config(scheduler_config, n_steps, eta, solver)
-        return cls(model, schedule, guidance_scale, solver)
+        return cls(model, schedule, guidance_scale, guidance_rescale)
 
     def __len__(self) -> int:
-        """Denoising steps."""
+        """Steps, which are evaluations of the network."""
         return len(self.schedule)
+
+    @property
+    def solver(self) -> Solver:
+        return self.schedule.solver
+
+    @property
+    def summary(self) -> str:
+        """Solver, steps and guidance in words."""
+        s = self.schedule
+        calls = f" ({len(s)} evaluations)" if len(s) != s.n_steps else ""
+        eta = f", eta {s.eta:g}" if s.solver == "ddim" else ""
+        rescaled = f" rescaled by {self.guidance_rescale:g}" if self.guidance_rescale else ""
+        return f"{s.solver}, {s.n_steps} steps{calls}{eta}, guidance {self.guidance_scale:g}{rescaled}"
 
     @property
     def guided(self) -> bool:
@@ -101,16 +132,25 @@ class Sampling:
         """The same without guidance: the feeds of the conditional branch alone, for a graph as it is."""
         return replace(self, guidance_scale=1.0)
 
-    def guide(self, epsilon: Floats) -> F64:
-        """The guided prediction, float64 (N, ...), of an engine's rows (branches * N, ...).
+    def guide(self, prediction: Floats, x: Floats, step: int) -> F64:
+        """The guided prediction, float64 (N, ...), of an engine's rows (branches * N, ...) at x (N, ...).
 
-        e_null + guidance_scale (e_cond - e_null) (classifier-free guidance, Ho & Salimans 2022).
+        e_null + guidance_scale (e_cond - e_null) (classifier-free guidance, Ho & Salimans 2022). With
+        guidance_rescale, the network's output r of that is scaled: r (1 - phi + phi std(r_cond) / std(r)),
+        with the standard deviations of each sample (Lin et al. 2023, eq. 15 and 16).
         """
-        e = np.asarray(epsilon, np.float64)
+        e = np.asarray(prediction, np.float64)
         if not self.guided:
             return e
         null, conditional = np.split(e, 2)
-        return np.asarray(null + self.guidance_scale * (conditional - null))
+        guided = np.asarray(null + self.guidance_scale * (conditional - null))
+        if not self.guidance_rescale:
+            return guided
+        a, b = (rows[step] for rows in self.schedule.epsilon_coefficients())
+        raw, wanted = ((value - b * x) / a for value in (guided, conditional))
+        axes = tuple(range(1, e.ndim))
+        share = wanted.std(axes, keepdims=True) / raw.std(axes, keepdims=True)
+        return np.asarray(a * raw * (1 + self.guidance_rescale * (share - 1)) + b * x)
 
     def rows(self, value: Array) -> Array:
         """`value` (N, ...) once per branch: (branches * N, ...)."""
@@ -137,14 +177,14 @@ class Sampling:
         rows = len(x) * self.branches
         return {
             SAMPLE: self.rows(np.ascontiguousarray(x, np.float32)),
-            TIMESTEP: np.full(rows, self.schedule.timesteps[step], np.int64),
+            TIMESTEP: np.full(rows, self.schedule.timesteps[step]),
             STEP: np.array([step], np.int64),
             **self.condition_rows(conditions, len(x)),
         }
 
     def predict(self, engine: Engine, x: Floats, step: int, conditions: Mapping[str, Array]) -> F64:
         """The guided noise prediction, float64 (N, C, H, W), from one engine call."""
-        return self.guide(np.asarray(engine(self.feeds(x, step, conditions))[EPSILON], np.float64))
+        return self.guide(engine(self.feeds(x, step, conditions))[EPSILON].astype(np.float64), x, step)
 
     def predict_singly(self, engine: Engine, x: Floats, step: int, conditions: Mapping[str, Array]) -> F64:
         """`predict`, one sample at a time: every engine takes that, whatever batches it was built for."""
@@ -154,26 +194,64 @@ class Sampling:
             parts.append(self.predict(engine, x[i : i + 1], step, own))
         return np.concatenate(parts)
 
-    def advance(self, x: F64, epsilon: F64, step: int, sigma: float, noise: F64 | None) -> F64:
-        """x_{t-1} from x_t (DDIM eq. 12; eta = 1 is DDPM), all (N, C, H, W) float64.
+    def begin(self, source: NoiseSource) -> State:
+        """The first state, from the first draw of `source`."""
+        return State(self.schedule.start * source.draw())
 
-            x_0 = (x - sqrt(1 - abar) e) / sqrt(abar)
-            x_prev = sqrt(abar_prev) x_0 + sqrt(1 - abar_prev - sigma^2) e + sigma' z
+    def clean(self, x: F64, prediction: F64, step: int) -> F64:
+        """The predicted x_0 of a step, clipped or thresholded where the schedule does so.
+
+        x_0 = (x - sqrt(1 - abar) e) / sqrt(abar); where v stands for e (`NoiseSchedule.velocity`),
+        x_0 = sqrt(abar) x - sqrt(1 - abar) v.
+        """
+        s, abar = self.schedule, self.schedule.alphas_cumprod[step]
+        if s.velocity[step]:
+            x0 = np.sqrt(abar) * x - np.sqrt(1 - abar) * prediction
+        else:
+            x0 = (x - np.sqrt(1 - abar) * prediction) / np.sqrt(abar)
+        if s.clip_sample is not None:
+            return np.asarray(np.clip(x0, -s.clip_sample, s.clip_sample))
+        if s.threshold is not None:
+            axes = tuple(range(1, x0.ndim))
+            bound = np.quantile(np.abs(x0), s.threshold.ratio, axis=axes, keepdims=True)
+            bound = np.clip(bound, 1.0, s.threshold.largest)
+            return np.asarray(np.clip(x0, -bound, bound) / bound)
+        return np.asarray(x0)
+
+    def advance(self, state: State, prediction: F64, step: int, sigma: float, noise: F64 | None) -> State:
+        """The next state by the solver's table (`solvers.compile_table`): all tensors (N, C, H, W) float64.
 
         Args:
-            sigma: sigma' (NoiseSchedule.recalibrated_sigmas); the direction term, the one with e, keeps the
-                schedule's own sigma.
+            prediction: guided, of e (or of v, at steps of `NoiseSchedule.velocity`).
+            sigma: sigma' (NoiseSchedule.recalibrated_sigmas), in the place of the table's own.
             noise: z, or None where no noise is injected.
         """
-        s = self.schedule
-        abar, prev = s.alphas_cumprod[step], s.alphas_cumprod_prev[step]
-        x0 = (x - np.sqrt(1 - abar) * epsilon) / np.sqrt(abar)
-        if s.clip_sample is not None:
-            x0 = np.clip(x0, -s.clip_sample, s.clip_sample)
-            if s.rederive_epsilon:
-                epsilon = (x - np.sqrt(abar) * x0) / np.sqrt(1 - abar)
-        x = np.sqrt(prev) * x0 + np.sqrt(max(0.0, 1 - prev - s.sigmas[step] ** 2)) * epsilon
-        return x if noise is None else x + sigma * noise
+        rows = self.schedule.table[step]
+        terms = {CLEAN: self.clean(state.x, prediction, step), PREDICTION: prediction, STATE: state.x}
+        terms |= {KEPT + i: value for i, value in enumerate(state.kept)}
+        following, *kept = (_total(row, terms, state.x) for row in rows)
+        if noise is not None:
+            following = following + sigma * noise
+        return State(following, tuple(kept))
+
+    def draws(self, step: int) -> bool:
+        """Whether a step takes noise from the source: wherever the schedule's own sigma is above 0, so that
+        recalibration does not shift the stream of later steps."""
+        return bool(self.schedule.table[step, 0, NOISE] > 0)
+
+    def replay(self, states: Floats, predictions: Floats, source: NoiseSource, n: int) -> State:
+        """The state before step n of a run whose x and predictions, (T, N, C, H, W), are known.
+
+        What a solver keeps is found from them, and the last step is taken again; `source` has then given
+        what those steps take.
+        """
+        state, known = self.begin(source), range(len(states))
+        for step in range(n):
+            noise = source.draw() if self.draws(step) else None
+            if self.schedule.kept or step + 1 not in known:
+                x, e = (np.asarray(values[step], np.float64) for values in (states, predictions))
+                state = self.advance(State(x, state.kept), e, step, float(self.schedule.sigmas[step]), noise)
+        return State(np.asarray(states[n], np.float64), state.kept) if n in known else state
 
     def sample(
         self,
@@ -196,15 +274,21 @@ class Sampling:
             x_0, float64 (N, C, H, W), not clamped.
         """
         source = NoiseSource(seed, indices, self.model.sample_shape)
-        x = source.draw()
-        original = self.schedule.sigmas
-        injected = original if sigmas is None else sigmas
+        state = self.begin(source)
+        injected = self.schedule.sigmas if sigmas is None else sigmas
         for step in range(len(self)):
-            epsilon = self.predict(engine_at(step), x, step, conditions)
+            epsilon = self.predict(engine_at(step), state.x, step, conditions)
             if on_step is not None:
-                on_step(step, x, epsilon)
-            # Drawn wherever the original schedule injects noise, so that recalibration does not shift the
-            # stream of later steps.
-            noise = source.draw() if original[step] > 0 else None
-            x = self.advance(x, epsilon, step, float(injected[step]), noise)
-        return x
+                on_step(step, state.x, epsilon)
+            noise = source.draw() if self.draws(step) else None
+            state = self.advance(state, epsilon, step, float(injected[step]), noise)
+        return state.x
+
+
+def _total(row: F64, terms: Mapping[int, F64], like: F64) -> F64:
+    """The sum of the terms, each times its entry of a row of the table; those of 0 are left out."""
+    total: F64 | None = None
+    for column, value in terms.items():
+        if row[column]:
+            total = row[column] * value if total is None else total + row[column] * value
+    return np.zeros_like(like) if total is None else total

@@ -55,11 +55,9 @@ class Candidate:
                 folded = bundle.correction(precision, emission)
                 stats = bundle.stats(precision, emission)
                 tables[precision] = folded if self.correction == "folded" else correct(stats, self.correction)
-        sigmas = m.sampling.schedule.sigmas
-        if m.recalibrate_variance if self.recalibrate is None else self.recalibrate:
-            var = self.plan.residual_var({precision: table.var for precision, table in tables.items()})
-            sigmas = m.sampling.schedule.recalibrated_sigmas(var)
-        return Replaced(tables, sigmas)
+        var = {precision: table.var for precision, table in tables.items()}
+        recalibrate = m.recalibrate_variance if self.recalibrate is None else self.recalibrate
+        return Replaced(tables, self.plan.sigmas(m.sampling.schedule, var, recalibrate))
 
 
 def correct(stats: NoiseStats, mode: Correcting) -> Correction:

@@ -83,12 +83,12 @@ def _head(bundle: Bundle) -> list[str]:
     m, choice = bundle.manifest, bundle.manifest.choice
     model, schedule = m.sampling.model, m.sampling.schedule
     shape, classes = "x".join(map(str, model.sample_shape)), len(model.labels)
-    still = " (eta 0 injects no noise: there is no variance to absorb)" if schedule.eta == 0 else ""
+    injects = bool(schedule.sigmas.any())
+    still = "" if injects else " (no noise is injected: there is no variance to absorb)"
     return [
         f"{model.name}: {shape}, {f'{classes} classes' if classes else 'no classes'}, "
         f"{schedule.prediction_type} prediction",
-        f"measured for: {m.sampling.solver}, {len(schedule)} steps, eta {schedule.eta:g}, "
-        f"guidance {m.sampling.guidance_scale:g}; "
+        f"measured for: {m.sampling.summary}; "
         f"recalibrated variance {'on' if m.recalibrate_variance else 'off'}{still}",
         *plan_lines(choice, m.plan),
         *(f"note: {note}" for note in choice.notes),

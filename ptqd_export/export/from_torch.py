@@ -31,10 +31,10 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 PREFIX = "module."  # what the wrapper adds to every path
 
 
-def export_fp(module: torch.nn.Module, info: ModelInfo) -> ir.Model:
+def export_fp(module: torch.nn.Module, info: ModelInfo, timestep: str = "int64") -> ir.Model:
     """The network in full precision, as ONNX of opset 21.
 
-    Inputs: sample f32 (batch, C, H, W), timestep int64 (batch,), then info.inputs (batch, *shape).
+    Inputs: sample f32 (batch, C, H, W), timestep (batch,), then info.inputs (batch, *shape).
     Output: `output` f32 (batch, C, H, W), what the network returns, whatever its prediction type.
 
     The nodes of Conv2d and Linear modules carry their module path (`LAYER`). Nothing else is kept of the
@@ -43,6 +43,7 @@ def export_fp(module: torch.nn.Module, info: ModelInfo) -> ir.Model:
 
     Args:
         module: called as module(sample, timestep, **conditions) -> Tensor; put into evaluation mode.
+        timestep: its type, "int64" or "float32", which is for solvers that evaluate between train timesteps.
     Raises:
         GraphError: the module cannot be exported, or its batch dimension became static
             (pytorch/pytorch#152018).
@@ -54,7 +55,7 @@ def export_fp(module: torch.nn.Module, info: ModelInfo) -> ir.Model:
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     arrays = [
         np.zeros((EXAMPLE_BATCH, *info.sample_shape), np.float32),
-        np.zeros(EXAMPLE_BATCH, np.int64),
+        np.zeros(EXAMPLE_BATCH, timestep),
         *conditions.values(),
     ]
     example = tuple(torch.from_numpy(array).to(device) for array in arrays)

@@ -1,9 +1,9 @@
 """The sampler's loop with the state on a device: engines and the update graph pass buffers to each other.
 
-Each step is two launches: the precision's engine, sample -> epsilon, then the update, (sample, epsilon) ->
-(next sample, timestep, step). Nothing is copied back before the end. Two sets of state buffers alternate, so
-that no engine reads what it writes, and addresses repeat, as CUDA graphs need. The state is float32 here; on
-the host (`Sampling.sample`) it is float64.
+Each step is two launches: the precision's engine, sample -> epsilon, then the update, (sample, epsilon, what
+the solver keeps) -> (next sample, timestep, step, what it keeps next). Nothing is copied back before the end.
+Two sets of state buffers alternate, so that no engine reads what it writes, and addresses repeat, as CUDA
+graphs need. The state is float32 here; on the host (`Sampling.sample`) it is float64.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import numpy as np
 
 from ..core.engine import (
     EPSILON,
+    KEPT,
+    NEXT_KEPT,
     NEXT_SAMPLE,
     NEXT_STEP,
     NEXT_TIMESTEP,
@@ -28,7 +30,7 @@ from ..core.engine import (
     DeviceEngine,
     Engine,
 )
-from ..core.sampling import F64, NoiseSource, Sampling
+from ..core.sampling import F64, NoiseSource, Sampling, State
 from ..errors import ParityError
 
 
@@ -37,7 +39,7 @@ class _Buffers:
     """Buffers for one batch size.
 
     Attributes:
-        states: two alternating states, {sample, timestep, step}.
+        states: two alternating states, {sample, timestep, step, kept.i}.
         shared: the buffers that all steps share.
     """
 
@@ -77,18 +79,22 @@ class DeviceSampler:
         schedule, buffers = sampling.schedule, self._allocate(n)
         source = NoiseSource(seed, indices, sampling.model.sample_shape)
         here, there = buffers.states
-        write(here[SAMPLE], sampling.rows(source.draw().astype(np.float32)))
-        write(here[TIMESTEP], np.full(n * sampling.branches, schedule.timesteps[0], np.int64))
+        write(here[SAMPLE], sampling.rows(sampling.begin(source).x.astype(np.float32)))
+        write(here[TIMESTEP], np.full(n * sampling.branches, schedule.timesteps[0]))
         write(here[STEP], np.zeros(1, np.int64))
         for name, value in sampling.condition_rows(conditions, n).items():
             write(buffers.shared[name], value)
-        for step, sigma in enumerate(schedule.sigmas):
-            if sigma > 0:
+        kept = [f"{KEPT}{i}" for i in range(schedule.kept)]
+        for name in kept:  # the first steps multiply what is not there yet by 0: it must be finite
+            write(here[name], np.zeros((n * sampling.branches, *sampling.model.sample_shape), np.float32))
+        for step in range(len(sampling)):
+            if sampling.draws(step):
                 # The update multiplies by sigma: what is left of sigma' comes with the noise.
                 noise = self._share[step] * source.draw()
                 write(buffers.shared[NOISE], sampling.rows(noise.astype(np.float32)))
             _launch(engine_at(step), here | buffers.shared)
             following = {NEXT_SAMPLE: there[SAMPLE], NEXT_TIMESTEP: there[TIMESTEP], NEXT_STEP: there[STEP]}
+            following |= {f"{NEXT_KEPT}{i}": there[name] for i, name in enumerate(kept)}
             _launch(self._update, here | buffers.shared | following)
             here, there = there, here
             advance(step)
@@ -96,14 +102,15 @@ class DeviceSampler:
 
     def _allocate(self, n: int) -> _Buffers:
         if n not in self._buffers:
-            empty, model = self._device.empty, self._sampling.model
+            empty, model, schedule = self._device.empty, self._sampling.model, self._sampling.schedule
             rows, shape = n * self._sampling.branches, model.sample_shape
 
             def state() -> dict[str, Any]:
                 return {
                     SAMPLE: empty((rows, *shape), "float32"),
-                    TIMESTEP: empty((rows,), "int64"),
+                    TIMESTEP: empty((rows,), schedule.timesteps.dtype.name),
                     STEP: empty((1,), "int64"),
+                    **{f"{KEPT}{i}": empty((rows, *shape), "float32") for i in range(schedule.kept)},
                 }
 
             shared = {EPSILON: empty((rows, *shape), "float32"), NOISE: empty((rows, *shape), "float32")}
@@ -132,20 +139,25 @@ def check_update(update: Engine, sampling: Sampling) -> None:
         ParityError: a step differs; names it.
     """
     rng, schedule = np.random.default_rng(0), sampling.schedule
+    shape, branches = (1, *sampling.model.sample_shape), sampling.branches
     for step in range(len(sampling)):
-        draws = rng.standard_normal((2 + sampling.branches, 1, *sampling.model.sample_shape)).astype(
-            np.float32
+        draws = rng.standard_normal((2 + branches + schedule.kept, *shape)).astype(np.float32)
+        x, z, e, *kept = draws[0], draws[1], np.concatenate(draws[2 : 2 + branches]), *draws[2 + branches :]
+        feeds = {f"{KEPT}{i}": sampling.rows(value) for i, value in enumerate(kept)}
+        feeds |= {SAMPLE: sampling.rows(x), EPSILON: e, NOISE: sampling.rows(z)}
+        got = update({**feeds, STEP: np.array([step], np.int64)})
+        exact = [value.astype(np.float64) for value in (x, *kept)]
+        epsilon = sampling.guide(e, exact[0], step)
+        noise = z.astype(np.float64) if sampling.draws(step) else None
+        sigma = float(schedule.sigmas[step])
+        expected = sampling.advance(State(exact[0], tuple(exact[1:])), epsilon, step, sigma, noise)
+        largest = max(np.abs(value).max() for value in (x, epsilon, z, *kept))
+        terms = _terms(sampling, step) * largest
+        names = [NEXT_SAMPLE, *(f"{NEXT_KEPT}{i}" for i in range(schedule.kept))]
+        off = max(
+            np.abs(got[name].astype(np.float64) - value).max() / term
+            for name, value, term in zip(names, (expected.x, *expected.kept), terms, strict=True)
         )
-        x, z, e = draws[0], draws[1], np.concatenate(list(draws[2:]))
-        got = update(
-            {SAMPLE: sampling.rows(x), EPSILON: e, STEP: np.array([step], np.int64), NOISE: sampling.rows(z)}
-        )
-        epsilon = sampling.guide(e)
-        noise = z.astype(np.float64) if schedule.sigmas[step] > 0 else None
-        expected = sampling.advance(x.astype(np.float64), epsilon, step, float(schedule.sigmas[step]), noise)
-        largest = max(np.abs(x).max(), np.abs(epsilon).max(), np.abs(z).max())
-        terms = (1 + 1 / np.sqrt(schedule.alphas_cumprod[step])) * largest
-        off = np.abs(got[NEXT_SAMPLE].astype(np.float64) - expected).max() / terms
         following = schedule.timesteps[min(step + 1, len(sampling) - 1)]
         right = got[NEXT_STEP].tolist() == [step + 1] and (got[NEXT_TIMESTEP] == following).all()
         if not (off <= UPDATE_TOLERANCE and right):
@@ -153,3 +165,14 @@ def check_update(update: Engine, sampling: Sampling) -> None:
                 f"the sampler's update does not do what the schedule says at step {step} "
                 f"(off by {off:.2g} of its terms): rebuild the bundle"
             )
+
+
+def _terms(sampling: Sampling, step: int) -> F64:
+    """Largest factor of a term of the next state and of each tensor kept, (1 + S,); at least 1."""
+    schedule = sampling.schedule
+    u, w = (float(rows[step]) for rows in schedule.clean_coefficients)
+    table = np.abs(schedule.table[step]).max(axis=1)
+    inner = max(1.0, abs(u), abs(w)) if schedule.bounded else 1.0
+    linear = np.abs(schedule.linear_table[step]).max(axis=1)
+    guided = 1 + 2 * abs(sampling.guidance_scale) if sampling.guided else 1.0
+    return np.asarray(1 + guided * np.maximum(linear, table * inner))

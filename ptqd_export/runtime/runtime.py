@@ -54,7 +54,12 @@ def check_settings(
     """
     asked = {"n_steps": n_steps, "eta": eta, "guidance_scale": guidance_scale, "solver": solver}
     s = bundle.manifest.sampling
-    held = {"n_steps": len(s), "eta": s.schedule.eta, "guidance_scale": s.guidance_scale, "solver": s.solver}
+    held = {
+        "n_steps": s.schedule.n_steps,
+        "eta": s.schedule.eta,
+        "guidance_scale": s.guidance_scale,
+        "solver": s.solver,
+    }
     wrong = {name: value for name, value in asked.items() if value not in (None, held[name])}
     if wrong:
         wanted, measured = (", ".join(f"{name} {of[name]}" for name in wrong) for of in (wrong, held))

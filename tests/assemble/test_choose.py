@@ -188,7 +188,7 @@ def test_a_plan_by_hand_is_taken_as_it_is() -> None:
             quantization={"precisions": ("w4a8",)},
         )
         with pytest.raises(RecipeError, match=message):
-            fixed_plan(recipe)
+            fixed_plan(recipe, STEPS)
 
 
 @pytest.mark.parametrize(("held_out", "noted"), [(7, True), (8, False)])

@@ -50,7 +50,7 @@ def test_build_options_reach_the_recipe() -> None:
     assert recipe.model.checkpoint == str(Path("a.ckpt").resolve())
     assert recipe.model.ldm_config == str(Path("b.yaml").resolve())
     s, c, q, p = recipe.sampler, recipe.calibration, recipe.quantization, recipe.plan
-    assert (s.solver, s.n_steps, s.eta) == ("ddpm", 7, 1.0)
+    assert (s.solver, s.n_steps, s.eta) == ("ddpm", 7, 0.0)
     assert (c.size, c.held_out, c.batch_size, c.seed) == (6, 3, 3, 5)
     assert (q.precisions, q.correction, q.recalibrate_variance) == (("w4a8", "fp32"), "affine", False)
     assert (p.rule, p.steps, p.budget, p.cost, recipe.backends) == (

@@ -93,7 +93,11 @@ def _two_outputs(model: Path) -> None:
         (_config(in_channels=4), "has shape .*: the config expects"),
         (_config(sample_size=None), "has no sample_size: set model.sample_shape"),
         (lambda model: shutil.rmtree(model / "scheduler"), "no scheduler config at"),
-        (_scheduler(beta_schedule="sigmoid"), "says beta_schedule 'sigmoid': expected linear"),
+        (_scheduler(beta_schedule="cubic"), "says beta_schedule 'cubic': expected linear"),
+        (
+            _scheduler(_class_name="FlowMatchEulerDiscreteScheduler"),
+            "is of 'FlowMatchEulerDiscreteScheduler', which is not of the discrete diffusion process",
+        ),
         (_scheduler(prediction_type="flow"), "says prediction_type 'flow'"),
         (_scheduler(variance_type="learned_range"), "says a learned variance, which is not supported"),
         (_scheduler(num_train_timesteps="many"), "is not a usable scheduler config"),

@@ -10,7 +10,7 @@ import pytest
 from ptqd_export.core.engine import SAMPLE, STEP, Array, FakeEngine, Feeds
 from ptqd_export.core.model import ModelInfo
 from ptqd_export.core.noise import Correction, Mode, NoiseStats
-from ptqd_export.core.sampling import NoiseSource, Sampling
+from ptqd_export.core.sampling import NoiseSource, Sampling, State
 from ptqd_export.core.schedule import NoiseSchedule
 
 PLAIN = ModelInfo("plain", (2, 4, 4), (), "")
@@ -117,7 +117,7 @@ def test_what_is_random_is_absorbed_whatever_the_correction(
     def about_the_mean(epsilon: np.ndarray, var: float) -> tuple[float, float]:
         """Variance of x_prev about its linear dependence on x_t, over sigma^2; variance of x_prev."""
         sigma = schedule.recalibrated_sigmas(np.full(len(schedule), var))[i]
-        after = sampling.advance(x, epsilon, i, float(sigma), z).ravel()
+        after = sampling.advance(State(x), epsilon, i, float(sigma), z).x.ravel()
         left = after - np.polyval(np.polyfit(x.ravel(), after, 1), x.ravel())
         return float(left.var() / schedule.sigmas[i] ** 2), float(after.var())
 

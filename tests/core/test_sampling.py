@@ -7,7 +7,7 @@ import pytest
 
 from ptqd_export.core.engine import EPSILON, SAMPLE, STEP, TIMESTEP, Array, FakeEngine, Feeds
 from ptqd_export.core.model import InputSpec, ModelInfo
-from ptqd_export.core.sampling import NoiseSource, Sampling
+from ptqd_export.core.sampling import NoiseSource, Sampling, State
 from ptqd_export.core.schedule import NoiseSchedule
 from ptqd_export.errors import ModelError, RecipeError
 
@@ -128,12 +128,12 @@ def test_guide_is_the_formula(
 ) -> None:
     """Classifier-free guidance of rows without the condition, then rows with it, in float64."""
     null, conditional = rng.standard_normal((2, 3, 1, 4, 4)).astype(np.float32)
-    guided = Sampling(class_info, schedule, scale).guide(np.concatenate([null, conditional]))
+    guided = Sampling(class_info, schedule, scale).guide(np.concatenate([null, conditional]), null, 0)
     wanted = null.astype(np.float64) + scale * (conditional.astype(np.float64) - null.astype(np.float64))
     assert guided.dtype == np.float64 and guided.shape == null.shape
     np.testing.assert_array_equal(guided, wanted)
     # The test can fail: the halves in the other order are another prediction.
-    swapped = Sampling(class_info, schedule, scale).guide(np.concatenate([conditional, null]))
+    swapped = Sampling(class_info, schedule, scale).guide(np.concatenate([conditional, null]), null, 0)
     assert np.abs(swapped - wanted).max() > 0.1
 
 
@@ -142,7 +142,7 @@ def test_guide_leaves_a_single_branch_alone(
     class_info: ModelInfo, schedule: NoiseSchedule, rng: np.random.Generator, scale: float
 ) -> None:
     epsilon = rng.standard_normal((3, 1, 4, 4)).astype(np.float32)
-    guided = Sampling(class_info, schedule, scale).guide(epsilon)
+    guided = Sampling(class_info, schedule, scale).guide(epsilon, epsilon, 0)
     assert guided.dtype == np.float64
     np.testing.assert_array_equal(guided, epsilon)
 
@@ -208,9 +208,12 @@ def test_advance_is_deterministic_where_no_noise_is_given(
 ) -> None:
     sampling = Sampling(class_info, schedule)
     x, e, noise = rng.standard_normal((3, 2, 1, 4, 4))
-    still = sampling.advance(x, e, 3, 0.5, None)
-    np.testing.assert_array_equal(still, sampling.advance(x, e, 3, 7.0, None))  # sigma' is of the noise alone
-    np.testing.assert_allclose(sampling.advance(x, e, 3, 0.5, noise), still + 0.5 * noise, rtol=1e-12)
+    still = sampling.advance(State(x), e, 3, 0.5, None).x
+    other = sampling.advance(State(x), e, 3, 7.0, None).x
+    np.testing.assert_array_equal(still, other)  # sigma' is of the noise alone
+    np.testing.assert_allclose(
+        sampling.advance(State(x), e, 3, 0.5, noise).x, still + 0.5 * noise, rtol=1e-12
+    )
 
 
 def test_sampling_of_a_scheduler_config(class_info: ModelInfo) -> None:
@@ -218,14 +221,16 @@ def test_sampling_of_a_scheduler_config(class_info: ModelInfo) -> None:
         class_info, {"clip_sample": True}, n_steps=7, eta=1.0, guidance_scale=2.0, solver="ddpm"
     )
     wanted = NoiseSchedule.from_config({"clip_sample": True}, 7, 1.0, "ddpm")
-    assert sampling.schedule.to_plain() == wanted.to_plain() and wanted.rederive_epsilon
+    assert sampling.schedule.to_plain() == wanted.to_plain()
     assert (sampling.guidance_scale, sampling.solver, sampling.model) == (2.0, "ddpm", class_info)
     default = Sampling.of(class_info, {}, n_steps=7)
     assert (default.guidance_scale, default.solver, default.schedule.eta) == (1.0, "ddim", 0.0)
     with pytest.raises(RecipeError, match="n_steps is 0"):
         Sampling.of(class_info, {}, n_steps=0)
-    with pytest.raises(ModelError, match="thresholding"):
-        Sampling.of(class_info, {"thresholding": True}, n_steps=7)
+    with pytest.raises(ModelError, match="use_lu_lambdas"):
+        Sampling.of(class_info, {"use_lu_lambdas": True}, n_steps=7)
+    with pytest.raises(RecipeError, match="guidance_rescale is 2"):
+        Sampling.of(class_info, {}, n_steps=7, guidance_rescale=2.0)
 
 
 @pytest.mark.parametrize(

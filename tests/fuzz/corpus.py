@@ -140,7 +140,7 @@ def manifest_is_a_fifo(draft: Draft) -> None:
 
 @known
 def the_format_before_this_one(draft: Draft) -> None:
-    draft.data["format_version"] = 3
+    draft.data["format_version"] = 4
 
 
 @known

@@ -38,6 +38,7 @@ def sampling_of(network: Network, recipe: Recipe) -> Sampling:
         n_steps=s.n_steps,
         eta=s.eta,
         guidance_scale=s.guidance_scale,
+        guidance_rescale=s.guidance_rescale,
         solver=s.solver,
     )
 

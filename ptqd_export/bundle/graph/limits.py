@@ -52,4 +52,5 @@ def network_limits(sampling: Sampling, constants: Iterable[Tensor]) -> Limits:
 def update_limits(sampling: Sampling) -> Limits:
     """Of the sampler's update, in which nothing is larger than the sample and the tables."""
     value = max(math.prod(sampling.model.sample_shape), len(sampling), 8)
-    return Limits(value, 16 * value, 64 * value)
+    states = 1 + sampling.schedule.kept
+    return Limits(value, 16 * states * value, 64 * states * value)

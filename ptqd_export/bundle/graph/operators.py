@@ -139,5 +139,9 @@ DEFAULT: Mapping[str, Mapping[str, str]] = {
 """Field that holds each attribute, by operator of the default domain."""
 FUSED: Mapping[str, Mapping[str, str]] = {ATTENTION: {"num_heads": "i", "scale": "f"}}
 """Operators of Microsoft's domain."""
-UPDATE = {"Gather", "Mul", "Add", "Sub", "Clip", "Concat", "Split", "Min", "Shape", "Expand"}
+UPDATE = {
+    *("Gather", "Mul", "Add", "Sub", "Clip", "Concat", "Split", "Min", "Shape", "Expand"),
+    *("Abs", "Flatten", "TopK", "Slice", "Unsqueeze", "Neg", "Max", "Div"),  # dynamic thresholding
+    *("ReduceMean", "Sqrt"),  # guidance_rescale
+}
 """All that the sampler's update is made of."""

@@ -234,7 +234,7 @@ def format_2(draft: Draft) -> object:
     draft.data = {
         "sha256": data["sha256"], "format_version": 2, "model": sampling["model"],
         "schedule": sampling["schedule"],
-        "solver": sampling["solver"], "guidance_scale": sampling["guidance_scale"],
+        "solver": sampling["schedule"]["solver"], "guidance_scale": sampling["guidance_scale"],
         "recalibrate_variance": data["recalibrate_variance"], "plan": data["plan"].split(),
         "plan_info": data["choice"],
         "graphs": graphs, "artifacts": data["artifacts"], "correction": data["correction"],
@@ -306,7 +306,7 @@ def manifest_as(draft: Draft) -> object:
         draft.manifest_as = Link("/dev/zero" if kind == "zero" else "manifest.json")
     elif kind == "sparse":
         draft.manifest_as = Sparse(
-            draft.rng.choice([5 << 20, 1 << 30, 1 << 40]), b'{"format_version": 4, "a": "'
+            draft.rng.choice([5 << 20, 1 << 30, 1 << 40]), b'{"format_version": 5, "a": "'
         )
     else:
         draft.manifest_as = Special(kind)

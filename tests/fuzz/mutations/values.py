@@ -157,9 +157,10 @@ def classes(draft: Draft) -> object:
 @mutation("manifest/sampling")
 def sampling(draft: Draft) -> object:
     data, rng = draft.data, draft.rng
-    name = rng.choice(["guidance_scale", "solver", "recalibrate_variance"])
+    name = rng.choice(["guidance_scale", "guidance_rescale", "solver", "recalibrate_variance"])
     value = rng.choice([0, 1, -1, 1.5, 1e308, -1e308, "ddpm", "ddim", "euler", True, False, 1e-308])
-    (data if name == "recalibrate_variance" else data["sampling"])[name] = value
+    holders = {"recalibrate_variance": data, "solver": data["sampling"]["schedule"]}
+    holders.get(name, data["sampling"])[name] = value
     return name, value
 
 
