@@ -25,6 +25,7 @@ from .reading import FileEntry
 
 FORMAT_VERSION = 5
 UPDATE = "update"
+MAX_BOPS = 1 << 80
 """What files and messages call the sampler's update, where they call a network by its precision."""
 
 
@@ -171,8 +172,8 @@ class Choice:
 
     def __post_init__(self) -> None:
         check_backend(self.timed_on)
-        if not (self.bops >= 0 and self.bops_fp32 > 0):
-            raise RecipeError(f"bit operations {self.bops} of {self.bops_fp32}")
+        if not (0 <= self.bops <= MAX_BOPS and 0 < self.bops_fp32 <= MAX_BOPS):
+            raise RecipeError(f"bit operations {brief(self.bops)} of {brief(self.bops_fp32)}")
 
     @property
     def bops_share(self) -> float:
@@ -279,8 +280,9 @@ class Manifest:
             raise RecipeError(f"{len(self.plan)} plan steps for {len(self.sampling)} timesteps")
         self._check_gate()
         counts = (*self.bops.values(), *self.half_bops.values())
-        if self.half_bops.keys() != self.bops.keys() or min(counts, default=0) < 1:
-            raise RecipeError("bops and half_bops: expected counts above 0 of the same precisions")
+        same = self.half_bops.keys() == self.bops.keys()
+        if not same or not all(1 <= count <= MAX_BOPS for count in counts):
+            raise RecipeError(f"bops and half_bops: expected 1 to {MAX_BOPS}, of the same precisions")
         check_layers(self.layers, self.layer_sensitivity, self.bops, len(self.sampling))
 
     def _check_gate(self) -> None:

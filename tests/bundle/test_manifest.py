@@ -160,6 +160,7 @@ def test_a_mixed_precision_is_read(bundle: Path) -> None:
             for field in fields(Choice)
         ),
         (entry("choice", bops_fp32=0), "bit operations 10 of 0"),
+        (entry("choice", bops_fp32=10**400), r"bit operations 10 of 1000+\.\.\."),
         (entry("choice", bops="many"), "choice.bops: expected int, got 'many'"),
         (entry("choice", front=[{"cost": 1.0}]), r"choice.front\[0\]: '(error|plan)' is missing"),
         (entry("choice", compared=[{"plan": "w8a8*10"}]), r"choice.compared\[0\]: '.*' is missing"),
@@ -222,8 +223,8 @@ def test_a_mixed_precision_is_read(bundle: Path) -> None:
         ),
         (lambda m: m.update(bops={"w8a8": None}), "bops.w8a8: expected int"),
         (lambda m: m.update(bops={"int8": 3}), "precision 'int8' is not known"),
-        (lambda m: m.update(half_bops={"w4a8": 3}), "expected counts above 0 of the same precisions"),
-        (lambda m: m.update(half_bops={"w8a8": 0}), "expected counts above 0 of the same precisions"),
+        (lambda m: m.update(half_bops={"w4a8": 3}), "expected 1 to [0-9]+, of the same precisions"),
+        (lambda m: m.update(half_bops={"w8a8": 0}), "expected 1 to [0-9]+, of the same precisions"),
         (lambda m: m.update(layers={}), "bits of layers are of nothing: expected w8a8"),
         (lambda m: m["layers"].update(w4a8={}), "bits of layers are of w4a8, w8a8: expected w8a8"),
         (lambda m: m.update(layer_sensitivity={"w4a4+": TABLE}), r"of w4a4\+: expected nothing"),
