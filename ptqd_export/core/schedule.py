@@ -271,7 +271,7 @@ class NoiseSchedule:
             ),
             (all(0 <= s <= MAX_TRAIN_TIMESTEPS for s in t), f"a timestep outside [0, {MAX_TRAIN_TIMESTEPS}]"),
             (
-                bool(((a >= least) & (a <= 1 - TINY) & (f >= least) & (f <= 1 - TINY)).all()),
+                all(bool(((v >= least) & (v <= 1 - TINY)).all()) for v in (a, f)),
                 f"alphas_cumprod outside [{least:g}, 1 - {TINY}]",
             ),
             (bool(((p >= TINY) & (p <= 1)).all()), f"alphas_cumprod_prev outside [{TINY}, 1]"),

@@ -38,7 +38,7 @@ class StepRow:
     """
 
     step: int
-    timestep: int
+    timestep: float
     precision: str
     kept: Kept
     k: float
@@ -59,7 +59,7 @@ def per_step(bundle: Bundle) -> list[StepRow]:
     sigmas, recalibrated, snr_f = schedule.sigmas, bundle.sigmas(best), schedule.snr
     rows = []
     for i, precision in enumerate(m.plan.steps):
-        common = (i, int(schedule.timesteps[i]), str(precision))
+        common = (i, schedule.timesteps[i].item(), str(precision))
         tail = (float(sigmas[i]), float(recalibrated[i]))
         if precision.is_float:
             rows.append(StepRow(*common, "nothing", 0.0, 0.0, *tail, None, float(snr_f[i])))
@@ -239,7 +239,7 @@ def _steps(rows: Sequence[StepRow]) -> list[str]:
     for r in rows:
         snr_q = "inf" if r.snr_q is None else f"{r.snr_q:.4g}"
         lines.append(
-            f"{r.step:>4}{r.timestep:>6}  "
+            f"{r.step:>4}{r.timestep:>6.5g}  "
             f"{r.precision:<10}{'-' if r.kept == 'nothing' else r.kept:<7}{r.k:>9.4f}{r.bias:>10.5f}"
             f"{r.sigma:>9.4f}{r.sigma_recalibrated:>9.4f}{snr_q:>10}{r.snr_f:>10.4g}"
         )
