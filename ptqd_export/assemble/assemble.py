@@ -21,13 +21,16 @@ import numpy.typing as npt
 from ..bundle.bundle import Bundle, check_target, in_the_way, write_manifest
 from ..bundle.manifest import Choice, CorrectionRecord, Machine, Manifest, Provenance
 from ..bundle.tables import Key, write_layers, write_tables
-from ..calibrate import Network, Trajectories, collect, observe, open_model
+from ..calibrate import Network, Parts, Trajectories, collect, observe, open_model, open_parts, prompts_of
 from ..core.backend import BACKENDS
+from ..core.engine import Array
 from ..core.plan import Plan, by_paper
 from ..core.precision import FP32, HALF_BITS, Precision
 from ..core.quant import QuantizedNetwork
 from ..core.sampling import Sampling
+from ..errors import RecipeError
 from ..export import export_fp, exported_layers, write_variants
+from ..files import digest as hashed
 from ..files import empty_folder, replacing, work_folder
 from ..recipe import Recipe
 from ..typed import to_plain
@@ -37,9 +40,21 @@ from .engines import ENGINES, Builder, KnownEngines, check_builder, graph_artifa
 from .graphs import emit, emit_update, figures_of, judge, probes_of
 from .layers import quantize_all
 from .measure import Measured, key_of, measure_all
+from .parts import emit_parts
 from .timing import Times, files_of, time_backends
 
-VERSIONS = ("ptqd-export", "torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+VERSIONS = (
+    "ptqd-export",
+    "torch",
+    "diffusers",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "numpy",
+    "transformers",
+    "tokenizers",
+)
 """Packages that decide what a bundle holds."""
 Say = Callable[[str], None]
 
@@ -58,7 +73,8 @@ def assemble(recipe: Recipe, out: Path, *, resume: bool = True, say: Say = lambd
     check_target(out)
     for backend in recipe.backends:
         check_builder(backend, recipe.tensorrt.settings(branches=1))
-    network = open_model(recipe)
+    parts = open_parts(recipe)
+    network, prompted = _prompted(recipe, open_model(recipe, parts), parts, say)
     sampling = Sampling.of(network.info, network.scheduler_config, **asdict(recipe.sampler))
     if recipe.plan.rule == "fixed":
         fixed_plan(recipe)  # refuse a wrong one before any work
@@ -67,7 +83,7 @@ def assemble(recipe: Recipe, out: Path, *, resume: bool = True, say: Say = lambd
     with work_folder(out, resume) as work:
         held = held_engines(out)
         with replacing(out, in_the_way) as folder:
-            manifest = _fill(recipe, network, sampling, folder, work, held, say)
+            manifest = _fill(recipe, network, parts, prompted, sampling, folder, work, held, say)
             seconds = round(time.monotonic() - started, 1)
             provenance = replace(manifest.provenance, seconds=seconds)
             write_manifest(folder, replace(manifest, provenance=provenance))
@@ -76,9 +92,39 @@ def assemble(recipe: Recipe, out: Path, *, resume: bool = True, say: Say = lambd
     return Bundle.open(out)
 
 
+def _prompted(recipe: Recipe, network: Network, parts: Parts, say: Say) -> tuple[Network, dict[str, Array]]:
+    """The network, with the empty prompt's embedding for no condition, and the conditions of calibration.
+
+    Raises:
+        RecipeError: the recipe has prompts for a network without text, or values beside them.
+    """
+    spec = recipe.calibration
+    own = bool(spec.prompts or spec.prompts_file)
+    if not parts.texts:
+        if own:
+            raise RecipeError(
+                f"calibration has prompts, but {network.info.name} has no text encoder: leave them out"
+            )
+        return network, {}
+    network = replace(
+        network, info=replace(network.info, null={n: v[0] for n, v in parts.encode([""]).items()})
+    )
+    given = {s.name for s in network.info.inputs if s.values is not None} & {s.name for s in parts.inputs}
+    if given and own:
+        raise RecipeError(f"calibration has prompts, and the input {min(given)} has values: leave one out")
+    if given:
+        return network, {}
+    prompts, _ = prompts_of(recipe)
+    if not own:
+        say(f"calibration.prompts is not set: {len(prompts)} captions of everyday pictures are taken")
+    return network, dict(parts.encode(prompts))
+
+
 def _fill(
     recipe: Recipe,
     network: Network,
+    parts: Parts,
+    prompted: Mapping[str, Array],
     sampling: Sampling,
     folder: Path,
     work: Path,
@@ -87,13 +133,15 @@ def _fill(
 ) -> Manifest:
     """Write everything but the manifest into `folder`; returns the manifest."""
     schedule, spec = sampling.schedule, recipe.quantization
-    key = key_of(to_plain(sampling), recipe.digest("model", "sampler", "calibration"), _versions())
+    digest = recipe.digest("model", "sampler", "calibration", "pipeline")
+    key = key_of(to_plain(sampling), digest, parts.digest, _digests(prompted), _versions())
     say(
         f"{network.info.name}: {len(sampling)} steps, eta {schedule.eta:g}, guidance "
         f"{sampling.guidance_scale:g}"
     )
     base = export_fp(network.module, network.info)  # first: no calibration if the export fails
-    paths = collect(network, sampling, recipe, work / f"trajectories-{key[:16]}")
+    pipeline = emit_parts(parts, folder, say)
+    paths = collect(network, sampling, recipe, work / f"trajectories-{key[:16]}", prompted)
     seen = observe(network, sampling, recipe, paths)
     exported = exported_layers(base)
     quantized, sensitivities = quantize_all(recipe, network, seen, sampling, paths, exported, work, key, say)
@@ -136,6 +184,7 @@ def _fill(
         folder,
         {key: (m.correction, m.pooled) for key, m in measured.items()},
         probes_of(graphs, verdicts, measured),
+        {name: network.info.null[name] for name in pipeline.text_inputs},
     )
     write_layers(folder, quantized)
     return Manifest(
@@ -164,7 +213,12 @@ def _fill(
             0.0,
         ),
         files={},
+        pipeline=pipeline,
     )
+
+
+def _digests(arrays: Mapping[str, Array]) -> dict[str, str]:
+    return {name: hashed(value.tobytes()) for name, value in arrays.items()}
 
 
 def _layer_bits(network: QuantizedNetwork) -> dict[str, tuple[str, ...]]:

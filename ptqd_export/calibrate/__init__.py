@@ -1,10 +1,12 @@
 """Calibration in torch: open a model, collect trajectories, quantize, simulate and measure the noise."""
 
+from .captions import prompts_of
 from .intake import open_model
 from .layer_noise import given_layers, sensitivity
 from .measure import measure, measure_own
 from .network import Network
 from .observe import Observed, observe
+from .pipeline import DecoderPart, Parts, TextPart, open_parts
 from .quantize import quantize
 from .refine import refine
 from .simulate import LayerSimulator, SimulatedLayer, simulate
@@ -13,10 +15,13 @@ from .trajectories import Batch, Trajectories, collect
 
 __all__ = [
     "Batch",
+    "DecoderPart",
     "LayerSimulator",
     "Network",
     "Observed",
+    "Parts",
     "SimulatedLayer",
+    "TextPart",
     "TorchEngine",
     "Trajectories",
     "collect",
@@ -25,6 +30,8 @@ __all__ = [
     "measure_own",
     "observe",
     "open_model",
+    "open_parts",
+    "prompts_of",
     "quantize",
     "refine",
     "sensitivity",

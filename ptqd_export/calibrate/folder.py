@@ -46,23 +46,23 @@ def from_folder(recipe: Recipe, folder: Path) -> Network:
             f"{folder} holds neither unet/{CONFIG} nor {CONFIG}: give a diffusers pipeline folder or a UNet "
             "folder"
         )
-    config = _read_json(unet / CONFIG)
+    config = read_json(unet / CONFIG)
     if config.get("_class_name") not in CLASSES:
         raise ModelError(
             f"{unet / CONFIG} says _class_name {config.get('_class_name')!r}: expected one of "
             f"{', '.join(CLASSES)}, or load it by file.py:function"
         )
-    _check_sizes(config, unet / CONFIG)
+    check_sizes(config, unet / CONFIG)
     scheduler = scheduler_config(recipe, folder)
     shape = _sample_shape(spec, config, unet / CONFIG)
     inputs = _unet_inputs(spec, config, unet / CONFIG)
-    module = _load_unet(config, unet)
+    module = load_module(config, unet)
     kept = {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
     name = spec.name or folder.name
     return Network(bare(module), ModelInfo(name, shape, inputs, weights_sha256(kept, module)), scheduler)
 
 
-def _load_unet(config: dict[str, Any], folder: Path) -> nn.Module:
+def load_module(config: dict[str, Any], folder: Path) -> nn.Module:
     """The UNet of a config, with its weights.
 
     diffusers builds it from the config; the weights are filled in here, so that every mismatch is named. It
@@ -112,7 +112,7 @@ def _construct(config: dict[str, Any], folder: Path) -> nn.Module:
     return module
 
 
-def _check_sizes(config: Any, file: Path, key: str = "") -> None:
+def check_sizes(config: Any, file: Path, key: str = "") -> None:
     """Refuse numbers that no UNet has: they would keep the constructor busy for ever.
 
     Raises:
@@ -120,12 +120,12 @@ def _check_sizes(config: Any, file: Path, key: str = "") -> None:
     """
     if isinstance(config, dict):
         for name, value in config.items():
-            _check_sizes(value, file, str(name))
+            check_sizes(value, file, str(name))
     elif isinstance(config, list):
         if len(config) > MAX_LIST:
             raise ModelError(f"{file} says {brief(key)} of {len(config)} items: expected at most {MAX_LIST}")
         for value in config:
-            _check_sizes(value, file, key)
+            check_sizes(value, file, key)
     elif isinstance(config, int):
         most = MAX_LAYERS if "layers" in key else MAX_SIZE
         if not -1 <= config <= most:
@@ -160,7 +160,7 @@ def scheduler_config(recipe: Recipe, folder: Path) -> dict[str, Any]:
             f"no scheduler config at {' or '.join(map(str, places))}: put one there, or set model.scheduler "
             "in the recipe"
         )
-    config = _read_json(file)
+    config = read_json(file)
     try:
         NoiseSchedule.from_config(config, 1, 0.0)
     except PTQDError:
@@ -248,7 +248,7 @@ def with_null(spec: ModelSpec, given: InputSpec) -> InputSpec:
     return dataclasses.replace(given, null_class=spec.null_class)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text("utf-8"))
     except OSError as error:

@@ -15,15 +15,19 @@ from ..errors import ModelError, PTQDError
 from ..recipe import Recipe
 from .folder import from_folder, scheduler_config, with_null
 from .network import Network, bare, check_finite, one_line, try_forward, weights_sha256
+from .pipeline import Parts, open_parts, with_text
 
 
-def open_model(recipe: Recipe) -> Network:
+def open_model(recipe: Recipe, parts: Parts | None = None) -> Network:
     """The network of `recipe.model`, checked by one trial forward; see ModelSpec for the sources.
 
+    Args:
+        parts: around it, where they are open already: what text is made for need not be declared.
     Raises:
         ModelError: the files are missing or damaged, the config or the weights do not fit, or the network
             computes NaN, infinite values or a wrong shape.
     """
+    recipe = with_text(recipe, open_parts(recipe) if parts is None else parts)
     file, separator, function = recipe.model.source.rpartition(":")
     if separator and file.endswith(".py"):
         network = _from_function(recipe, recipe.path(file), function)

@@ -47,7 +47,7 @@ def test_round_trip(bundle: Path, schedule: NoiseSchedule, class_info: ModelInfo
 
 def test_the_manifest_s_first_entries_are_its_hash_and_its_format(bundle: Path) -> None:
     data = json.loads((bundle / MANIFEST).read_text())
-    assert list(data)[:2] == ["sha256", "format_version"] and data["format_version"] == 4
+    assert list(data)[:2] == ["sha256", "format_version"] and data["format_version"] == 5
     assert Bundle.open(bundle).seal == data["sha256"]
 
 
@@ -72,9 +72,9 @@ def test_missing_and_truncated_files(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 99}, "format version 99, this ptqd-export reads 4: upgrade ptqd-export"),
-        ({"format_version": 3}, "format version 3, this ptqd-export reads 4: rebuild the bundle"),
-        ({"format_version": 1}, "format version 1, this ptqd-export reads 4: rebuild the bundle"),
+        ({"format_version": 99}, "format version 99, this ptqd-export reads 5: upgrade ptqd-export"),
+        ({"format_version": 3}, "format version 3, this ptqd-export reads 5: rebuild the bundle"),
+        ({"format_version": 1}, "format version 1, this ptqd-export reads 5: rebuild the bundle"),
         ({"format_version": "1"}, "no format_version"),
         ({"plan": "w8a8*1"}, "1 plan steps for 10"),
         ({"plan": {}}, "damaged"),
@@ -97,7 +97,7 @@ def test_a_manifest_of_an_older_format_is_refused_whatever_it_holds(bundle: Path
     with pytest.raises(BundleError) as caught:
         Bundle.open(bundle)
     assert str(caught.value) == (
-        f"{bundle} has format version 2, this ptqd-export reads 4: rebuild the bundle"
+        f"{bundle} has format version 2, this ptqd-export reads 5: rebuild the bundle"
     )
 
 

@@ -297,8 +297,8 @@ def test_manifests_that_were_edited(spoilt: Path, refused: Callable[..., str]) -
     (spoilt.parent / "secret").write_text("secret")
     other = {"sha256": "0" * 64, "size": 6}
     for changes, message in (
-        ({"format_version": 5}, "has format version 5, this ptqd-export reads 4: upgrade ptqd-export"),
-        ({"format_version": 3}, "has format version 3, this ptqd-export reads 4: rebuild the bundle"),
+        ({"format_version": 6}, "has format version 6, this ptqd-export reads 5: upgrade ptqd-export"),
+        ({"format_version": 3}, "has format version 3, this ptqd-export reads 5: rebuild the bundle"),
         ({"format_version": None}, "has no format_version"),
         (
             {"files": {**files, "../secret": other}},

@@ -1,0 +1,361 @@
+"""The parts around a network, in torch: text encoders with their tokenizers, and the first stage's decoder.
+
+`open_parts` finds them in a diffusers pipeline folder. `text_part` and `decoder_part` make them of modules, wherever
+those come from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from ..bundle.pipeline import VAE_DECODER, EncoderFolder, TokenizerFolder
+from ..bundle.tokenizer import Tokenizer
+from ..core.backend import install_hint
+from ..core.model import InputSpec
+from ..core.quant import LayerQuant
+from ..errors import BackendUnavailable, ModelError
+from ..recipe import Recipe
+from ..typed import brief
+from .folder import CONFIG, check_sizes, load_module, read_json
+from .network import check_finite, one_line, weights_sha256
+from .tokenizer import read_tokenizer
+
+TEXT = "encoder_hidden_states"
+"""The input of a diffusers UNet that text is made for."""
+ENCODERS = {"CLIPTextModel"}
+DECODERS = ("AutoencoderKL", "VQModel")
+DECODER_FOLDERS = ("vae", "vqvae")
+F32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """A text encoder.
+
+    Attributes:
+        module: ids int64 (B, tokens) to states f32 (B, tokens, width).
+        tokenizer: that makes the ids.
+        files: of the tokenizer, for the bundle.
+        digest: of the weights and of the tokenizer's files.
+        input, folder, tokenizer_folder, hidden_layer, final_norm: see `bundle.pipeline.TextEncoder`.
+        layers: those whose weights are stored as integers, by their path in module.module, which has the values
+            of these integers.
+    """
+
+    module: nn.Module
+    tokenizer: Tokenizer
+    files: Mapping[str, bytes]
+    width: int
+    digest: str
+    input: str = TEXT
+    folder: EncoderFolder = "text_encoder"
+    tokenizer_folder: TokenizerFolder = "tokenizer"
+    hidden_layer: int = -1
+    final_norm: bool = True
+    layers: Mapping[str, LayerQuant] = field(default_factory=dict)
+
+    def __call__(self, texts: Sequence[str], batch: int = 16) -> F32:
+        """States (N, tokens, width) of texts."""
+        ids = torch.from_numpy(self.tokenizer(texts)[0])
+        with torch.inference_mode():
+            return np.concatenate([self.module(part).numpy() for part in ids.split(batch)])
+
+
+@dataclass(frozen=True)
+class DecoderPart:
+    """A first stage's decoder.
+
+    Attributes:
+        module: latents f32 (B, C, H, W) to pictures f32 (B, channels, H', W').
+        layers: as for TextPart; the others: see `bundle.pipeline.Decoder`.
+    """
+
+    module: nn.Module
+    kind: Literal["AutoencoderKL", "VQModel"]
+    latent_shape: tuple[int, int, int]
+    picture_shape: tuple[int, int, int]
+    scaling_factor: float
+    shift_factor: float
+    image_range: tuple[float, float] = (-1.0, 1.0)
+    layers: Mapping[str, LayerQuant] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        return VAE_DECODER
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What stands around a network; `latent`: what it samples is no picture."""
+
+    latent: bool = False
+    decoder: DecoderPart | None = None
+    texts: tuple[TextPart, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """The inputs that text is made for."""
+        found: dict[str, InputSpec] = {}
+        for part in self.texts:
+            width = part.width + (found[part.input].shape[1] if part.input in found else 0)
+            found[part.input] = InputSpec(part.input, "float32", (part.tokenizer.tokens, width))
+        return tuple(found.values())
+
+    @property
+    def digest(self) -> str:
+        """Of everything that decides conditions: the text encoders and their tokenizers."""
+        return hashlib.sha256("".join(part.digest for part in self.texts).encode()).hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> dict[str, F32]:
+        """Conditions (N, *shape), by input, of texts."""
+        made: dict[str, list[F32]] = {}
+        for part in self.texts:
+            made.setdefault(part.input, []).append(part(texts))
+        return {name: np.concatenate(states, axis=-1) for name, states in made.items()}
+
+
+def open_parts(recipe: Recipe) -> Parts:
+    """The parts that a recipe wants of its diffusers pipeline folder; none of any other source.
+
+    Raises:
+        ModelError: a part is damaged, of a class that is not supported, or lacks its tokenizer.
+        BackendUnavailable: text needs transformers or tokenizers, which are not installed.
+    """
+    file, separator, _ = recipe.model.source.rpartition(":")
+    folder = recipe.path(recipe.model.source)
+    if (separator and file.endswith(".py")) or not (folder / "unet" / CONFIG).is_file():
+        return Parts()
+    config = read_json(folder / "unet" / CONFIG)
+    stage = next((folder / name for name in DECODER_FOLDERS if (folder / name / CONFIG).is_file()), None)
+    decoder = None
+    if stage is not None and recipe.pipeline.decoder:
+        decoder = _open_decoder(stage, config, recipe)
+    texts: list[TextPart] = []
+    takes_text = config.get("_class_name") == "UNet2DConditionModel"
+    if takes_text and recipe.pipeline.text and (folder / "text_encoder").is_dir():
+        texts.append(_open_text(folder, "text_encoder", "tokenizer"))
+    if recipe.pipeline.weights == "w8a16":
+        decoder = None if decoder is None else replace(decoder, layers=round_weights(decoder.module))
+        texts = [replace(part, layers=round_weights(part.module)) for part in texts]
+    return Parts(stage is not None, decoder, tuple(texts))
+
+
+def round_weights(wrapper: nn.Module) -> dict[str, LayerQuant]:
+    """Put weights of Conv2d and Linear layers on grids of 8 bits, a scale per output channel, in place.
+
+    Returns:
+        their codes, by their path in wrapper.module.
+    """
+    layers = {}
+    for name, module in wrapper.get_submodule("module").named_modules():
+        if not isinstance(module, nn.Conv2d | nn.Linear):
+            continue
+        weight = module.weight.detach().numpy()
+        most = np.abs(weight).reshape(len(weight), -1).max(1)
+        scale = np.where(most > 0, most / 127, 1).astype(np.float32)
+        wide = scale.reshape(-1, *[1] * (weight.ndim - 1))
+        codes = np.clip(np.rint(weight / wide), -127, 127).astype(np.int8)
+        module.weight.data = torch.from_numpy(codes.astype(np.float32) * wide)
+        bias = None if module.bias is None else module.bias.detach().numpy()
+        kind: Literal["conv", "linear"] = "conv" if weight.ndim == 4 else "linear"
+        layers[name] = LayerQuant(name, kind, codes, scale, 8, None, 16, None, bias, 0)
+    return layers
+
+
+def with_text(recipe: Recipe, parts: Parts) -> Recipe:
+    """The recipe with the inputs declared that its text encoders make, where it does not declare them."""
+    declared = {spec.name for spec in recipe.model.inputs}
+    more = tuple(spec for spec in parts.inputs if spec.name not in declared)
+    if not more:
+        return recipe
+    return replace(recipe, model=replace(recipe.model, inputs=(*recipe.model.inputs, *more)))
+
+
+def decoder_part(
+    module: nn.Module, kind: str, config: Mapping[str, Any], latent_shape: tuple[int, int, int], where: str
+) -> DecoderPart:
+    """The decoder of an AutoencoderKL or a VQModel, which is tried.
+
+    Args:
+        config: its scaling_factor and shift_factor count.
+        latent_shape: of what the network samples.
+    Raises:
+        ModelError: it does not decode such latents.
+    """
+    if kind not in DECODERS:
+        raise ModelError(
+            f"{where} is a {brief(kind)}, expected one of {', '.join(DECODERS)}: set pipeline.decoder = false"
+            " in the recipe to sample latents"
+        )
+    factors = {}
+    for name, default in (("scaling_factor", 1.0), ("shift_factor", 0.0)):
+        value = config.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ModelError(f"{where} says {name} is {brief(value)}: expected a number")
+        factors[name] = float(value)
+    for name in ("latents_mean", "latents_std"):
+        if config.get(name) is not None:
+            raise ModelError(
+                f"{where} says {name}, which is not supported: set pipeline.decoder = false in the recipe"
+            )
+    decoder = (_Quantized if kind == "VQModel" else _Plain)(module).eval()
+    try:
+        with torch.inference_mode():
+            picture = decoder(torch.zeros(1, *latent_shape))
+    except Exception as error:
+        raise ModelError(
+            f"the decoder of {where} does not run on latents of {latent_shape}: {one_line(error)}"
+        ) from error
+    if picture.ndim != 4 or picture.shape[1] not in (1, 3) or not bool(torch.isfinite(picture).all()):
+        raise ModelError(f"the decoder of {where} gives {tuple(picture.shape)}, or NaN: expected pictures")
+    channels, height, width = picture.shape[1:]
+    return DecoderPart(
+        decoder,
+        cast(Literal["AutoencoderKL", "VQModel"], kind),
+        latent_shape,
+        (channels, height, width),
+        factors["scaling_factor"],
+        factors["shift_factor"],
+    )
+
+
+def text_part(module: nn.Module, tokenizer: Tokenizer, files: Mapping[str, bytes], **about: Any) -> TextPart:
+    """A text encoder of a CLIPTextModel, or of any module whose result has last_hidden_state; it is tried.
+
+    Args:
+        about: further fields of TextPart.
+    Raises:
+        ModelError: it does not take the tokenizer's ids.
+    """
+    encoder = _States(module).eval()
+    ids, _ = tokenizer(["", "a photo"])
+    try:
+        with torch.inference_mode():
+            states = encoder(torch.from_numpy(ids))
+    except Exception as error:
+        raise ModelError(
+            f"the text encoder does not run on {ids.shape[1]} tokens: {one_line(error)}"
+        ) from error
+    if states.ndim != 3 or states.shape[:2] != ids.shape or not bool(torch.isfinite(states).all()):
+        raise ModelError(f"the text encoder gives {tuple(states.shape)}, or NaN, for ids {ids.shape}")
+    digest = hashlib.sha256(weights_sha256({"tokens": tokenizer.tokens}, module).encode())
+    for name, content in sorted(files.items()):
+        digest.update(name.encode() + hashlib.sha256(content).digest())
+    return TextPart(encoder, tokenizer, files, int(states.shape[2]), digest.hexdigest(), **about)
+
+
+class _States(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.module(input_ids=ids).last_hidden_state
+
+
+class _Plain(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, latent: Tensor) -> Any:
+        return cast(Any, self.module).decode(latent, return_dict=False)[0]
+
+
+class _Quantized(_Plain):
+    """Takes the nearest code by |e|^2 - 2 z.e, in which z^2 is the same for all; diffusers' cdist would become a
+    value of (positions, codes, channels)."""
+
+    def forward(self, latent: Tensor) -> Any:
+        module = cast(Any, self.module)
+        codes = module.quantize.embedding.weight
+        distance = (codes * codes).sum(1) - 2 * (latent.permute(0, 2, 3, 1) @ codes.T)
+        nearest = nn.functional.embedding(distance.argmin(-1), codes).permute(0, 3, 1, 2)
+        return module.decode(nearest, force_not_quantize=True, return_dict=False)[0]
+
+
+def _open_decoder(folder: Path, unet: Mapping[str, Any], recipe: Recipe) -> DecoderPart:
+    config = read_json(folder / CONFIG)
+    kind = str(config.get("_class_name"))
+    if kind not in DECODERS:
+        return decoder_part(nn.Identity(), kind, config, (1, 1, 1), str(folder))
+    check_sizes(config, folder / CONFIG)
+    size = unet.get("sample_size")
+    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
+    shape = recipe.model.sample_shape or (config.get("latent_channels"), height, width)
+    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ModelError(f"{folder / CONFIG} has no latent_channels: expected a diffusers {kind}")
+    latent = cast(tuple[int, int, int], tuple(shape))
+    return decoder_part(load_module(config, folder), kind, config, latent, str(folder))
+
+
+def _open_text(folder: Path, name: EncoderFolder, tokenizer: TokenizerFolder) -> TextPart:
+    config = read_json(folder / name / CONFIG)
+    check_sizes(config, folder / name / CONFIG)
+    kind = (config.get("architectures") or [None])[0]
+    if kind not in ENCODERS:
+        raise ModelError(
+            f"{folder / name} is a {brief(kind)}, expected {', '.join(sorted(ENCODERS))}: set pipeline.text = "
+            "false in the recipe, and declare the input with values"
+        )
+    most = config.get("max_position_embeddings", 77)
+    tokens, files = read_tokenizer(folder / tokenizer, most)
+    return text_part(
+        _load_text(folder / name, config), tokens, files, folder=name, tokenizer_folder=tokenizer
+    )
+
+
+def _load_text(folder: Path, config: Mapping[str, Any]) -> nn.Module:
+    try:
+        import transformers
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"the text encoder {folder} needs transformers ({error}): {install_hint('build')}"
+        ) from error
+    with _quiet(transformers), torch.random.fork_rng(devices=[]):
+        try:
+            module, told = transformers.CLIPTextModel.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+        except Exception as error:  # OSErrors, and whatever a wrong config ends in
+            raise ModelError(f"{folder} cannot be read as a CLIPTextModel: {one_line(error)}") from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(str(key) for key in told.get(what, ()) if not str(key).endswith("position_ids"))
+        if keys:
+            raise ModelError(
+                f"the weights in {folder} have {what.replace('_', ' ')}, such as {brief(keys[0])}: config and "
+                "weights are of different models"
+            )
+    for key, value in sorted(module.state_dict().items()):
+        check_finite(key, value, str(folder))
+    return cast(nn.Module, module.float().eval().requires_grad_(False))
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity(log.CRITICAL)
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
