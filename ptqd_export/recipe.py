@@ -63,8 +63,8 @@ class CalibrationSpec:
     `size`: trajectories that give ranges and statistics.
     `held_out`: further trajectories, on which the plan's errors and the parity are judged.
     `seed`: seed of all trajectories.
-    `prompts`, or `prompts_file` (UTF-8, one a line): what trajectories of a text model are sampled for, in turn;
-        short captions of everyday pictures if neither is given.
+    `prompts`, or `prompts_file` (UTF-8, one a line): what trajectories of a text model are sampled for, in
+        turn; short captions of everyday pictures if neither is given.
     `trajectory`: the states at which corrections are measured: those of the full-precision network, or those
         that each quantized network visits with its own corrections. The second takes twice the time.
     """
@@ -170,7 +170,8 @@ class PipelineSpec:
 
     `text`: text encoder and tokenizer, so that a run takes prompts.
     `decoder`: the first stage's decoder, so that a run of a latent model yields pictures.
-    `weights`: how theirs are stored: "fp32", or "w8a16": layers' weights as 8-bit integers, a scale per channel.
+    `weights`: how theirs are stored: "fp32", or "w8a16": layers' weights as 8-bit integers, a scale per
+        channel.
     """
 
     text: bool = True

@@ -114,7 +114,7 @@ def _prompted(recipe: Recipe, network: Network, parts: Parts, say: Say) -> tuple
         raise RecipeError(f"calibration has prompts, and the input {min(given)} has values: leave one out")
     if given:
         return network, {}
-    prompts, _ = prompts_of(recipe)
+    prompts = prompts_of(recipe)
     if not own:
         say(f"calibration.prompts is not set: {len(prompts)} captions of everyday pictures are taken")
     return network, dict(parts.encode(prompts))

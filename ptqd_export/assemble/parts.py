@@ -120,7 +120,7 @@ def _check(
     off = float(np.sqrt(((got - expected) ** 2).mean() / max((expected**2).mean(), 1e-30)))
     if not off <= TOLERANCE:
         raise ParityError(
-            f"the graph of {file.parent.name} differs from its module by {off:.2g} of what it yields, expected "
-            f"{TOLERANCE:g} at most: its export is wrong; please report it"
+            f"the graph of {file.parent.name} differs from its module by {off:.2g} of what it yields, "
+            f"expected {TOLERANCE:g} at most: its export is wrong; please report it"
         )
     say(f"{file.parent.name}: {_precision(part)}, {off:.2g} off its module")

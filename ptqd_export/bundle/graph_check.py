@@ -158,11 +158,10 @@ def _update_interface(sampling: Sampling) -> tuple[Interface, Interface]:
 
 
 def _part_interface(part: Tensors) -> tuple[Interface, Interface]:
-    inputs, outputs = (
-        {name: (DTYPES[dtype], (Batch(1), *shape)) for name, (dtype, shape) in tensors.items()}
-        for tensors in (part.inputs, part.outputs)
-    )
-    return inputs, outputs
+    def declared(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Interface:
+        return {name: (DTYPES[dtype], (Batch(1), *shape)) for name, (dtype, shape) in tensors.items()}
+
+    return declared(part.inputs), declared(part.outputs)
 
 
 def _check_versions(graph: OnnxGraph, emission: Emission | None) -> None:

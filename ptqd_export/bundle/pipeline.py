@@ -1,6 +1,7 @@
-"""What a bundle holds beside its network, so that prompts go in and pictures come out: text encoders with their
-tokenizers, and the decoder of the first stage. Each part is a folder; its graph has the interface that
-optimum's pipelines expect.
+"""What a bundle holds beside its network, so that prompts go in and pictures come out.
+
+These are text encoders with their tokenizers, and the decoder of the first stage. Each part is a folder; its
+graph has the interface that optimum's pipelines expect.
 
 text_encoder/model.onnx     input_ids int64 (B, tokens) -> last_hidden_state f32 (B, tokens, width)
 vae_decoder/model.onnx      latent_sample f32 (B, C, H, W) -> sample f32 (B, 3, H', W')
@@ -83,7 +84,7 @@ class TextEncoder:
     def __post_init__(self) -> None:
         _need(DIGEST.fullmatch(self.digest) is not None, f"digest {brief(self.digest)} of {self.folder}")
         _need(
-            3 <= self.tokens <= MAX_TOKENS and 1 <= self.width and self.tokens * self.width <= MAX_CONDITION,
+            3 <= self.tokens <= MAX_TOKENS and self.width >= 1 and self.tokens * self.width <= MAX_CONDITION,
             f"{self.folder} has states of {self.tokens} by {self.width}",
         )
         _need(

@@ -4,8 +4,8 @@ tables.safetensors, keys "<precision>.<emission whose numerics>.<name>":
     gain, offset, var                float64, `Correction`
     count, e, d, ee, ed, dd          float64, `NoiseStats` that the correction was fitted on
     probe, probe_noise               float32 (2, C, H, W) and float64 (1,), `Probe`
-and beside them "null.<input>", float32: what stands for no condition at an input that text is made for, which is
-the empty prompt's embedding.
+and beside them "null.<input>", float32: what stands for no condition at an input that text is made for, which
+is the empty prompt's embedding.
 quantization.safetensors, which the torch backend simulates from:
     codes/<grid>/<layer>             weight codes that precisions share; "<precision>/<layer>/codes" where one
                                      has its own

@@ -1,8 +1,8 @@
-"""CLIP's tokenizer, from a bundle's or a model's vocab.json and merges.txt; needs the tokenizers package alone.
+"""CLIP's tokenizer, from a bundle's or a model's vocab.json and merges.txt, by the tokenizers package alone.
 
-What it does is fixed here, as in transformers' CLIPTokenizer: NFC, single spaces, lower case; words, digits and
-runs of signs; byte-level BPE whose words end in `</w>`; then begin and end, cut or padded to one length. A
-tokenizer.json, which could ask for anything, is never handed to the library.
+What it does is fixed here, as in transformers' CLIPTokenizer: NFC, single spaces, lower case; words, digits
+and runs of signs; byte-level BPE whose words end in `</w>`; then begin and end, cut or padded to one length.
+A tokenizer.json, which could ask for anything, is never handed to the library.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ CAPTIONS = (
 """For recipes that give none: people, animals, places, things, some styles."""
 
 
-def prompts_of(recipe: Recipe) -> tuple[Sequence[str], bool]:
-    """The prompts of calibration, and whether they are the recipe's own.
+def prompts_of(recipe: Recipe) -> Sequence[str]:
+    """The prompts of calibration: the recipe's own, or CAPTIONS.
 
     Raises:
         RecipeError: the file cannot be read, or holds none.
@@ -55,7 +55,7 @@ def prompts_of(recipe: Recipe) -> tuple[Sequence[str], bool]:
     if spec.prompts and spec.prompts_file:
         raise RecipeError("calibration.prompts and calibration.prompts_file are both given: leave one out")
     if spec.prompts_file:
-        return read_prompts(recipe.path(spec.prompts_file)), True
+        return read_prompts(recipe.path(spec.prompts_file))
     for text in spec.prompts:
         check_prompt(text)
-    return spec.prompts or CAPTIONS, bool(spec.prompts)
+    return spec.prompts or CAPTIONS

@@ -1,7 +1,7 @@
 """The parts around a network, in torch: text encoders with their tokenizers, and the first stage's decoder.
 
-`open_parts` finds them in a diffusers pipeline folder. `text_part` and `decoder_part` make them of modules, wherever
-those come from.
+`open_parts` finds them in a diffusers pipeline folder. `text_part` and `decoder_part` make them of modules,
+wherever those come from.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .tokenizer import read_tokenizer
 
 TEXT = "encoder_hidden_states"
 """The input of a diffusers UNet that text is made for."""
-ENCODERS = {"CLIPTextModel"}
+ENCODERS = ("CLIPTextModel",)
 DECODERS = ("AutoencoderKL", "VQModel")
 DECODER_FOLDERS = ("vae", "vqvae")
 F32 = npt.NDArray[np.float32]
@@ -49,8 +49,8 @@ class TextPart:
         files: of the tokenizer, for the bundle.
         digest: of the weights and of the tokenizer's files.
         input, folder, tokenizer_folder, hidden_layer, final_norm: see `bundle.pipeline.TextEncoder`.
-        layers: those whose weights are stored as integers, by their path in module.module, which has the values
-            of these integers.
+        layers: those whose weights are stored as integers, by their path in module.module, which has the
+            values of these integers.
     """
 
     module: nn.Module
@@ -69,7 +69,7 @@ class TextPart:
         """States (N, tokens, width) of texts."""
         ids = torch.from_numpy(self.tokenizer(texts)[0])
         with torch.inference_mode():
-            return np.concatenate([self.module(part).numpy() for part in ids.split(batch)])
+            return np.concatenate([self.module(part).numpy() for part in torch.split(ids, batch)])
 
 
 @dataclass(frozen=True)
@@ -275,8 +275,10 @@ class _Plain(nn.Module):
 
 
 class _Quantized(_Plain):
-    """Takes the nearest code by |e|^2 - 2 z.e, in which z^2 is the same for all; diffusers' cdist would become a
-    value of (positions, codes, channels)."""
+    """Takes the nearest code by |e|^2 - 2 z.e, as z^2 is the same for all.
+
+    diffusers' cdist would become a value of (positions, codes, channels).
+    """
 
     def forward(self, latent: Tensor) -> Any:
         module = cast(Any, self.module)
@@ -307,10 +309,12 @@ def _open_text(folder: Path, name: EncoderFolder, tokenizer: TokenizerFolder) ->
     kind = (config.get("architectures") or [None])[0]
     if kind not in ENCODERS:
         raise ModelError(
-            f"{folder / name} is a {brief(kind)}, expected {', '.join(sorted(ENCODERS))}: set pipeline.text = "
+            f"{folder / name} is a {brief(kind)}, expected {' or '.join(ENCODERS)}: set pipeline.text = "
             "false in the recipe, and declare the input with values"
         )
     most = config.get("max_position_embeddings", 77)
+    if not isinstance(most, int) or most < 3:
+        raise ModelError(f"{folder / name / CONFIG} says max_position_embeddings is {brief(most)}")
     tokens, files = read_tokenizer(folder / tokenizer, most)
     return text_part(
         _load_text(folder / name, config), tokens, files, folder=name, tokenizer_folder=tokenizer
@@ -339,8 +343,8 @@ def _load_text(folder: Path, config: Mapping[str, Any]) -> nn.Module:
         keys = sorted(str(key) for key in told.get(what, ()) if not str(key).endswith("position_ids"))
         if keys:
             raise ModelError(
-                f"the weights in {folder} have {what.replace('_', ' ')}, such as {brief(keys[0])}: config and "
-                "weights are of different models"
+                f"the weights in {folder} have {what.replace('_', ' ')}, such as {brief(keys[0])}: config "
+                "and weights are of different models"
             )
     for key, value in sorted(module.state_dict().items()):
         check_finite(key, value, str(folder))

@@ -37,8 +37,8 @@ def read_tokenizer(folder: Path, most: int) -> tuple[Tokenizer, dict[str, bytes]
     if VOCABULARY not in found or MERGES not in found:
         if whole is None:
             raise ModelError(
-                f"{folder} holds no tokenizer: expected {VOCABULARY} and {MERGES}, or tokenizer.json; copy them"
-                " from the model, or set pipeline.text = false in the recipe"
+                f"{folder} holds no tokenizer: expected {VOCABULARY} and {MERGES}, or tokenizer.json; copy "
+                "them from the model, or set pipeline.text = false in the recipe"
             )
         found |= _from_whole(whole, folder)
     try:

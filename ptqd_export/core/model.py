@@ -88,9 +88,9 @@ class ModelInfo:
         sample_shape: (C, H, W) of x_t and epsilon.
         inputs: conditioning inputs besides sample and timestep.
         sha256: hash of the weights; a bundle is valid for this hash only.
-        null: values (shape of the input) that stand for "no condition", by the name of a tensor input: of text
-            inputs the empty prompt's embedding. Zeros where there is none. No part of the plain form: a bundle
-            holds them as arrays.
+        null: values (shape of the input) that stand for "no condition", by the name of a tensor input: of
+            text inputs the empty prompt's embedding. Zeros where there is none. No part of the plain form: a
+            bundle holds them as arrays.
     Raises:
         RecipeError: a shape is out of bounds, two inputs have the same name, or two are class labels.
     """

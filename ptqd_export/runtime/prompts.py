@@ -51,11 +51,13 @@ class Prompted:
 
 
 def encode_prompts(bundle: Bundle, prompts: Sequence[str], negative: str | None = None) -> Prompted:
-    """Encode every text once, on the CPU, and check the encoders on the empty prompt, whose states the bundle holds.
+    """Encode every text once, on the CPU.
+
+    The encoders are checked on the empty prompt, whose states the bundle holds.
 
     Raises:
-        RecipeError: the bundle takes no text, there is no prompt, one is not UTF-8 or too long to be one, or a
-            negative one has nothing to act on.
+        RecipeError: the bundle takes no text, there is no prompt, one is not UTF-8 or too long to be one, or
+            a negative one has nothing to act on.
         BackendUnavailable: tokenizers or onnxruntime is not installed.
         BundleError: the tokenizer is none.
         ParityError: the encoders compute something else here than where the bundle was built.
@@ -81,8 +83,8 @@ def encode_prompts(bundle: Bundle, prompts: Sequence[str], negative: str | None 
         check_prompt(text)
     if negative is not None and m.sampling.guidance_scale == 1.0:
         raise RecipeError(
-            "a negative prompt was given, but the bundle was measured without guidance, in which it would act: "
-            "leave it out, or rebuild with --guidance-scale"
+            "a negative prompt was given, but the bundle was measured without guidance, in which it would "
+            "act: leave it out, or rebuild with --guidance-scale"
         )
     distinct = list(dict.fromkeys(["", *texts]))
     states: dict[str, list[F32]] = {}
@@ -138,7 +140,7 @@ def _check(expected: Mapping[str, Array], got: Mapping[str, F32]) -> None:
         off = float(np.sqrt(((value - right) ** 2).mean() / max((right**2).mean(), 1e-30)))
         if not off <= TOLERANCE:
             raise ParityError(
-                f"the text encoder computes something else here than where the bundle was built (off by {off:.2g}, "
-                f"allowed {TOLERANCE:g}): this processor, or the version of onnxruntime or tokenizers, differs; "
-                "rebuild the bundle on this machine"
+                "the text encoder computes something else here than where the bundle was built (off by "
+                f"{off:.2g}, allowed {TOLERANCE:g}): this processor, or the version of onnxruntime or "
+                "tokenizers, differs: rebuild the bundle on this machine"
             )

@@ -88,7 +88,7 @@ def run(
             this process, with all threads.
         backend, plan, model, device, resident: as for Runtime.
         tensors: float conditions, one row per sample.
-        prompts: of a text model; sample i gets prompt i modulo their number. The empty prompt if none is given.
+        prompts: of a text model; sample i gets prompt i modulo their number; the empty one if none is given.
         negative_prompt: in place of the empty prompt in guidance; not beside a `Prompted`, which holds one.
         latents: what the network samples, not decoded.
         advance: called with the number of sample steps (samples x denoising steps) since the last call.
