@@ -47,6 +47,7 @@ REPORT, TABLE, PLOT = "report.json", "report.md", "report.png"
     help="Of the noise; if left out, one that nothing else uses.",
 )
 @options.condition
+@options.prompts
 @click.option(
     "--classifier",
     type=click.Path(path_type=Path),
@@ -84,6 +85,9 @@ def evaluate(
     num_samples: int,
     seed: int | None,
     conditions: tuple[str, ...],
+    prompts: tuple[str, ...],
+    prompts_file: Path | None,
+    negative_prompt: str | None,
     classifier: Path | None,
     data_stats: Path | None,
     resamples: int,
@@ -106,6 +110,7 @@ def evaluate(
     asked: list[Plan] = [parse_plan(text, steps) for text in plans] or [bundle.manifest.plan]
     reference = None if against is None else Candidate(parse_plan(against, steps))
     tensors = read_tensors(conditions)
+    prompted = options.read_prompted(bundle, prompts, prompts_file, negative_prompt)
     target = check_target(out, "a report", _in_the_way)
     if threads is not None:
         backends.set_threads(threads)
@@ -123,6 +128,7 @@ def evaluate(
             workers=workers,
             device=device,
             tensors=tensors,
+            prompted=prompted,
             classifier=classifier,
             data=data_stats,
             resamples=resamples,

@@ -178,7 +178,7 @@ def run(
         "conditions": {name: _sha256(value) for name, value in tensors.items()},
         "prompts": None if prompted is None else prompted.prompts,
         "negative_prompt": None if prompted is None else prompted.negative,
-        "versions": _versions(backend),
+        "versions": _versions(backend, ("onnxruntime", "tokenizers") if bundle.manifest.pipeline.parts else ()),
     }
     pictures.write_pictures(folder, files | grid, about)
     result = {
@@ -260,10 +260,10 @@ def _rebuild(bundle: Bundle, backend: str) -> Bundle:
     return bundle
 
 
-def _versions(backend: str) -> dict[str, str]:
+def _versions(backend: str, more: Sequence[str]) -> dict[str, str]:
     """Versions that decide the pictures, besides the bundle."""
     found = {"ptqd-export": __version__}
-    for name in ("numpy", *BACKENDS[backend].distributions):
+    for name in ("numpy", *BACKENDS[backend].distributions, *more):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
