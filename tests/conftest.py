@@ -268,7 +268,8 @@ def own(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
-    """A tiny Stable Diffusion: 8x8 pictures from 4x4x4 latents, prompts of 6 tokens, guidance 3, three steps."""
+    """A tiny Stable Diffusion: 8x8 pictures from 4x4x4 latents, prompts of 6 tokens, guidance 3; three
+    steps."""
     pytest.importorskip("transformers")
     from text_models import save_text_pipeline
 

@@ -178,7 +178,9 @@ def run(
         "conditions": {name: _sha256(value) for name, value in tensors.items()},
         "prompts": None if prompted is None else prompted.prompts,
         "negative_prompt": None if prompted is None else prompted.negative,
-        "versions": _versions(backend, ("onnxruntime", "tokenizers") if bundle.manifest.pipeline.parts else ()),
+        "versions": _versions(
+            backend, ("onnxruntime", "tokenizers") if bundle.manifest.pipeline.parts else ()
+        ),
     }
     pictures.write_pictures(folder, files | grid, about)
     result = {

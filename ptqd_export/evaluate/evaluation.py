@@ -105,9 +105,7 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         judge = None
         if classifier is not None:
-            judge = stack.enter_context(
-                contextlib.closing(Classifier(classifier, bundle.picture_shape))
-            )
+            judge = stack.enter_context(contextlib.closing(Classifier(classifier, bundle.picture_shape)))
         known = None if data is None else Data.load(data)
         if backend is None:
             with Runtime(bundle, None, reference.plan, device=device) as runtime:

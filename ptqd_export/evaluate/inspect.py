@@ -102,7 +102,9 @@ def _part(part: TextEncoder | Decoder) -> str:
     if isinstance(part, TextEncoder):
         return f"prompts of up to {part.tokens - 2} tokens to {part.tokens}x{part.width}, {part.precision}"
     size = "x".join(map(str, part.picture_shape))
-    return f"{part.kind}, latents to pictures {size}, scaling factor {part.scaling_factor:g}, {part.precision}"
+    return (
+        f"{part.kind}, latents to pictures {size}, scaling factor {part.scaling_factor:g}, {part.precision}"
+    )
 
 
 KINDS = {"chosen": "this plan", "uniform": "one precision", "first-last": "first and last"}

@@ -11,10 +11,14 @@ from ptqd_export.bundle.tokenizer import MAX_PROMPT, Special, Tokenizer, read_pr
 from ptqd_export.errors import BundleError, RecipeError
 
 STRINGS = (
-    "", " ", "cat", "a photo of a cat", "A Photo OF a CAT", "cats and dogs", "it's we'll don't I'M", "x1y22 333",
-    "  many\t\tspaces\n and lines ", "!!! ?.,;:", "naïve café", "cafe\u0301", "Straße ẞ ΟΔΥΣΣΕΥΣ İstanbul", "日本語のねこ",
-    "привет мир", "שלום عالم", "😀😀 👩‍👩‍👧 🏳️‍🌈", "\u200b\u00a0\ufeff|", "<|endoftext|> cat <|startoftext|>", "<|EndOfText|>",
-    "½ ² Ⅷ ٣", "a" * 300, "cat " * 40, "\x00\x07cat\x1b[31m", "\U0010ffff\ue000", "fi ﬁ Å Å",
+    "", " ", "cat", "a photo of a cat", "A Photo OF a CAT", "cats and dogs", "it's we'll don't I'M",
+    "x1y22 333", "  many\t\tspaces\n and lines ", "!!! ?.,;:", "na\xefve caf\xe9", "cafe\u0301",
+    "Stra\xdfe \u1e9e \u039f\u0394\u03a5\u03a3\u03a3\u0395\u03a5\u03a3 \u0130stanbul",
+    "\u65e5\u672c\u8a9e\u306e\u306d\u3053", "\u043f\u0440\u0438\u0432\u0435\u0442 \u043c\u0438\u0440",
+    "\u05e9\u05dc\u05d5\u05dd \u0639\u0627\u0644\u0645",
+    "\U0001f600\U0001f600 \U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308",
+    "\u200b\xa0\ufeff|", "<|endoftext|> cat <|startoftext|>", "<|EndOfText|>", "\xbd \xb2 \u2167 \u0663",
+    "a" * 300, "cat " * 40, "\x00\x07cat\x1b[31m", "\U0010ffff\ue000", "fi \ufb01 \xc5 \xc5",
 )  # fmt: skip
 
 

@@ -15,7 +15,15 @@ def test_prompts_to_pictures(texts: Built, invoke: Invoke, tmp_path: Path) -> No
     file = tmp_path / "prompts.txt"
     file.write_text("a cat\na dog\nphoto\n", "utf-8")
     result = invoke(
-        "run", texts.path, "--out", tmp_path / "a", "--prompts-file", file, "--negative-prompt", "mat", "--json"
+        "run",
+        texts.path,
+        "--out",
+        tmp_path / "a",
+        "--prompts-file",
+        file,
+        "--negative-prompt",
+        "mat",
+        "--json",
     )
     assert result.code == 0 and result.json["files"] == ["00000.png", "00001.png", "00002.png"]
     about = json.loads((tmp_path / "a" / "run.json").read_text())

@@ -136,8 +136,8 @@ def test_workers_decode_their_own(exact: Bundle, texts: Built, pictures: F64) ->
 def test_long_prompts_are_cut_with_a_note(texts: Built) -> None:
     found = encode_prompts(texts.bundle, ["cat " * 9, "cat " * 6])
     assert found.notes == (
-        "the prompt 'cat cat cat cat cat cat cat cat cat ' is longer than 6 tokens: the last 3 of it do not count",
-    )  # fmt: skip
+        f"the prompt {'cat ' * 9!r} is longer than 6 tokens: the last 3 of it do not count",
+    )
     first, second = found.conditions["encoder_hidden_states"]
     assert (first == second).all()
 
