@@ -57,7 +57,7 @@ ALLOWED = {
     "backends": {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"},
     "parity": {"scipy", "polygraphy"},
     "evaluate": {"matplotlib", "scipy", "skimage"},
-    "assemble": {"onnx_ir", "torch"},
+    "assemble": {"onnx_ir"},
     "bundle": {"cryptography", "tokenizers"},
     "pictures": {"PIL"},
 }

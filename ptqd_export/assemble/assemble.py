@@ -28,7 +28,7 @@ from ..core.plan import Plan, by_paper
 from ..core.precision import FP32, HALF_BITS, Precision
 from ..core.quant import QuantizedNetwork
 from ..core.sampling import Sampling
-from ..errors import RecipeError
+from ..errors import ModelError, RecipeError
 from ..export import export_fp, exported_layers, write_variants
 from ..files import digest as hashed
 from ..files import empty_folder, replacing, work_folder
@@ -97,8 +97,14 @@ def _prompted(recipe: Recipe, network: Network, parts: Parts, say: Say) -> tuple
 
     Raises:
         RecipeError: the recipe has prompts for a network without text, or values beside them.
+        ModelError: the decoder is not for what the network samples.
     """
-    spec = recipe.calibration
+    spec, shape = recipe.calibration, network.info.sample_shape
+    if parts.decoder is not None and parts.decoder.latent_shape != shape:
+        raise ModelError(
+            f"the decoder takes latents of {parts.decoder.latent_shape}, {network.info.name} samples {shape}: "
+            "set pipeline.decoder = false in the recipe"
+        )
     own = bool(spec.prompts or spec.prompts_file)
     if not parts.texts:
         if own:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..bundle.pipeline import VAE_DECODER, EncoderFolder, TokenizerFolder
 from ..bundle.tokenizer import Tokenizer
 from ..core.backend import install_hint
+from ..core.engine import Array
 from ..core.model import InputSpec
 from ..core.quant import LayerQuant
 from ..errors import BackendUnavailable, ModelError
@@ -67,9 +68,12 @@ class TextPart:
 
     def __call__(self, texts: Sequence[str], batch: int = 16) -> F32:
         """States (N, tokens, width) of texts."""
-        ids = torch.from_numpy(self.tokenizer(texts)[0])
-        with torch.inference_mode():
-            return np.concatenate([self.module(part).numpy() for part in torch.split(ids, batch)])
+        ids = self.tokenizer(texts)[0]
+        return np.concatenate([self.compute(ids[i : i + batch]) for i in range(0, len(ids), batch)])
+
+    def compute(self, ids: Array) -> F32:
+        """States of token ids."""
+        return _compute(self.module, ids)
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,15 @@ class DecoderPart:
     @property
     def folder(self) -> str:
         return VAE_DECODER
+
+    def compute(self, latents: Array) -> F32:
+        """Pictures of scaled latents."""
+        return _compute(self.module, latents)
+
+
+def _compute(module: nn.Module, value: Array) -> F32:
+    with torch.inference_mode():
+        return cast(F32, module(torch.from_numpy(value)).numpy())
 
 
 @dataclass(frozen=True)

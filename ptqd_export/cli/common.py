@@ -13,9 +13,7 @@ import click
 from ..errors import PTQDError, RecipeError
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
     from ..bundle.manifest import Artifact, UpdateEngine
-    from ..runtime import Prompted
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,25 +58,21 @@ def prompts(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def read_prompted(
-    bundle: Bundle, prompts: Sequence[str], prompts_file: Path | None, negative_prompt: str | None
-) -> Prompted | None:
-    """What the options ask for, encoded; None where no prompt is given.
+def read_texts(
+    prompts: Sequence[str], prompts_file: Path | None, negative_prompt: str | None
+) -> tuple[str, ...]:
+    """The prompts that the options name; empty where they name none.
 
     Raises:
-        PTQDError: as `encode_prompts`, or the file is of no use.
+        RecipeError: they contradict each other, or the file is of no use.
     """
     from ..bundle.tokenizer import read_prompts
-    from ..runtime import encode_prompts
 
     if prompts and prompts_file is not None:
         raise RecipeError("--prompt and --prompts-file were both given: leave one out")
-    texts = tuple(prompts) if prompts_file is None else read_prompts(prompts_file)
-    if texts:
-        return encode_prompts(bundle, texts, negative_prompt)
-    if negative_prompt is not None:
+    if negative_prompt is not None and not prompts and prompts_file is None:
         raise RecipeError("--negative-prompt was given without a prompt: give --prompt too")
-    return None
+    return tuple(prompts) if prompts_file is None else read_prompts(prompts_file)
 
 
 batch_size = click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)

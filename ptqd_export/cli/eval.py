@@ -104,14 +104,16 @@ def evaluate(
     from ..evaluate import SEED, Candidate, markdown
     from ..evaluate import evaluate as evaluate_bundle
     from ..files import check_target, work_folder
+    from ..runtime import encode_prompts
 
     bundle = Bundle.open(bundle_dir)
     steps = len(bundle.manifest.sampling)
     asked: list[Plan] = [parse_plan(text, steps) for text in plans] or [bundle.manifest.plan]
     reference = None if against is None else Candidate(parse_plan(against, steps))
     tensors = read_tensors(conditions)
-    prompted = options.read_prompted(bundle, prompts, prompts_file, negative_prompt)
+    texts = options.read_texts(prompts, prompts_file, negative_prompt)
     target = check_target(out, "a report", _in_the_way)
+    prompted = encode_prompts(bundle, texts, negative_prompt) if texts else None
     if threads is not None:
         backends.set_threads(threads)
     psnr: dict[str, F64] = {}

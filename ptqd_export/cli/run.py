@@ -110,7 +110,7 @@ def run(
     """Draw samples from BUNDLE: single images and a grid, or an array and a grid."""
     from .. import pictures
     from ..bundle import Bundle
-    from ..runtime import check_settings
+    from ..runtime import check_settings, encode_prompts
     from ..runtime import run as run_bundle
 
     # Engines that will be built anew may be damaged: that may be the reason for the rebuild.
@@ -122,14 +122,15 @@ def run(
         plan = parse_plan(plan_text, len(bundle.manifest.sampling))
         bundle.manifest.check_plan(plan)
     are_pictures = _check_format(bundle, file_format)
-    prompted = options.read_prompted(bundle, prompts, prompts_file, negative_prompt)
+    texts = options.read_texts(prompts, prompts_file, negative_prompt)
     if num_samples is None:
-        num_samples = NUM_SAMPLES if prompts_file is None or prompted is None else len(prompted.prompts)
+        num_samples = NUM_SAMPLES if prompts_file is None else len(texts)
     labels = None if class_labels is None else parse_labels(class_labels, info, num_samples)
     tensors = read_tensors(conditions)
     folder = pictures.check_folder(out)
     if rebuild:
         bundle = _rebuild(bundle, backend)
+    prompted = encode_prompts(bundle, texts, negative_prompt) if texts else None
     m = bundle.manifest
     used: list[Runtime] = []
     passed_over: dict[str, str] = {}
