@@ -102,7 +102,7 @@ def _prompted(recipe: Recipe, network: Network, parts: Parts, say: Say) -> tuple
     spec, shape = recipe.calibration, network.info.sample_shape
     if parts.decoder is not None and parts.decoder.latent_shape != shape:
         raise ModelError(
-            f"the decoder takes latents of {parts.decoder.latent_shape}, {network.info.name} samples {shape}: "
+            f"the decoder takes {parts.decoder.latent_shape}, {network.info.name} samples {shape}: "
             "set pipeline.decoder = false in the recipe"
         )
     own = bool(spec.prompts or spec.prompts_file)

@@ -1,5 +1,6 @@
 """Sampling from a bundle: open its engines, probe them, and switch between them across timesteps."""
 
+from .decoder import PictureDecoder
 from .device_loop import check_update
 from .open import open_artifact, open_update
 from .probe import check_probe, probe
@@ -9,6 +10,7 @@ from .runtime import Runtime, check_settings
 from .workers import draw, run
 
 __all__ = [
+    "PictureDecoder",
     "Prompted",
     "Replaced",
     "Runtime",

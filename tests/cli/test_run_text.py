@@ -91,6 +91,7 @@ def test_eval_and_inspect(texts: Built, invoke: Invoke, tmp_path: Path) -> None:
     words = ("--num-samples", 3, "--resamples", 0, "--prompt", "a cat", "--prompt", "a dog")
     result = invoke("eval", texts.path, "--out", tmp_path / "report", *words, "--json")
     assert result.code == 0 and result.json["rows"][1]["paired"]["psnr"]["value"] > 20
+    assert "update, text_encoder, vae_decoder" in invoke("verify", texts.path).out
     shown = invoke("inspect", texts.path).out
     assert "text_encoder: prompts of up to 6 tokens to 8x8, fp32" in shown
     assert "vae_decoder: AutoencoderKL, latents to pictures 3x8x8, scaling factor 0.5, fp32" in shown
