@@ -72,7 +72,7 @@ def _verify_update(bundle: Bundle) -> str:
 
 
 def _verify_parts(bundle: Bundle, names: list[str], left_out: dict[str, str]) -> None:
-    """Text encoders must give for the empty prompt what the bundle holds; a decoder must give finite pictures."""
+    """Text encoders must give for the empty prompt what the bundle holds; a decoder, finite pictures."""
     pipeline = bundle.manifest.pipeline
     encoders = [encoder.folder for encoder in pipeline.encoders]
     if encoders:

@@ -1,0 +1,51 @@
+"""Export of the parts around the network."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from text_models import save_text_pipeline
+
+from ptqd_export.assemble.parts import emit_parts
+from ptqd_export.backends import OrtEngine
+from ptqd_export.calibrate import Parts, open_parts
+from ptqd_export.errors import ParityError
+from ptqd_export.recipe import Recipe
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    """Text encoder and decoder with weights of eight bits."""
+    pytest.importorskip("transformers")
+    folder = save_text_pipeline(tmp_path_factory.mktemp("models") / "sd")
+    return open_parts(Recipe.from_dict({"model": {"source": "."}, "pipeline": {"weights": "w8a16"}}, folder))
+
+
+def test_parts_of_eight_bits(parts: Parts, tmp_path: Path) -> None:
+    """The graphs hold the codes, and compute what the modules with rounded weights compute."""
+    from safetensors.numpy import load_file
+
+    said: list[str] = []
+    pipeline = emit_parts(parts, tmp_path, said.append)
+    assert [str(part.precision) for part in pipeline.parts] == ["w8a16", "w8a16"]
+    assert len(said) == 2 and pipeline.latent
+    for name, expected in (("text_encoder", 6), ("vae_decoder", 15)):
+        codes = [a for a in load_file(tmp_path / name / "weights.safetensors").values() if a.dtype == np.int8]
+        assert 0 < len(codes) <= expected
+    (text,) = parts.texts
+    ids, _ = text.tokenizer(["a dog and a cat"])
+    with OrtEngine(tmp_path / "text_encoder" / "model.onnx") as engine:
+        got = engine({"input_ids": ids})["last_hidden_state"]
+    assert np.abs(got - text.compute(ids)).max() < 1e-4
+    assert (tmp_path / "tokenizer" / "merges.txt").read_bytes() == text.files["merges.txt"]
+
+
+def test_a_wrong_export_is_found(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (text,) = parts.texts
+    real = type(text).compute
+    monkeypatch.setattr(type(text), "compute", lambda part, ids: 1.01 * real(part, ids))
+    with pytest.raises(ParityError, match=r"graph of text_encoder differs from its module by 0\.0099"):
+        emit_parts(replace(parts, decoder=None), tmp_path, lambda line: None)
