@@ -29,8 +29,9 @@ def test_prompts_to_pictures(texts: Built, invoke: Invoke, tmp_path: Path) -> No
     about = json.loads((tmp_path / "a" / "run.json").read_text())
     assert about["prompts"] == ["a cat", "a dog", "photo"] and about["negative_prompt"] == "mat"
     assert "tokenizers" in about["versions"]
-    assert Image.open(tmp_path / "a" / "00000.png").size == (8, 8)
-    assert Image.open(tmp_path / "a" / "grid.png").size == (24, 8)
+    for name, size in (("00000.png", (8, 8)), ("grid.png", (24, 8))):
+        with Image.open(tmp_path / "a" / name) as picture:
+            assert picture.size == size
     words = ("--prompt", "a cat", "--prompt", "a dog", "--prompt", "photo", "--num-samples", 3)
     again = invoke("run", texts.path, "--out", tmp_path / "b", *words, "--negative-prompt", "mat")
     assert again.code == 0 and "note" not in again.out
