@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import Built, Invoke
+from helpers import Built, Invoke, environment
 from PIL import Image
 
 
@@ -46,6 +48,38 @@ def test_arrays_of_pictures_and_of_latents(texts: Built, invoke: Invoke, tmp_pat
         assert result.code == 0 and "the last 3 of it do not count" in result.out
         assert np.load(tmp_path / kind / "samples.npy").shape == shape
         assert (tmp_path / kind / "grid.png").exists() == (kind == "npy")
+
+
+def test_without_torch(texts: Built, tmp_path: Path) -> None:
+    """Nor transformers, diffusers or onnx: what builds bundles is not needed to draw from one."""
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('torch', 'transformers', 'diffusers', 'onnx', 'onnx_ir')))\n"
+        "from ptqd_export.cli import main\n"
+        "main(sys.argv[1:])"
+    )
+    words = [
+        "run",
+        str(texts.path),
+        "--out",
+        str(tmp_path / "out"),
+        "--prompt",
+        "a cat",
+        "--num-samples",
+        "2",
+    ]
+    done = subprocess.run([sys.executable, "-c", code, *words], env=environment(), capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "out" / "00001.png").exists()
+
+
+def test_tokenizers_that_are_missing(
+    texts: Built, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    line = invoke("run", texts.path, "--out", tmp_path / "out", "--prompt", "a cat").error
+    assert "prompts need tokenizers" in line and "pip install '.[text]'" in line
+    assert invoke("verify", texts.path).out.count("not evaluated here: text_encoder") == 1
 
 
 def test_no_prompt_is_said(texts: Built, invoke: Invoke, tmp_path: Path) -> None:
