@@ -115,9 +115,8 @@ def _check(
     expected = part.compute(feed[1]).astype(np.float64)
     with OrtEngine(file) as engine:
         (got,) = engine({feed[0]: feed[1]}).values()
-    off = float(
-        np.sqrt(((np.asarray(got, np.float64) - expected) ** 2).mean() / max((expected**2).mean(), 1e-30))
-    )
+    error = np.asarray(got, np.float64) - expected
+    off = float(np.sqrt((error**2).mean() / max((expected**2).mean(), 1e-30)))
     if not off <= TOLERANCE:
         raise ParityError(
             f"the graph of {file.parent.name} differs from its module by {off:.2g} of what it yields, "

@@ -76,6 +76,8 @@ def encode_prompts(bundle: Bundle, prompts: Sequence[str], negative: str | None 
         raise RecipeError(
             f"a prompt was given, but {brief(model.name)} takes no text{instead or f': {advice}'}"
         )
+    if isinstance(prompts, str):
+        raise RecipeError("prompts are a text: give a list of texts")
     if not 1 <= len(prompts) <= MAX_PROMPTS:
         raise RecipeError(f"{len(prompts)} prompts were given: expected 1 to {MAX_PROMPTS}")
     texts = [*prompts, *(() if negative is None else (negative,))]

@@ -16,6 +16,19 @@ from ptqd_export.calibrate import Parts, open_parts
 from ptqd_export.errors import ParityError
 from ptqd_export.recipe import Recipe
 
+IDENTITY = """
+<ir_version: 10, opset_import: ["" : 21]>
+agraph (int64[batch, {tokens}] input_ids) => (float[batch, {tokens}, {width}] last_hidden_state)
+{{
+    codes = Cast <to = 1> (input_ids)
+    axis = Constant <value_ints = [2]> ()
+    column = Unsqueeze (codes, axis)
+    times = Constant <value_ints = [1, 1, {width}]> ()
+    last_hidden_state = Tile (column, times)
+}}
+"""
+"""Ids in place of states."""
+
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
@@ -48,7 +61,8 @@ def test_parts_of_eight_bits(parts: Parts, tmp_path: Path) -> None:
 
 def test_a_wrong_export_is_found(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (text,) = parts.texts
-    real = type(text).compute
-    monkeypatch.setattr(type(text), "compute", lambda part, ids: 1.01 * real(part, ids))
-    with pytest.raises(ParityError, match=r"graph of text_encoder differs from its module by 0\.0099"):
-        emit_parts(replace(parts, decoder=None), tmp_path, lambda line: None)
+    graph = ir.from_onnx_text(IDENTITY.format(tokens=text.tokenizer.tokens, width=text.width))
+    monkeypatch.setattr("ptqd_export.assemble.parts.export_part", lambda *about: graph)
+    text = replace(text, layers={})
+    with pytest.raises(ParityError, match="graph of text_encoder differs from its module by"):
+        emit_parts(Parts(texts=(text,)), tmp_path, lambda line: None)

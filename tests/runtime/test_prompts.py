@@ -152,6 +152,8 @@ def test_what_is_refused(texts: Built, guided: Built, own: Built) -> None:
     refused(own.bundle, "takes no text: give its conditions by --condition", "a cat")
     refused(texts.bundle, "0 prompts")
     refused(texts.bundle, "not valid UTF-8", "\udcff")
+    with pytest.raises(RecipeError, match="give a list"):
+        run(texts.bundle, 1, prompts="a cat")
     with pytest.raises(RecipeError, match="without a prompt"):
         run(texts.bundle, 1, negative_prompt="dog")
     prompted = encode_prompts(texts.bundle, ["cat"])
