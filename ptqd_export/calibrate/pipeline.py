@@ -341,12 +341,15 @@ def _load_text(folder: Path, config: Mapping[str, Any]) -> nn.Module:
         raise BackendUnavailable(
             f"the text encoder {folder} needs transformers ({error}): {install_hint('build')}"
         ) from error
+    whole, half = (folder / f"model{kind}.safetensors" for kind in ("", ".fp16"))
+    variant = "fp16" if half.is_file() and not whole.is_file() else None
     with _quiet(transformers), torch.random.fork_rng(devices=[]):
         try:
             module, told = transformers.CLIPTextModel.from_pretrained(
                 folder,
                 local_files_only=True,
                 use_safetensors=True,
+                variant=variant,
                 dtype=torch.float32,
                 output_loading_info=True,
             )

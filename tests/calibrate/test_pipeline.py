@@ -58,6 +58,13 @@ def test_parts_of_a_folder(whole: Path) -> None:
     assert (parts.decoder.scaling_factor, parts.decoder.picture_shape) == (0.5, (3, 8, 8))
 
 
+def test_weights_of_a_variant(folder: Path, whole: Path) -> None:
+    """As `save_pretrained(variant="fp16")` names them."""
+    (folder / "text_encoder" / "model.safetensors").rename(folder / "text_encoder" / "model.fp16.safetensors")
+    states = (open_parts(recipe_of(place)).encode(["a cat"])[TEXT] for place in (folder, whole))
+    assert (next(states) == next(states)).all()
+
+
 def test_parts_that_are_not_wanted(whole: Path) -> None:
     parts = open_parts(recipe_of(whole, pipeline={"text": False, "decoder": False}))
     assert parts == Parts(latent=True)
