@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import Built, Invoke, environment
+from helpers import Built, Invoke, copied, environment, reseal
 from PIL import Image
 
 
@@ -120,6 +121,19 @@ def test_a_model_without_text_or_latents(guided: Built, invoke: Invoke, tmp_path
     out = tmp_path / "out"
     assert "takes no text" in invoke("run", guided.path, "--out", out, "--prompt", "a cat").error
     assert "samples no latents" in invoke("run", guided.path, "--out", out, "--format", "latents").error
+
+
+def test_latents_are_no_pictures(texts: Built, invoke: Invoke, tmp_path: Path) -> None:
+    """Of a bundle without a decoder, however many channels they have."""
+    bundle = copied(texts, tmp_path)
+    shutil.rmtree(bundle / "vae_decoder")
+    reseal(bundle, lambda data: data["pipeline"].update(decoder=None))
+    for kind in ("png", "npy"):
+        line = invoke("run", bundle, "--out", tmp_path / "out", "--prompt", "a", "--format", kind).error
+        assert "no decoder that makes pictures of them: give --format latents" in line
+    words = ("--prompt", "a", "--format", "latents", "--num-samples", 1)
+    assert invoke("run", bundle, "--out", tmp_path / "out", *words).code == 0
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["run.json", "samples.npy"]
 
 
 def test_eval_and_inspect(texts: Built, invoke: Invoke, tmp_path: Path) -> None:
