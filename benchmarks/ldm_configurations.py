@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from report import OUT, ROOT, machine, table, write_section
 
-from ptqd_export.calibrate import open_parts, set_threads
+from ptqd_export.calibrate import open_source, set_threads
 from ptqd_export.recipe import Recipe
 
 sys.path.insert(0, str(ROOT / "tests" / "support"))
@@ -77,12 +77,13 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     gc.collect()
     started = time.monotonic()
     recipe = Recipe.from_dict({"model": {"checkpoint": "model.ckpt", "ldm_config": "config.yaml"}}, folder)
-    parts = open_parts(recipe)
+    source = open_source(recipe)
     seconds = time.monotonic() - started
-    first = parts.first_stage()
-    assert first is not None
+    assert source.read_first_stage is not None
+    first: Any = source.read_first_stage()
     with torch.inference_mode():
-        errors = distance(parts.network.module(x, t, **inputs), expected), distance(first.decode(z), decoded)
+        pictures = first.decode(z / source.scaling_factor + source.shift_factor).sample
+        errors = distance(source.network.module(x, t, **inputs), expected), distance(pictures, decoded)
     row = [
         name,
         f"{sizes[0]:.1f} M",

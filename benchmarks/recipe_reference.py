@@ -68,6 +68,8 @@ MEANING: Mapping[str, str] = {
     "calibration.weight_range": "the same for weights",
     "calibration.percentile": "for the range percentile: above 50, up to 100",
     "calibration.trajectory": "where corrections are measured; own: where each quantized network goes itself",
+    "calibration.prompts": "of a text model, in turn; captions of everyday pictures if there are none",
+    "calibration.prompts_file": "in place of prompts: a text file in UTF-8 with one a line",
     "quantization.precisions": "one set of graphs each; see Precisions above",
     "quantization.edge_layers": "the first and last conv: float, or 8 bits as in the paper",
     "quantization.rounding": "of weights below 8 bits; at 8 bits always to the nearest, but with adaround",
@@ -82,6 +84,9 @@ MEANING: Mapping[str, str] = {
     "quantization.conv_outputs": "of 8-bit conv outputs (ONNX Runtime's CPU): per channel, or per layer",
     "quantization.smoothing": "0 to 1: how much of their inputs' unevenness convs' weights take",
     "quantization.clamp_k": "hold k at 0 or above, as the paper does",
+    "pipeline.text": "take over the text encoder and its tokenizer, so that a run takes prompts",
+    "pipeline.decoder": "take over the first stage's decoder, so that a latent model yields pictures",
+    "pipeline.weights": "theirs: w8a16 stores those of layers as 8-bit integers, a scale per channel",
     "plan.rule": "budget: least error within a cost; snr, paper: the paper's rule, and its own plan; "
     "first-last: as many first and last steps at a precise choice as fit the budget; fixed: by hand",
     "quantization.gate": "of a step's correction, only what is significant is kept",

@@ -79,6 +79,8 @@ class CalibrationSpec:
     `size`: trajectories that give ranges and statistics.
     `held_out`: further trajectories, on which the plan's errors and the parity are judged.
     `seed`: seed of all trajectories.
+    `prompts`, or `prompts_file` (UTF-8, one a line): what trajectories of a text model are sampled for, in
+        turn; short captions of everyday pictures if neither is given.
     `trajectory`: the states at which corrections are measured: those of the full-precision network, or those
         that each quantized network visits with its own corrections. The second takes twice the time.
     """
@@ -91,6 +93,8 @@ class CalibrationSpec:
     weight_range: Literal["minmax", "percentile", "mse"] = "mse"
     percentile: float = 99.99
     trajectory: Literal["full_precision", "own"] = "full_precision"
+    prompts: tuple[str, ...] = ()
+    prompts_file: str = ""
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,21 @@ class TensorRTSpec:
 
 
 @dataclass(frozen=True)
+class PipelineSpec:
+    """What the bundle takes over of a diffusers pipeline, beside its UNet.
+
+    `text`: text encoder and tokenizer, so that a run takes prompts.
+    `decoder`: the first stage's decoder, so that a run of a latent model yields pictures.
+    `weights`: how theirs are stored: "fp32", or "w8a16": layers' weights as 8-bit integers, a scale per
+        channel.
+    """
+
+    text: bool = True
+    decoder: bool = True
+    weights: Literal["fp32", "w8a16"] = "fp32"
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides a bundle's contents."""
 
@@ -186,6 +205,7 @@ class Recipe:
     quantization: QuantizationSpec = field(default_factory=QuantizationSpec)
     plan: PlanSpec = field(default_factory=PlanSpec)
     tensorrt: TensorRTSpec = field(default_factory=TensorRTSpec)
+    pipeline: PipelineSpec = field(default_factory=PipelineSpec)
     backends: tuple[str, ...] = (ORT_CPU,)
     folder: Path = field(default=Path("."), compare=False, metadata={"plain": False})
 

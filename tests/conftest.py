@@ -280,6 +280,18 @@ def own(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
 
 
 @pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
+    """A tiny Stable Diffusion: 8x8 pictures from 4x4x4 latents, prompts of 6 tokens, guidance 3; three
+    steps."""
+    pytest.importorskip("transformers")
+    from text_models import save_text_pipeline
+
+    folder = save_text_pipeline(tmp_path_factory.mktemp("models") / "texts")
+    options = ("--calib-size", "2", "--n-steps", "3", "--guidance-scale", "3", "--plan", "w8a8,fp32,fp32")
+    return _build(invoke, folder, *options, precisions=("fp32", "w8a8"))
+
+
+@pytest.fixture(scope="session")
 def several(guided: Built, invoke: Invoke) -> Built:
     """The guided model (noise in every step, two rows a sample) with engines of all kinds of precisions for
     all GPUs. Real builds, which need no GPU."""

@@ -50,17 +50,17 @@ APART = ({"calibrate", "export", "backends"}, {"assemble", "evaluate", "dropin",
 HEAVY = {
     "torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "onnxruntime", "tensorrt",
     "tensorrt_rtx", "cuda", "polygraphy", "scipy", "matplotlib", "skimage", "PIL",
-    "cryptography",
+    "cryptography", "transformers", "tokenizers",
 }  # fmt: skip
 ALLOWED = {
-    "calibrate": {"torch", "diffusers"},
+    "calibrate": {"torch", "diffusers", "transformers"},
     "dropin": {"torch", "diffusers"},
     "export": {"onnx", "onnx_ir", "onnxscript", "ml_dtypes"},
     "backends": {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"},
     "parity": {"scipy", "polygraphy"},
     "evaluate": {"matplotlib", "scipy", "skimage"},
     "assemble": {"onnx_ir"},
-    "bundle": {"cryptography"},
+    "bundle": {"cryptography", "tokenizers"},
     "pictures": {"PIL"},
 }
 """Heavy libraries by room; where one imports them only inside functions, a deployment need not have them."""

@@ -21,13 +21,16 @@ import numpy.typing as npt
 from ..bundle.bundle import Bundle, check_target, in_the_way, write_manifest
 from ..bundle.manifest import Choice, CorrectionRecord, Machine, Manifest, Provenance
 from ..bundle.tables import Key, write_layers, write_tables
-from ..calibrate import Network, Trajectories, collect, observe, open_model
+from ..calibrate import Network, Parts, Trajectories, collect, observe, open_parts, open_source, prompts_of
 from ..core.backend import BACKENDS
+from ..core.engine import Array
 from ..core.plan import Plan, by_paper
 from ..core.precision import FP32, HALF_BITS, Precision
 from ..core.quant import QuantizedNetwork
 from ..core.sampling import Sampling
+from ..errors import ModelError, RecipeError
 from ..export import export_fp, exported_layers, write_variants
+from ..files import digest as hashed
 from ..files import empty_folder, replacing, work_folder
 from ..recipe import Recipe
 from ..typed import to_plain
@@ -37,9 +40,21 @@ from .engines import ENGINES, Builder, KnownEngines, check_builder, graph_artifa
 from .graphs import emit, emit_update, figures_of, judge, probes_of
 from .layers import quantize_all
 from .measure import Measured, key_of, measure_all
+from .parts import emit_parts
 from .timing import Times, files_of, time_backends
 
-VERSIONS = ("ptqd-export", "torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+VERSIONS = (
+    "ptqd-export",
+    "torch",
+    "diffusers",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "numpy",
+    "transformers",
+    "tokenizers",
+)
 """Packages that decide what a bundle holds."""
 Say = Callable[[str], None]
 
@@ -58,7 +73,9 @@ def assemble(recipe: Recipe, out: Path, *, resume: bool = True, say: Say = lambd
     check_target(out)
     for backend in recipe.backends:
         check_builder(backend, recipe.tensorrt.settings(branches=1))
-    network = open_model(recipe)
+    source = open_source(recipe)
+    parts = open_parts(recipe, source)
+    network, prompted = _prompted(recipe, source.network, parts, say)
     sampling = Sampling.of(network.info, network.scheduler_config, **asdict(recipe.sampler))
     if recipe.plan.rule == "fixed":
         fixed_plan(recipe, len(sampling))  # refuse a wrong one before any work
@@ -67,7 +84,7 @@ def assemble(recipe: Recipe, out: Path, *, resume: bool = True, say: Say = lambd
     with work_folder(out, resume) as work:
         held = held_engines(out)
         with replacing(out, in_the_way) as folder:
-            manifest = _fill(recipe, network, sampling, folder, work, held, say)
+            manifest = _fill(recipe, network, parts, prompted, sampling, folder, work, held, say)
             seconds = round(time.monotonic() - started, 1)
             provenance = replace(manifest.provenance, seconds=seconds)
             write_manifest(folder, replace(manifest, provenance=provenance))
@@ -76,9 +93,45 @@ def assemble(recipe: Recipe, out: Path, *, resume: bool = True, say: Say = lambd
     return Bundle.open(out)
 
 
+def _prompted(recipe: Recipe, network: Network, parts: Parts, say: Say) -> tuple[Network, dict[str, Array]]:
+    """The network, with the empty prompt's embedding for no condition, and the conditions of calibration.
+
+    Raises:
+        RecipeError: the recipe has prompts for a network without text, or values beside them.
+        ModelError: the decoder is not for what the network samples.
+    """
+    spec, shape = recipe.calibration, network.info.sample_shape
+    if parts.decoder is not None and parts.decoder.latent_shape != shape:
+        raise ModelError(
+            f"the decoder takes {parts.decoder.latent_shape}, {network.info.name} samples {shape}: "
+            "set pipeline.decoder = false in the recipe"
+        )
+    own = bool(spec.prompts or spec.prompts_file)
+    if not parts.texts:
+        if own:
+            raise RecipeError(
+                f"calibration has prompts, but {network.info.name} has no text encoder: leave them out"
+            )
+        return network, {}
+    network = replace(
+        network, info=replace(network.info, null={n: v[0] for n, v in parts.encode([""]).items()})
+    )
+    given = {s.name for s in network.info.inputs if s.values is not None} & parts.shapes.keys()
+    if given and own:
+        raise RecipeError(f"calibration has prompts, and the input {min(given)} has values: leave one out")
+    if given:
+        return network, {}
+    prompts = prompts_of(recipe)
+    if not own:
+        say(f"calibration.prompts is not set: {len(prompts)} captions of everyday pictures are taken")
+    return network, dict(parts.encode(prompts))
+
+
 def _fill(
     recipe: Recipe,
     network: Network,
+    parts: Parts,
+    prompted: Mapping[str, Array],
     sampling: Sampling,
     folder: Path,
     work: Path,
@@ -87,11 +140,13 @@ def _fill(
 ) -> Manifest:
     """Write everything but the manifest into `folder`; returns the manifest."""
     spec = recipe.quantization
-    key = key_of(to_plain(sampling), recipe.digest("model", "sampler", "calibration"), _versions())
+    digest = recipe.digest("model", "sampler", "calibration", "pipeline")
+    key = key_of(to_plain(sampling), digest, parts.digest, _digests(prompted), _versions())
     say(f"{network.info.name}: {sampling.summary}")
     # First: no calibration if the export fails.
     base = export_fp(network.module, network.info, sampling.schedule.timesteps.dtype.name)
-    paths = collect(network, sampling, recipe, work / f"trajectories-{key[:16]}")
+    pipeline = emit_parts(parts, folder, say)
+    paths = collect(network, sampling, recipe, work / f"trajectories-{key[:16]}", prompted)
     seen = observe(network, sampling, recipe, paths)
     exported = exported_layers(base)
     quantized, sensitivities = quantize_all(recipe, network, seen, sampling, paths, exported, work, key, say)
@@ -134,6 +189,7 @@ def _fill(
         folder,
         {key: (m.correction, m.pooled) for key, m in measured.items()},
         probes_of(graphs, verdicts, measured),
+        {name: network.info.null[name] for name in pipeline.text_inputs},
     )
     write_layers(folder, quantized)
     return Manifest(
@@ -162,7 +218,12 @@ def _fill(
             0.0,
         ),
         files={},
+        pipeline=pipeline,
     )
+
+
+def _digests(arrays: Mapping[str, Array]) -> dict[str, str]:
+    return {name: hashed(value.tobytes()) for name, value in arrays.items()}
 
 
 def _layer_bits(network: QuantizedNetwork) -> dict[str, tuple[str, ...]]:

@@ -11,6 +11,7 @@ quantization.safetensors          codes and scales of the quantized layers (the 
                                   them)
 tables.safetensors                per precision and numerics: gain, offset, var, the sums they came from, and
                                   the probe
+vae_decoder/, text_encoder/, ...  the parts around the network (`pipeline`)
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from ..errors import BundleError, PTQDError
 from ..typed import brief
 from .graph_check import Expected, check_graph
 from .manifest import FORMAT_VERSION, Manifest
+from .pipeline import graph_file
 from .reading import COPY_AGAIN, MAX_BYTES, MIB, FileEntry, Reader, check_name, read_small
 from .tables import MALFORMED, QUANTIZATION, TABLES, Probe, Tables, layout_bytes, table_layout
 
@@ -66,6 +68,14 @@ class Bundle:
 
     def __repr__(self) -> str:
         return f"Bundle({str(self.path)!r}: {self.manifest.sampling.model.name}, {self.manifest.plan})"
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what a run yields: of the samples, or of what the decoder makes of them."""
+        m = self.manifest
+        return (
+            m.sampling.model.sample_shape if m.pipeline.decoder is None else m.pipeline.decoder.picture_shape
+        )
 
     def file(self, name: str) -> Path:
         return self.path / name
@@ -150,7 +160,14 @@ class Bundle:
         reader = Reader(path, manifest.files)
         skipped = {engine.file for engine in manifest.engines if engine.backend == without}
         _check_graphs(manifest, reader)
-        tables = Tables.parse(reader.read(TABLES), path / TABLES, manifest.sampling, manifest.bops)
+        tables = Tables.parse(
+            reader.read(TABLES),
+            path / TABLES,
+            manifest.sampling,
+            manifest.bops,
+            manifest.pipeline.text_inputs,
+        )
+        manifest = replace(manifest, sampling=manifest.sampling.without(tables.null))
         for name in manifest.files.keys() - {*_graph_files(manifest), TABLES} - skipped:
             reader.check(name)
         # After the other checks, which can say more about a manifest that was edited by hand.
@@ -193,7 +210,8 @@ def _reason(error: Exception) -> str:
 
 def _graph_files(manifest: Manifest) -> list[str]:
     """Every file that a runtime reads as an ONNX graph."""
-    return list(dict.fromkeys((*(graph.file for graph in manifest.graphs), manifest.update.file)))
+    parts = map(graph_file, manifest.pipeline.parts)
+    return list(dict.fromkeys((*(graph.file for graph in manifest.graphs), manifest.update.file, *parts)))
 
 
 def _check_files(manifest: Manifest) -> None:
@@ -204,7 +222,9 @@ def _check_files(manifest: Manifest) -> None:
     """
     loaded = [artifact.file for artifact in manifest.artifacts if artifact.backend not in ENGINE_BACKENDS]
     engines = [engine.file for engine in manifest.engines]
-    for needed in (TABLES, QUANTIZATION, WEIGHTS, *_graph_files(manifest), *loaded, *engines):
+    parts = [f"{part.folder}/{WEIGHTS}" for part in manifest.pipeline.parts]
+    everything = (*_graph_files(manifest), *loaded, *engines, *parts, *manifest.pipeline.files)
+    for needed in (TABLES, QUANTIZATION, WEIGHTS, *everything):
         if needed not in manifest.files:
             raise BundleError(f"it names {brief(needed)} but has no hash of it")
     for name in loaded:
@@ -226,7 +246,8 @@ def _check_files(manifest: Manifest) -> None:
             # Codes of 4 bits, which graphs store in pairs, lie in bytes of their own here.
             most = 2 * manifest.files[WEIGHTS].size + SLACK
         elif name == TABLES:
-            most = min(4 * SLACK, layout_bytes(table_layout(manifest.sampling, manifest.bops)))
+            layout = table_layout(manifest.sampling, manifest.bops, manifest.pipeline.text_inputs)
+            most = min(4 * SLACK, layout_bytes(layout))
         if not 0 <= entry.size <= most:
             raise BundleError(f"{brief(name)} has {entry.size} bytes: expected at most {most}")
 
@@ -250,11 +271,20 @@ def _check_graphs(manifest: Manifest, reader: Reader) -> None:
     for name, emission in emissions.items():
         expected = Expected(manifest.sampling, emission, WEIGHTS, weights)
         used = max(used, check_graph(reader.read(name), str(reader.root / name), expected))
-    if used != weights:
-        raise BundleError(
-            f"{reader.root / WEIGHTS} has {weights} bytes, of which the graphs take {used}: rebuild the "
-            "bundle"
-        )
+    _check_used(reader.root / WEIGHTS, weights, used)
+    for part in manifest.pipeline.parts:
+        name = graph_file(part)
+        if name in emissions:
+            raise BundleError(f"{reader.root / MANIFEST} is damaged: {brief(name)} is named as two things")
+        weights = manifest.files[f"{part.folder}/{WEIGHTS}"].size
+        expected = Expected(manifest.sampling, Emission.PORTABLE, WEIGHTS, weights, part.tensors)
+        used = check_graph(reader.read(name), str(reader.root / name), expected)
+        _check_used(reader.root / part.folder / WEIGHTS, weights, used)
+
+
+def _check_used(file: Path, size: int, used: int) -> None:
+    if used != size:
+        raise BundleError(f"{file} has {size} bytes, of which the graphs take {used}: rebuild the bundle")
 
 
 def _seal(content: bytes, seal: str) -> str:

@@ -34,11 +34,12 @@ from ..core.engine import (
 from ..core.sampling import Sampling
 from ..errors import BundleError
 from ..typed import brief
-from .graph.limits import Limits, network_limits, update_limits
+from .graph.limits import Limits, network_limits, part_limits, update_limits
 from .graph.onnx_file import BITS, FLOAT32, INT64, Dims, External, Node, OnnxGraph, Tensor, Value, read_graph
 from .graph.operators import DEFAULT, FUSED, MAX_IR_VERSION, MICROSOFT, MIN_IR_VERSION, OPSETS, UPDATE
 from .graph.shapes import agrees, check_shapes
 from .graph.sizes import Batch, Shape, Untraceable
+from .pipeline import Tensors
 from .protobuf import Malformed
 
 MAX_BYTES = 1 << 25
@@ -61,12 +62,14 @@ class Expected:
         emission: of the graph; None for the sampler's update.
         weights_file: the one file that tensors may lie in; no matter for the update, which holds its own.
         weights_size: its bytes.
+        part: inputs and outputs of a graph that is not the network's: a text encoder's, a decoder's.
     """
 
     sampling: Sampling
     emission: Emission | None
     weights_file: str
     weights_size: int
+    part: Tensors | None = None
 
 
 def check_graph(data: bytes | memoryview, name: str, expected: Expected) -> int:
@@ -118,17 +121,25 @@ def _check(data: bytes, expected: Expected) -> int:
         raise _Refused("is marked as ONNX Runtime's own format, expected an ONNX graph")
     graph = read_graph(data, inline)
     _check_versions(graph, expected.emission)
-    inputs, outputs = _update_interface(sampling) if update else _network_interface(graph, sampling)
+    part = expected.part
+    if part is not None:
+        inputs, outputs = _part_interface(part)
+    else:
+        inputs, outputs = _update_interface(sampling) if update else _network_interface(graph, sampling)
     _check_interface(graph, inputs, outputs)
     end = _check_initializers(graph, expected)
     operators = {op: DEFAULT[op] for op in UPDATE} if update else DEFAULT
     for node in graph.nodes:
         _check_node(node, operators, FUSED if expected.emission is Emission.ORT_CPU else {})
-        if STEP in node.inputs:
+        if STEP in node.inputs and part is None:
             _check_step(node, graph, steps, 1 if update else sampling.model.channels)
     if update:
         _check_timesteps(graph, sampling)
-    limits = update_limits(sampling) if update else network_limits(sampling, graph.initializers.values())
+    constants = graph.initializers.values()
+    if part is not None:
+        limits = part_limits(part.positions, constants)
+    else:
+        limits = update_limits(sampling) if update else network_limits(sampling, constants)
     _check_values(graph, inputs, outputs, limits)
     return end
 
@@ -160,6 +171,13 @@ def _update_interface(sampling: Sampling) -> tuple[Interface, Interface]:
     timestep = DTYPES[schedule.timesteps.dtype.name], (Batch(1),)
     outputs: dict[str, tuple[int, Shape]] = {NEXT_SAMPLE: rows, NEXT_TIMESTEP: timestep, NEXT_STEP: step}
     return inputs, outputs | {f"{NEXT_KEPT}{i}": rows for i in range(schedule.kept)}
+
+
+def _part_interface(part: Tensors) -> tuple[Interface, Interface]:
+    def declared(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Interface:
+        return {name: (DTYPES[dtype], (Batch(1), *shape)) for name, (dtype, shape) in tensors.items()}
+
+    return declared(part.inputs), declared(part.outputs)
 
 
 def _check_versions(graph: OnnxGraph, emission: Emission | None) -> None:

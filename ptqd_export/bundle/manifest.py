@@ -21,6 +21,7 @@ from ..core.sensitivity import Objective, Sensitivity
 from ..errors import BundleError, RecipeError
 from ..typed import brief, read_typed, to_plain
 from .checks import check_backend, check_layers, check_plain
+from .pipeline import Pipeline
 from .reading import FileEntry
 
 FORMAT_VERSION = 5
@@ -243,6 +244,7 @@ class Manifest:
         layers: module paths by their bits ("w4a8", "float"), per precision that is not float.
         layer_sensitivity: what the bits of mixed precisions were chosen by.
         files: every other file of the bundle.
+        pipeline: the parts around the network.
     """
 
     sampling: Sampling
@@ -262,8 +264,10 @@ class Manifest:
     layer_sensitivity: Mapping[Precision, LayerSensitivity]
     provenance: Provenance
     files: Mapping[str, FileEntry]
+    pipeline: Pipeline
 
     def __post_init__(self) -> None:
+        self.pipeline.check(self.sampling.model)
         if not self.artifacts:
             raise RecipeError("no artifact that a backend runs")
         for what, keys in (

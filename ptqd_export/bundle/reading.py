@@ -22,7 +22,15 @@ from ..errors import BundleError
 from ..typed import brief
 
 NAME = re.compile(r"(?!\.)[\w.-]{1,120}\.(json|txt|onnx|safetensors|engine)", re.ASCII)
-FOLDERS = ("unet", "vae_decoder", "text_encoder", "tokenizer", "scheduler")
+FOLDERS = (
+    "unet",
+    "vae_decoder",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "scheduler",
+)
 """Folders that a bundle of a whole pipeline may have, one level deep."""
 MIB = 1 << 20
 MAX_BYTES = {"json": 4 * MIB, "txt": 16 * MIB, "onnx": 64 * MIB, "safetensors": 1 << 38, "engine": 1 << 38}

@@ -4,6 +4,8 @@ tables.safetensors, keys "<precision>.<emission whose numerics>.<name>":
     gain, offset, var                float64, `Correction`
     count, e, d, ee, ed, dd          float64, `NoiseStats` that the correction was fitted on
     probe, probe_noise               float32 (2, C, H, W) and float64 (1,), `Probe`
+and beside them "null.<input>", float32: what stands for no condition at an input that text is made for, which
+is the empty prompt's embedding.
 quantization.safetensors, which the torch backend simulates from:
     codes/<grid>/<layer>             weight codes that precisions share; "<precision>/<layer>/codes" where one
                                      has its own
@@ -39,6 +41,7 @@ from ..typed import brief
 TABLES = "tables.safetensors"
 QUANTIZATION = "quantization.safetensors"
 
+NULL = "null."
 LARGEST = 1e30
 """Of all numbers in tables: sums over a run's elements are far below, and products of two do not overflow."""
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -78,16 +81,24 @@ class Tables:
     arrays: Mapping[str, F64]
 
     @classmethod
-    def parse(cls, data: bytes, file: Path, sampling: Sampling, precisions: Iterable[Precision]) -> Tables:
+    def parse(
+        cls,
+        data: bytes,
+        file: Path,
+        sampling: Sampling,
+        precisions: Iterable[Precision],
+        texts: Iterable[str] = (),
+    ) -> Tables:
         """From the content of `file`.
 
         Args:
             precisions: that the bundle holds.
+            texts: inputs that text is made for.
         Raises:
             BundleError: not safetensors, a table that is missing, unknown or of another type or shape, or a
                 value that is not finite.
         """
-        _check_header(data, file, table_layout(sampling, precisions))
+        _check_header(data, file, table_layout(sampling, precisions, texts))
         arrays = {name: array.astype(np.float64) for name, array in _parse(data, file).items()}
         for name, array in arrays.items():
             if not np.isfinite(array).all():
@@ -129,6 +140,15 @@ class Tables:
         allowed = self._array(precision, emission, "probe_noise")
         return Probe(self._array(precision, emission, "probe"), float(allowed[0]))
 
+    @property
+    def null(self) -> dict[str, npt.NDArray[np.float32]]:
+        """What stands for no condition, by input that text is made for."""
+        return {
+            name.removeprefix(NULL): array.astype(np.float32)
+            for name, array in self.arrays.items()
+            if name.startswith(NULL)
+        }
+
     def _all(self, kind: type, precision: Precision, emission: Emission) -> list[F64]:
         return [self._array(precision, emission, field.name) for field in fields(kind)]
 
@@ -142,11 +162,14 @@ class Tables:
 
 
 def table_layout(
-    sampling: Sampling, precisions: Iterable[Precision]
+    sampling: Sampling, precisions: Iterable[Precision], texts: Iterable[str] = ()
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """{key: (safetensors type, shape)} of every table that a bundle has."""
     steps, channels = len(sampling), sampling.model.channels
-    layout: dict[str, tuple[str, tuple[int, ...]]] = {}
+    shapes = {spec.name: spec.shape for spec in sampling.model.inputs}
+    layout: dict[str, tuple[str, tuple[int, ...]]] = {
+        f"{NULL}{name}": ("F32", shapes[name]) for name in texts
+    }
     for precision in precisions:
         for emission in dict.fromkeys(emission.numerics(precision) for emission in Emission):
             layout[_key(precision, emission, "probe")] = "F32", (2, *sampling.model.sample_shape)
@@ -206,10 +229,19 @@ def _parse(data: bytes, file: Path) -> Arrays:
 
 
 def write_tables(
-    folder: Path, corrections: Mapping[Key, tuple[Correction, NoiseStats]], probes: Mapping[Key, Probe]
+    folder: Path,
+    corrections: Mapping[Key, tuple[Correction, NoiseStats]],
+    probes: Mapping[Key, Probe],
+    null: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> None:
-    """Write the tables of a bundle into its folder."""
-    arrays: dict[str, npt.NDArray[Any]] = {}
+    """Write the tables of a bundle into its folder.
+
+    Args:
+        null: what stands for no condition, by input that text is made for.
+    """
+    arrays: dict[str, npt.NDArray[Any]] = {
+        f"{NULL}{name}": np.ascontiguousarray(value, np.float32) for name, value in (null or {}).items()
+    }
     for (precision, emission), probe in probes.items():
         arrays[_key(precision, emission, "probe")] = np.ascontiguousarray(probe.epsilon, np.float32)
         arrays[_key(precision, emission, "probe_noise")] = np.array([probe.allowed])

@@ -1,11 +1,12 @@
 """Calibration in torch: open a model, collect trajectories, quantize, simulate and measure the noise."""
 
-from .intake import open_model, open_parts
+from .captions import prompts_of
+from .intake import open_model, open_source
 from .layer_noise import given_layers, sensitivity
 from .measure import measure, measure_own
 from .network import Network
 from .observe import Observed, observe
-from .parts import FirstStage, Parts
+from .pipeline import DecoderPart, Parts, TextPart, open_parts
 from .quantize import quantize
 from .refine import refine
 from .simulate import LayerSimulator, SimulatedLayer, simulate
@@ -14,12 +15,13 @@ from .trajectories import Batch, Trajectories, collect
 
 __all__ = [
     "Batch",
-    "FirstStage",
+    "DecoderPart",
     "LayerSimulator",
     "Network",
     "Observed",
     "Parts",
     "SimulatedLayer",
+    "TextPart",
     "TorchEngine",
     "Trajectories",
     "collect",
@@ -29,6 +31,8 @@ __all__ = [
     "observe",
     "open_model",
     "open_parts",
+    "open_source",
+    "prompts_of",
     "quantize",
     "refine",
     "sensitivity",

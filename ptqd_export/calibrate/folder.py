@@ -1,4 +1,4 @@
-"""Read a diffusers folder (config and safetensors) as Parts: offline, quietly and without pickle."""
+"""Read a diffusers folder (config and safetensors) as a Source: offline, quietly and without pickle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..typed import brief
 from .conditions import CONDITION_UNET, Around, adapted, declare
 from .construct import check_sizes, construct, fill
 from .network import Network, bare, one_line, weights_sha256
-from .parts import Parts
+from .source import Source
 from .weights import read_folder, read_json
 
 CONFIG, MODEL_INDEX = "config.json", "model_index.json"
@@ -33,7 +33,7 @@ OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".
 """Names of attention weights in models saved before diffusers 0.15."""
 
 
-def from_folder(recipe: Recipe, folder: Path) -> Parts:
+def from_folder(recipe: Recipe, folder: Path) -> Source:
     """A pipeline folder, or a bare UNet's.
 
     Raises:
@@ -68,7 +68,7 @@ def from_folder(recipe: Recipe, folder: Path) -> Parts:
     info = ModelInfo(recipe.model_name, shape, inputs, weights_sha256(kept, module))
     first = next((folder / name for name in FIRST_STAGES if (folder / name / CONFIG).is_file()), None)
     about = {} if first is None else read_json(first / CONFIG)
-    return Parts(
+    return Source(
         Network(module, info, scheduler),
         config,
         None if first is None else lambda: _first_stage(about, first),
@@ -146,8 +146,8 @@ def _around(folder: Path) -> Around:
             pooled = _count(config.get("projection_dim"))  # the last one gives the pooled text
     for tokenizer in _folders(folder, "tokenizer"):
         file = tokenizer / "tokenizer_config.json"
-        if tokens is None and file.is_file():
-            tokens = _count(read_json(file).get("model_max_length"))
+        most = _count(read_json(file).get("model_max_length")) if file.is_file() else None
+        tokens = most if tokens is None else min(tokens, most or tokens)
     first = next((folder / name for name in FIRST_STAGES if (folder / name / CONFIG).is_file()), None)
     levels = read_json(first / CONFIG).get("block_out_channels") if first is not None else None
     if isinstance(levels, list) and 1 <= len(levels) <= 8:

@@ -17,20 +17,20 @@ from .conditions import with_null
 from .folder import from_folder, scheduler_config
 from .ldm import from_checkpoint
 from .network import Network, bare, check_finite, one_line, try_forward, weights_sha256
-from .parts import Parts
+from .source import Source
 
 
 def open_model(recipe: Recipe) -> Network:
     """The network of `recipe.model`, checked by one trial forward; see ModelSpec for the sources.
 
     Raises:
-        ModelError: as `open_parts`.
+        ModelError: as `open_source`.
     """
-    return open_parts(recipe).network
+    return open_source(recipe).network
 
 
-def open_parts(recipe: Recipe) -> Parts:
-    """The model of `recipe.model` with all its parts; the network is checked by one trial forward.
+def open_source(recipe: Recipe) -> Source:
+    """The model of `recipe.model`, whose network is checked by one trial forward.
 
     Raises:
         ModelError: the files are missing or damaged, the config or the weights do not fit, or the network
@@ -38,13 +38,13 @@ def open_parts(recipe: Recipe) -> Parts:
     """
     file, separator, function = recipe.model.source.rpartition(":")
     if recipe.model.checkpoint:
-        parts = from_checkpoint(recipe)
+        source = from_checkpoint(recipe)
     elif separator and file.endswith(".py"):
-        parts = Parts(_from_function(recipe, recipe.path(file), function))
+        source = Source(_from_function(recipe, recipe.path(file), function))
     else:
-        parts = from_folder(recipe, recipe.path(recipe.model.source))
-    try_forward(parts.network)
-    return parts
+        source = from_folder(recipe, recipe.path(recipe.model.source))
+    try_forward(source.network)
+    return source
 
 
 def _from_function(recipe: Recipe, file: Path, function: str) -> Network:

@@ -22,7 +22,7 @@ from ..core.engine import Array
 from ..core.model import InputSpec, ModelInfo
 from ..core.sampling import F64, NoiseSource, Sampling
 from ..errors import ModelError, RecipeError
-from ..files import sha256_file, writing_file
+from ..files import digest, sha256_file, writing_file
 from ..progress import progress
 from ..recipe import Recipe
 from ..typed import to_plain
@@ -101,7 +101,13 @@ class Trajectories:
         return Batch(range(x.shape[1]), x, e, conditions)
 
 
-def collect(network: Network, sampling: Sampling, recipe: Recipe, folder: Path) -> Trajectories:
+def collect(
+    network: Network,
+    sampling: Sampling,
+    recipe: Recipe,
+    folder: Path,
+    prompted: Mapping[str, Array] | None = None,
+) -> Trajectories:
     """Sample calibration.size + calibration.held_out trajectories in full precision, with guidance.
 
     Sample i of calibration.seed gets class i modulo the number of classes; a float condition is row i of its
@@ -110,6 +116,7 @@ def collect(network: Network, sampling: Sampling, recipe: Recipe, folder: Path) 
     Args:
         folder: where the batches are kept; complete batches of the same model, schedule, guidance and seed
             are reused.
+        prompted: conditions (P, *shape) of prompts, which take the place of values.
     Raises:
         ModelError: a trajectory holds NaN or infinite values.
         RecipeError: the batch does not fit into memory, or an InputSpec.values file is not usable.
@@ -125,7 +132,8 @@ def collect(network: Network, sampling: Sampling, recipe: Recipe, folder: Path) 
     check_memory(network, max(map(len, batches)), sampling.branches)
     folder.mkdir(parents=True, exist_ok=True)
     sources = {s.name: _open_values(s, recipe) for s in network.info.inputs if s.values is not None}
-    key = _key(sampling, recipe)
+    sources |= prompted or {}
+    key = _key(sampling, recipe, prompted or {})
     files = {b: folder / f"{b.start:06d}-{b.stop:06d}.safetensors" for b in batches}
     todo = [b for b in batches if not _is_whole(files[b], key)]
     with (
@@ -158,12 +166,14 @@ def collect(network: Network, sampling: Sampling, recipe: Recipe, folder: Path) 
     return Trajectories(tuple(files.values()), calibration, held_out)
 
 
-def _key(sampling: Sampling, recipe: Recipe) -> str:
+def _key(sampling: Sampling, recipe: Recipe, prompted: Mapping[str, Array]) -> str:
     given = {spec.name: recipe.path(spec.values) for spec in sampling.model.inputs if spec.values is not None}
     parts = [
         to_plain(sampling),
         recipe.calibration.seed,
         {name: sha256_file(file) for name, file in given.items()},
+        {name: digest(value.tobytes()) for name, value in prompted.items()},
+        {name: digest(value.tobytes()) for name, value in sampling.model.null.items()},
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

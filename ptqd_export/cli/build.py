@@ -127,7 +127,8 @@ def build(recipe_or_model: str | None, out: Path | None, as_json: bool, resume: 
     }
     notes = "".join(f"\nnote: {note}" for note in result["notes"])
     text = f"{out}: plan {m.plan}, {size / 1e6:.1f} MB, {result['seconds']:.0f} s"
-    command = shlex.join(["ptqd-export", "run", str(out), "--out", "DIR"])
+    words = ["--prompt", "a photo of a cat"] if m.pipeline.encoders else []
+    command = shlex.join(["ptqd-export", "run", str(out), "--out", "DIR", *words])
     show(result, as_json, f"{text}; sample with `{command}`{notes}")
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import PTQDError
+from ..errors import PTQDError, RecipeError
 
 if TYPE_CHECKING:
     from ..bundle.manifest import Artifact, UpdateEngine
@@ -33,6 +34,47 @@ condition = click.option(
     metavar="NAME=FILE.npy",
     help="A tensor condition (N, ...), e.g. text embeddings.",
 )
+_PROMPTS = (
+    click.option(
+        "--prompt", "prompts", multiple=True, metavar="TEXT", help="Of a text model; several go in turn."
+    ),
+    click.option(
+        "--prompts-file",
+        type=click.Path(path_type=Path),
+        help="A text file in UTF-8 with a prompt a line, in turn.",
+    ),
+    click.option(
+        "--negative-prompt",
+        metavar="TEXT",
+        help="What guidance leads away from, in place of the empty prompt.",
+    ),
+)
+
+
+def prompts(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that name prompts."""
+    for option in reversed(_PROMPTS):
+        command = option(command)
+    return command
+
+
+def read_texts(
+    prompts: Sequence[str], prompts_file: Path | None, negative_prompt: str | None
+) -> tuple[str, ...]:
+    """The prompts that the options name; empty where they name none.
+
+    Raises:
+        RecipeError: they contradict each other, or the file is of no use.
+    """
+    from ..bundle.tokenizer import read_prompts
+
+    if prompts and prompts_file is not None:
+        raise RecipeError("--prompt and --prompts-file were both given: leave one out")
+    if negative_prompt is not None and not prompts and prompts_file is None:
+        raise RecipeError("--negative-prompt was given without a prompt: give --prompt too")
+    return tuple(prompts) if prompts_file is None else read_prompts(prompts_file)
+
+
 batch_size = click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
 workers = click.option(
     "--workers",

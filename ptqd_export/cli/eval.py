@@ -47,6 +47,7 @@ REPORT, TABLE, PLOT = "report.json", "report.md", "report.png"
     help="Of the noise; if left out, one that nothing else uses.",
 )
 @options.condition
+@options.prompts
 @click.option(
     "--classifier",
     type=click.Path(path_type=Path),
@@ -84,6 +85,9 @@ def evaluate(
     num_samples: int,
     seed: int | None,
     conditions: tuple[str, ...],
+    prompts: tuple[str, ...],
+    prompts_file: Path | None,
+    negative_prompt: str | None,
     classifier: Path | None,
     data_stats: Path | None,
     resamples: int,
@@ -100,13 +104,16 @@ def evaluate(
     from ..evaluate import SEED, Candidate, markdown
     from ..evaluate import evaluate as evaluate_bundle
     from ..files import check_target, work_folder
+    from ..runtime import encode_prompts
 
     bundle = Bundle.open(bundle_dir)
     steps = len(bundle.manifest.sampling)
     asked: list[Plan] = [parse_plan(text, steps) for text in plans] or [bundle.manifest.plan]
     reference = None if against is None else Candidate(parse_plan(against, steps))
     tensors = read_tensors(conditions)
+    texts = options.read_texts(prompts, prompts_file, negative_prompt)
     target = check_target(out, "a report", _in_the_way)
+    prompted = encode_prompts(bundle, texts, negative_prompt) if texts else None
     if threads is not None:
         backends.set_threads(threads)
     psnr: dict[str, F64] = {}
@@ -123,6 +130,7 @@ def evaluate(
             workers=workers,
             device=device,
             tensors=tensors,
+            prompted=prompted,
             classifier=classifier,
             data=data_stats,
             resamples=resamples,

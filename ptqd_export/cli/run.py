@@ -27,17 +27,21 @@ if TYPE_CHECKING:
     from ..core.engine import Array
     from ..runtime import Runtime
 
-AUTO = "auto"
+AUTO, LATENTS = "auto", "latents"
+NUM_SAMPLES = 16
 
 
 @click.command()
 @click.argument("bundle_dir", metavar="BUNDLE", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the pictures.")
-@click.option("--num-samples", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option(
+    "--num-samples", type=click.IntRange(min=1), help="16 if left out, or one per prompt of --prompts-file."
+)
 @click.option(
     "--class-labels", help="Classes in turn, such as 3 or 0,1,2 or 0-9; all classes in turn if left out."
 )
 @options.condition
+@options.prompts
 @click.option(
     "--plan",
     "plan_text",
@@ -69,7 +73,14 @@ AUTO = "auto"
     type=click.Path(path_type=Path),
     help="The recipe or model the bundle was built from (for --backend torch).",
 )
-@click.option("--format", "file_format", type=click.Choice(["png", "npy"]), default="png", show_default=True)
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["png", "npy", LATENTS]),
+    default="png",
+    show_default=True,
+    help="Pictures, their values in one array, or, of a latent model, what its decoder was not yet given.",
+)
 @click.option("--n-steps", type=int, help="Checked against the bundle.")
 @click.option("--eta", type=float, help="Checked against the bundle.")
 @click.option("--guidance-scale", type=float, help="Checked against the bundle.")
@@ -78,9 +89,12 @@ AUTO = "auto"
 def run(
     bundle_dir: Path,
     out: Path,
-    num_samples: int,
+    num_samples: int | None,
     class_labels: str | None,
     conditions: tuple[str, ...],
+    prompts: tuple[str, ...],
+    prompts_file: Path | None,
+    negative_prompt: str | None,
     plan_text: str | None,
     seed: int,
     batch_size: int,
@@ -97,7 +111,7 @@ def run(
     """Draw samples from BUNDLE: single images and a grid, or an array and a grid."""
     from .. import pictures
     from ..bundle import Bundle
-    from ..runtime import check_settings
+    from ..runtime import check_settings, encode_prompts
     from ..runtime import run as run_bundle
 
     # Engines that will be built anew may be damaged: that may be the reason for the rebuild.
@@ -108,14 +122,16 @@ def run(
     if plan_text is not None:
         plan = parse_plan(plan_text, len(bundle.manifest.sampling))
         bundle.manifest.check_plan(plan)
+    are_pictures = _check_format(bundle, file_format)
+    texts = options.read_texts(prompts, prompts_file, negative_prompt)
+    if num_samples is None:
+        num_samples = NUM_SAMPLES if prompts_file is None else len(texts)
     labels = None if class_labels is None else parse_labels(class_labels, info, num_samples)
     tensors = read_tensors(conditions)
-    are_pictures = info.channels in (1, 3)
-    if file_format == "png" and not are_pictures:
-        raise RecipeError(f"samples of {info.channels} channels are no pictures: give --format npy")
     folder = pictures.check_folder(out)
     if rebuild:
         bundle = _rebuild(bundle, backend)
+    prompted = encode_prompts(bundle, texts, negative_prompt) if texts else None
     m = bundle.manifest
     used: list[Runtime] = []
     passed_over: dict[str, str] = {}
@@ -139,6 +155,8 @@ def run(
             plan=plan,
             model=model,
             tensors=tensors,
+            prompts=prompted,
+            latents=file_format == LATENTS,
             device=device,
             resident=not swap_weights,
             advance=advance,
@@ -150,7 +168,9 @@ def run(
     files = pictures.encode_images(x) if file_format == "png" else {"samples.npy": pictures.encode_array(x)}
     grid = {}
     if are_pictures:
-        grid["grid.png"] = pictures.encode_png(pictures.image_grid(x, _columns(info, num_samples, labels)))
+        in_turn = 0 if prompted is None else len(prompted.prompts)
+        columns = _columns(info, num_samples, labels, in_turn)
+        grid["grid.png"] = pictures.encode_png(pictures.image_grid(x, columns))
     about = {
         "bundle": bundle.seal,
         "seed": seed,
@@ -158,7 +178,11 @@ def run(
         "backend": backend,
         "labels": info.labels_in_turn(range(num_samples)) if labels is None else labels,
         "conditions": {name: _sha256(value) for name, value in tensors.items()},
-        "versions": _versions(backend),
+        "prompts": None if prompted is None else prompted.prompts,
+        "negative_prompt": None if prompted is None else prompted.negative,
+        "versions": _versions(
+            backend, ("onnxruntime", "tokenizers") if bundle.manifest.pipeline.parts else ()
+        ),
     }
     pictures.write_pictures(folder, files | grid, about)
     result = {
@@ -176,6 +200,9 @@ def run(
         "largest_value": float(abs(x).max()),
     }
     notes = engine_notes(engine for engine in m.engines if rebuild and engine.backend == backend)
+    notes += [] if prompted is None else prompted.notes
+    if bundle.manifest.pipeline.encoders and prompted is None and not tensors:
+        notes.append("no prompt was given: these are samples of the empty prompt")
     # Only backends that the bundle was built for are worth a note.
     notes += [f"not on {name}: {why}" for name, why in passed_over.items() if name in m.backends]
     notes += [f"{name}: {note}" for name, note in captures.items()]
@@ -187,9 +214,29 @@ def run(
     show(result, as_json, text + "".join(f"\nnote: {note}" for note in notes))
 
 
-def _columns(info: ModelInfo, num_samples: int, labels: Sequence[int] | None) -> int:
-    """Columns of the grid: one per class where all classes go in turn, else about as many as rows."""
-    in_turn = len(info.labels) if labels is None else 0
+def _check_format(bundle: Bundle, file_format: str) -> bool:
+    """Whether what the run yields are pictures, of which a grid can be made.
+
+    Raises:
+        RecipeError: they are none, and are to be written as such; or latents are asked of a model without.
+    """
+    pipeline, info = bundle.manifest.pipeline, bundle.manifest.sampling.model
+    if file_format == LATENTS and not pipeline.latent:
+        raise RecipeError(f"{info.name} samples no latents: give --format png or npy")
+    if pipeline.latent and pipeline.decoder is None and file_format != LATENTS:
+        raise RecipeError(
+            f"{info.name} samples latents, and the bundle has no decoder that makes pictures of them: give "
+            "--format latents, or rebuild from a folder with its first stage (vae or vqvae)"
+        )
+    channels = info.channels if file_format == LATENTS else bundle.picture_shape[0]
+    if file_format == "png" and channels not in (1, 3):
+        raise RecipeError(f"samples of {channels} channels are no pictures: give --format npy")
+    return file_format != LATENTS and channels in (1, 3)
+
+
+def _columns(info: ModelInfo, num_samples: int, labels: Sequence[int] | None, prompts: int) -> int:
+    """Columns of the grid: one per class or prompt where all go in turn, else about as many as rows."""
+    in_turn = prompts or (len(info.labels) if labels is None else 0)
     return in_turn if 1 < in_turn <= 20 else round(num_samples**0.5)
 
 
@@ -217,10 +264,10 @@ def _rebuild(bundle: Bundle, backend: str) -> Bundle:
     return bundle
 
 
-def _versions(backend: str) -> dict[str, str]:
+def _versions(backend: str, more: Sequence[str]) -> dict[str, str]:
     """Versions that decide the pictures, besides the bundle."""
     found = {"ptqd-export": __version__}
-    for name in ("numpy", *BACKENDS[backend].distributions):
+    for name in ("numpy", *BACKENDS[backend].distributions, *more):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

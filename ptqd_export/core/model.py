@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -103,6 +103,9 @@ class ModelInfo:
         sample_shape: (C, H, W) of x_t and epsilon.
         inputs: conditioning inputs besides sample and timestep.
         sha256: hash of the weights; a bundle is valid for this hash only.
+        null: values (shape of the input) that stand for "no condition", by the name of a tensor input: of
+            text inputs the empty prompt's embedding. Zeros where there is none. No part of the plain form: a
+            bundle holds them as arrays.
     Raises:
         RecipeError: a shape is out of bounds, two inputs have the same name, or two are class labels.
     """
@@ -111,6 +114,9 @@ class ModelInfo:
     sample_shape: tuple[int, int, int]
     inputs: tuple[InputSpec, ...]
     sha256: str
+    null: Mapping[str, Array] = field(
+        default_factory=dict, compare=False, repr=False, metadata={"plain": False}
+    )
 
     def __post_init__(self) -> None:
         _need(
@@ -128,6 +134,13 @@ class ModelInfo:
         _need(twice is None, f"two inputs are called {brief(twice)}: give each a name of its own")
         classes = sum(spec.num_classes is not None for spec in self.inputs)
         _need(classes <= 1, "the model declares two class-label inputs: at most one is supported")
+        shapes = {spec.name: spec.shape for spec in self.inputs if spec.num_classes is None}
+        for name, value in self.null.items():
+            _need(
+                value.shape == shapes.get(name),
+                f"the value of {brief(name)} without a condition has shape {value.shape}: expected "
+                f"{shapes.get(name)}",
+            )
 
     @property
     def channels(self) -> int:
@@ -183,7 +196,8 @@ class ModelInfo:
 
         Args:
             labels: one class per sample, or None: all classes in turn.
-            tensors: float conditions (n, *shape) by input name; where one is missing, its default, or zeros.
+            tensors: float conditions (n, *shape) by input name; where one is missing, its default, or that
+                of no condition.
         Raises:
             RecipeError: a label is out of range or not an integer, or a count or shape is wrong.
         """
@@ -195,7 +209,9 @@ class ModelInfo:
             takes = ", ".join(spec.name for spec in self.inputs) or "none"
             raise RecipeError(f"{self.name} has no tensor condition {min(unknown)!r}: it takes {takes}")
         return {
-            spec.name: self._labels(labels, n) if spec.num_classes is not None else _tensor(spec, n, tensors)
+            spec.name: self._labels(labels, n)
+            if spec.num_classes is not None
+            else self._tensor(spec, n, tensors)
             for spec in self.inputs
         }
 
@@ -215,31 +231,29 @@ class ModelInfo:
         return np.array(labels, np.int64)
 
     def null_conditions(self, n: int) -> dict[str, Array]:
-        """Feeds that stand for "no condition": the null class, and zeros for tensors.
+        """Feeds that stand for "no condition": the null class, and `null` or zeros for tensors.
 
         A tensor that is `kept` has its default; where there is a condition, `Sampling.condition_rows` takes
         that.
         """
         return {
-            spec.name: _default(spec, n)
-            if spec.kept
-            else np.full((n, *spec.shape), spec.null_class or 0, np.dtype(spec.dtype))
+            spec.name: np.full((n, *spec.shape), self._null(spec), np.dtype(spec.dtype))
             for spec in self.inputs
         }
 
+    def _null(self, spec: InputSpec) -> Array:
+        if spec.kept and spec.default:
+            return np.reshape(spec.default, spec.shape)
+        return np.asarray(spec.null_class or 0 if spec.num_classes else self.null.get(spec.name, 0))
 
-def _default(spec: InputSpec, n: int) -> Array:
-    """The default (n, *shape) of a float condition; zeros if it has none."""
-    if not spec.default:
-        return np.zeros((n, *spec.shape), np.float32)
-    one = np.asarray(spec.default, np.float32).reshape(spec.shape)
-    return np.broadcast_to(one, (n, *spec.shape)).copy()
+    def _tensor(self, spec: InputSpec, n: int, tensors: Mapping[str, Array]) -> Array:
+        value = tensors.get(spec.name)
+        if value is None:
+            return np.full((n, *spec.shape), self._usual(spec), np.dtype(spec.dtype))
+        if value.shape != (n, *spec.shape):
+            raise RecipeError(f"condition {spec.name!r} has shape {value.shape}: expected {(n, *spec.shape)}")
+        return value.astype(spec.dtype)
 
-
-def _tensor(spec: InputSpec, n: int, tensors: Mapping[str, Array]) -> Array:
-    value = tensors.get(spec.name)
-    if value is None:
-        return _default(spec, n)
-    if value.shape != (n, *spec.shape):
-        raise RecipeError(f"condition {spec.name!r} has shape {value.shape}: expected {(n, *spec.shape)}")
-    return value.astype(spec.dtype)
+    def _usual(self, spec: InputSpec) -> Array:
+        """The value of a tensor where none is given: its default, or that of no condition."""
+        return np.reshape(spec.default, spec.shape) if spec.default else self._null(spec)

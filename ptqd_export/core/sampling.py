@@ -132,6 +132,10 @@ class Sampling:
         """The same without guidance: the feeds of the conditional branch alone, for a graph as it is."""
         return replace(self, guidance_scale=1.0)
 
+    def without(self, null: Mapping[str, Array]) -> Sampling:
+        """The same with other values for "no condition", by input name: a negative prompt's."""
+        return replace(self, model=replace(self.model, null={**self.model.null, **null})) if null else self
+
     def guide(self, prediction: Floats, x: Floats, step: int) -> F64:
         """The guided prediction, float64 (N, ...), of an engine's rows (branches * N, ...) at x (N, ...).
 

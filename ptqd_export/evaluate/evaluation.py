@@ -21,7 +21,7 @@ from ..core.engine import Array
 from ..core.precision import FP32
 from ..errors import BundleError, RecipeError
 from ..progress import progress
-from ..runtime import Runtime
+from ..runtime import Prompted, Runtime
 from .candidates import Candidate, full_precision
 from .features import Classifier, Data, Judged
 from .guidance import SAMPLES, Gap, gap_of, gap_sums
@@ -72,6 +72,7 @@ def evaluate(
     workers: int = 1,
     device: int = 0,
     tensors: Mapping[str, Array] | None = None,
+    prompted: Prompted | None = None,
     classifier: Path | None = None,
     data: Path | None = None,
     resamples: int = RESAMPLES,
@@ -86,6 +87,7 @@ def evaluate(
         num_samples: indices 0 to num_samples - 1 of `seed`, at least 2.
         backend: None is the best that works here.
         tensors: float conditions, one row per sample.
+        prompted: prompts and their conditions; samples of a latent model are compared as pictures.
         classifier: an ONNX file, see `features.Classifier`; without it there are no distances and classes.
         data: a safetensors file, see `features.Data`.
         resamples: of the bootstrap; 0 gives no intervals.
@@ -103,15 +105,13 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         judge = None
         if classifier is not None:
-            judge = stack.enter_context(
-                contextlib.closing(Classifier(classifier, m.sampling.model.sample_shape))
-            )
+            judge = stack.enter_context(contextlib.closing(Classifier(classifier, bundle.picture_shape)))
         known = None if data is None else Data.load(data)
         if backend is None:
             with Runtime(bundle, None, reference.plan, device=device) as runtime:
                 backend = runtime.backend
         setting = Setting(
-            bundle, backend, seed, num_samples, work, tensors or {}, batch_size, workers, device
+            bundle, backend, seed, num_samples, work, tensors or {}, batch_size, workers, device, prompted
         )
         every = [reference, *candidates]
         gaps = _gaps(setting, every) if m.sampling.guided else None

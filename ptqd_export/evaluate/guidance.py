@@ -68,6 +68,8 @@ def gap_sums(
         advance: called with the number of sample steps, for the evaluations of each precision.
     """
     sampling = setting.bundle.manifest.sampling
+    if setting.prompted is not None:
+        sampling = sampling.without(setting.prompted.null)
     n, channels = min(SAMPLES, setting.num_samples), sampling.model.channels
     shape = (3, len(sampling), channels)
     files = {p: setting.work / setting.key("gap", str(full), str(p), str(n)) / "gap.npy" for p in precisions}
@@ -95,9 +97,7 @@ def gap_sums(
         tapped = FakeEngine(call, reference.inputs)
         for first in range(0, n, setting.batch_size):
             indices = range(first, min(first + setting.batch_size, n))
-            tensors = {name: value[indices.start : indices.stop] for name, value in setting.tensors.items()}
-            labels = sampling.model.labels_in_turn(indices)
-            conditions = sampling.model.conditions(labels, len(indices), tensors)
+            conditions = setting.conditions(indices)
 
             def measure(step: int, x: F64, epsilon: F64, conditions: dict[str, Array] = conditions) -> None:
                 feeds, exact = sampling.feeds(x, step, conditions), _apart(rows[0])

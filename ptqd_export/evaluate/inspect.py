@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import Choice
+from ..bundle.pipeline import Decoder, TextEncoder
 from ..core.backend import BACKENDS, Emission
 from ..core.gate import Kept
 from ..core.plan import Plan
@@ -90,10 +91,20 @@ def _head(bundle: Bundle) -> list[str]:
         f"{schedule.prediction_type} prediction",
         f"measured for: {m.sampling.summary}; "
         f"recalibrated variance {'on' if m.recalibrate_variance else 'off'}{still}",
+        *(f"{part.folder}: {_part(part)}" for part in m.pipeline.parts),
         *plan_lines(choice, m.plan),
         *(f"note: {note}" for note in choice.notes),
         *_sensitivity(choice),
     ]
+
+
+def _part(part: TextEncoder | Decoder) -> str:
+    if isinstance(part, TextEncoder):
+        return f"prompts of up to {part.tokens - 2} tokens to {part.tokens}x{part.width}, {part.precision}"
+    size = "x".join(map(str, part.picture_shape))
+    return (
+        f"{part.kind}, latents to pictures {size}, scaling factor {part.scaling_factor:g}, {part.precision}"
+    )
 
 
 KINDS = {"chosen": "this plan", "uniform": "one precision", "first-last": "first and last"}

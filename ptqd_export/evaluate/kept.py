@@ -20,7 +20,7 @@ from ..core.backend import BACKENDS
 from ..core.engine import Array
 from ..errors import PTQDError
 from ..files import digest, writing_file
-from ..runtime import draw
+from ..runtime import Prompted, draw
 from .candidates import Candidate
 
 F32 = npt.NDArray[np.float32]
@@ -38,6 +38,7 @@ class Setting:
         num_samples: indices 0 to num_samples - 1.
         tensors: float conditions, one row per sample.
         work: folder of the samples.
+        prompted: prompts, in turn, and their conditions.
         batch_size, workers, device: as for `run`.
     """
 
@@ -50,6 +51,15 @@ class Setting:
     batch_size: int = 16
     workers: int = 1
     device: int = 0
+    prompted: Prompted | None = None
+
+    def conditions(self, indices: range) -> dict[str, Array]:
+        """Feeds of the conditioning inputs for samples."""
+        tensors: dict[str, Array] = {n: v[indices.start : indices.stop] for n, v in self.tensors.items()}
+        if self.prompted is not None:
+            tensors |= self.prompted.of(indices)
+        model = self.bundle.manifest.sampling.model
+        return model.conditions(model.labels_in_turn(indices), len(indices), tensors)
 
     def key(self, *more: str) -> str:
         """Hash of what decides samples, besides their number."""
@@ -58,6 +68,9 @@ class Setting:
             for name, value in sorted(self.tensors.items())
             for part in (name, value.dtype.str, str(value.shape[1:]), value.tobytes())
         ]
+        if self.prompted is not None:
+            for table in (self.prompted.conditions, self.prompted.null):
+                conditions += [part for n, v in sorted(table.items()) for part in (n, v.tobytes())]
         libraries = ("ptqd-export", "numpy", *BACKENDS[self.backend].distributions)
         return digest(
             self.bundle.seal, self.backend, str(self.seed), *map(_version, libraries), *conditions, *more
@@ -93,6 +106,7 @@ def draw_kept(setting: Setting, candidate: Candidate, advance: Callable[[int], N
         backend=setting.backend,
         plan=candidate.plan,
         tensors=setting.tensors,
+        prompted=setting.prompted,
         device=setting.device,
         replaced=candidate.replaced(setting.bundle, setting.backend),
         advance=advance,
@@ -136,7 +150,7 @@ def _folder(setting: Setting, candidate: Candidate) -> Path:
 
 def _read(setting: Setting, candidate: Candidate) -> tuple[F32, npt.NDArray[np.bool_]]:
     """The samples that are kept, in their places, and which those are."""
-    n, shape = setting.num_samples, setting.bundle.manifest.sampling.model.sample_shape
+    n, shape = setting.num_samples, setting.bundle.picture_shape
     x, there = np.zeros((n, *shape), np.float32), np.zeros(n, np.bool_)
     folder = _folder(setting, candidate)
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():

@@ -4,7 +4,7 @@ Only this folder imports onnx.
 """
 
 from .fold import fold
-from .from_torch import export_fp
+from .from_torch import export_fp, export_part
 from .insert_qdq import insert_qdq
 from .lint import lint
 from .lower import lower
@@ -20,6 +20,7 @@ __all__ = [
     "calls",
     "cut_layers",
     "export_fp",
+    "export_part",
     "exported_layers",
     "expose_layers",
     "float_convs",

@@ -59,8 +59,54 @@ def export_fp(module: torch.nn.Module, info: ModelInfo, timestep: str = "int64")
         *conditions.values(),
     ]
     example = tuple(torch.from_numpy(array).to(device) for array in arrays)
-    dynamic = (tuple({0: torch.export.Dim.DYNAMIC} for _ in example),)
     wrapper = _wrap(module, list(conditions))
+    model = _export(wrapper, example, names, OUTPUT, info.name, variadic=True)
+    _note_origins(model, module)
+    return _cleaned(model)
+
+
+def export_part(
+    module: torch.nn.Module, name: str, feed: tuple[str, np.ndarray[Any, Any]], output: str
+) -> ir.Model:
+    """A module of one input and one output, such as a text encoder, in full precision, as ONNX of opset 21.
+
+    The nodes of Conv2d and Linear modules carry their path in `module.module`, which the module wraps.
+
+    Args:
+        name: for messages.
+        feed: name of the graph's input, and an example (EXAMPLE_BATCH, ...).
+        output: name of the graph's output.
+    Raises:
+        GraphError: as `export_fp`.
+    """
+    import torch
+
+    model = _export(module.eval(), (torch.from_numpy(feed[1]),), [feed[0]], output, name, variadic=False)
+    inner = module.get_submodule("module")
+    _note_origins(model, inner)
+    return _cleaned(model)
+
+
+def _export(
+    wrapper: torch.nn.Module,
+    example: tuple[torch.Tensor, ...],
+    names: list[str],
+    output: str,
+    what: str,
+    *,
+    variadic: bool,
+) -> ir.Model:
+    """The exporter's model of a wrapper around a module `module`, with weights of its own.
+
+    Args:
+        what: name for messages.
+        variadic: its forward takes `*tensors`.
+    """
+    import torch
+
+    dynamic: tuple[Any, ...] = tuple({0: torch.export.Dim.DYNAMIC} for _ in example)
+    if variadic:
+        dynamic = (dynamic,)
     try:
         with _silence(), torch.no_grad():
             program = torch.onnx.export(
@@ -69,21 +115,23 @@ def export_fp(module: torch.nn.Module, info: ModelInfo, timestep: str = "int64")
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=names,
-                output_names=[OUTPUT],
+                output_names=[output],
                 dynamic_shapes=dynamic,
                 verbose=False,
             )
     except Exception as error:  # the exporter passes on whatever the module or one of its passes raises
-        raise GraphError(f"{info.name} cannot be exported to ONNX: {first_line(error)}") from error
+        raise GraphError(f"{what} cannot be exported to ONNX: {first_line(error)}") from error
     if program is None or len(program.model.graph.outputs) != 1:
         raise GraphError(
-            f"{info.name} cannot be exported to ONNX: expected a module that returns one tensor, the raw "
+            f"{what} cannot be exported to ONNX: expected a module that returns one tensor, the raw "
             "network output"
         )
-    model = program.model
-    _check_batch(model, names, info)
-    _own_weights(model)
-    _note_origins(model, module)
+    _check_batch(program.model, names, what)
+    _own_weights(program.model)
+    return program.model
+
+
+def _cleaned(model: ir.Model) -> ir.Model:
     _strip(model)
     _name_batch(model)
     return model
@@ -122,15 +170,15 @@ def _silence() -> Iterator[None]:
         logging.disable(previous)
 
 
-def _check_batch(model: ir.Model, names: list[str], info: ModelInfo) -> None:
+def _check_batch(model: ir.Model, names: list[str], what: str) -> None:
     inputs = [value.name for value in model.graph.inputs]
     if inputs != names:
-        raise GraphError(f"the exported graph of {info.name} has inputs {inputs}: expected {names}")
+        raise GraphError(f"the exported graph of {what} has inputs {inputs}: expected {names}")
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is None or len(value.shape) == 0 or isinstance(value.shape[0], int):
             shape = "unknown" if value.shape is None else str(value.shape)
             raise GraphError(
-                f"the batch of {value.name!r} became static in the export of {info.name} (shape {shape}): "
+                f"the batch of {value.name!r} became static in the export of {what} (shape {shape}): "
                 "do not turn sizes into Python numbers in the module's forward"
             )
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 
+import numpy as np
+
 from .. import backends
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import UPDATE, Graph
 from ..core.backend import BACKENDS, ENGINE_BACKENDS, ORT_CPU, RUNNABLE, Emission
 from ..core.engine import SAMPLE, STEP, TIMESTEP
-from ..errors import ParityError
-from ..runtime import check_probe, check_update, open_artifact, open_update
+from ..errors import BackendUnavailable, ParityError
+from ..runtime import PictureDecoder, check_probe, check_update, encode_prompts, open_artifact, open_update
 
 OK = "ok"
 
@@ -19,7 +21,8 @@ def verify_engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
     """Evaluate once every graph of the bundle, and every finished engine that runs here.
 
     Graphs run on ONNX Runtime's CPU provider: it optimises those of its own emission, and runs the others as
-    they are written. Networks are compared with their probes, the sampler's update with the schedule.
+    they are written. Networks are compared with their probes, the sampler's update with the schedule,
+    text encoders with the bundle's states of the empty prompt.
 
     Returns:
         names of what was evaluated; {name of what could not be evaluated: why}.
@@ -35,6 +38,7 @@ def verify_engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
     if states[ORT_CPU] == OK:
         names += [_verify_graph(bundle, graph) for graph in m.graphs]
         names.append(_verify_update(bundle))
+        _verify_parts(bundle, names, left_out)
     else:
         left_out[f"{len(m.graphs) + 1} graphs"] = states[ORT_CPU]
     for backend in (name for name in ENGINE_BACKENDS if name in m.backends):
@@ -65,6 +69,22 @@ def _verify_update(bundle: Bundle) -> str:
     with backends.OrtEngine(bundle.file(m.update.file), optimise=False) as engine:
         check_update(engine, m.sampling)
     return UPDATE
+
+
+def _verify_parts(bundle: Bundle, names: list[str], left_out: dict[str, str]) -> None:
+    """Text encoders must give for the empty prompt what the bundle holds; a decoder, finite pictures."""
+    pipeline = bundle.manifest.pipeline
+    encoders = [encoder.folder for encoder in pipeline.encoders]
+    if encoders:
+        try:
+            encode_prompts(bundle, [""])
+            names += encoders
+        except BackendUnavailable as error:
+            left_out |= dict.fromkeys(encoders, str(error))
+    if pipeline.decoder is not None:
+        with PictureDecoder(bundle) as decode:
+            decode(np.zeros((1, *pipeline.decoder.latent_shape)))
+        names.append(pipeline.decoder.folder)
 
 
 def _verify_engines_of(bundle: Bundle, backend: str) -> list[str]:

@@ -68,14 +68,17 @@ class DeviceSampler:
         indices: Sequence[int],
         *,
         seed: int,
+        sampling: Sampling | None = None,
         advance: Callable[[int], None] = lambda step: None,
     ) -> F64:
         """Like `Sampling.sample`, with the same noise: x_0, float64 (N, C, H, W), not clamped.
 
         Args:
+            sampling: the same but for what stands for no condition.
             advance: called with each step once it is launched.
         """
-        n, sampling, write = len(indices), self._sampling, self._device.write
+        n, write = len(indices), self._device.write
+        sampling = self._sampling if sampling is None else sampling
         schedule, buffers = sampling.schedule, self._allocate(n)
         source = NoiseSource(seed, indices, sampling.model.sample_shape)
         here, there = buffers.states

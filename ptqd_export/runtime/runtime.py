@@ -28,6 +28,7 @@ from ..errors import (
     PTQDError,
     RecipeError,
 )
+from .decoder import PictureDecoder
 from .device_loop import DeviceSampler, check_update
 from .open import open_artifact, open_update
 from .probe import check_probe
@@ -114,6 +115,7 @@ class Runtime:
         self._on_device: DeviceSampler | None = None
         self._device, self._resident, self._replaced = device, resident, replaced
         self._in_use: Precision | None = None
+        self._decoder: PictureDecoder | None = None
         self._model = None if model is None else Path(model)
         try:
             self.backend = self._open_best() if backend is None else self._open(backend)
@@ -199,6 +201,7 @@ class Runtime:
         *,
         seed: int = 0,
         tensors: Mapping[str, Array] | None = None,
+        null: Mapping[str, Array] | None = None,
         advance: Callable[[int], None] = lambda step: None,
     ) -> F64:
         """Draw the samples `indices` of `seed` as one batch, float64 (N, C, H, W), not clamped.
@@ -206,19 +209,23 @@ class Runtime:
         Args:
             labels: one class per index; without them, sample i gets class i modulo the number of classes.
             tensors: float conditions, one row per index.
+            null: what stands for no condition in place of the bundle's own, (shape) by input: a negative
+                prompt's.
             advance: called with each step.
         Raises:
             ModelError: a sample is not finite.
             RecipeError: the model does not take the labels or tensors, or the seed is out of range.
         """
         check_seed(seed)
-        sampling = self.bundle.manifest.sampling
+        sampling = self.bundle.manifest.sampling.without(null or {})
         labels = sampling.model.labels_in_turn(indices) if labels is None else labels
         conditions = sampling.model.conditions(labels, len(indices), tensors)
         with np.errstate(over="ignore", invalid="ignore"):  # samples that are not finite are refused below
             if self._on_device is not None:
                 at: Any = self.engine_at  # those of a device are all DeviceEngine
-                x = self._on_device.sample(at, conditions, indices, seed=seed, advance=advance)
+                x = self._on_device.sample(
+                    at, conditions, indices, seed=seed, sampling=sampling, advance=advance
+                )
             else:
                 x = sampling.sample(
                     self.engine_at,
@@ -237,6 +244,18 @@ class Runtime:
             )
         return x
 
+    def decode(self, x: F64) -> F64:
+        """The pictures (N, channels, H, W), in [-1, 1] and not clamped, of samples of a latent model.
+
+        Raises:
+            RecipeError: the bundle has no decoder.
+            BackendUnavailable, GraphError, ModelError: it does not run here.
+        """
+        if self._decoder is None:
+            self._decoder = self._opened.enter_context(PictureDecoder(self.bundle))
+            self.bundle.check_unchanged()
+        return self._decoder(x)
+
     def _sigmas(self) -> F64:
         if self._replaced is not None:
             return self._replaced.sigmas
@@ -254,7 +273,7 @@ class Runtime:
 
     def close(self) -> None:
         """Free the engines, then their device; a second call does nothing."""
-        self._on_device = None
+        self._on_device = self._decoder = None
         self.engines.clear()
         self._opened.close()
 

@@ -25,6 +25,7 @@ from ..core.backend import BACKENDS, ORT_CPU, TORCH
 from ..core.engine import Array
 from ..core.plan import Plan
 from ..errors import BackendUnavailable, BundleError, RecipeError
+from .prompts import Prompted, encode_prompts
 from .replaced import Replaced
 from .runtime import Runtime, check_seed
 
@@ -47,12 +48,14 @@ class _Start:
 
 @dataclass(frozen=True)
 class _Job:
-    """A batch: sample indices and their conditions."""
+    """A batch: sample indices and their conditions; `decode`: their pictures are wanted."""
 
     indices: range
     labels: list[int] | None
     tensors: Mapping[str, Array]
     seed: int
+    null: Mapping[str, Array]
+    decode: bool
 
 
 def run(
@@ -67,6 +70,9 @@ def run(
     plan: Plan | None = None,
     model: Path | str | None = None,
     tensors: Mapping[str, Array] | None = None,
+    prompts: Sequence[str] | Prompted | None = None,
+    negative_prompt: str | None = None,
+    latents: bool = False,
     device: int = 0,
     resident: bool = True,
     advance: Callable[[int], None] = lambda steps: None,
@@ -74,12 +80,17 @@ def run(
 ) -> F64:
     """Draw samples 0 .. num_samples - 1 of `seed`, in batches; float64 (N, C, H, W), not clamped.
 
+    Of a latent model with a decoder these are pictures, in [-1, 1].
+
     Args:
         labels: one class per sample; None takes the classes in turn.
         workers: number of processes that split the batches, each with one thread on the CPU; 1 samples in
             this process, with all threads.
         backend, plan, model, device, resident: as for Runtime.
         tensors: float conditions, one row per sample.
+        prompts: of a text model; sample i gets prompt i modulo their number; the empty one if none is given.
+        negative_prompt: in place of the empty prompt in guidance; not beside a `Prompted`, which holds one.
+        latents: what the network samples, not decoded.
         advance: called with the number of sample steps (samples x denoising steps) since the last call.
         opened: called, before anything is sampled, with the runtime that this process samples with or chose
             the backend by.
@@ -99,7 +110,12 @@ def run(
         m.check_plan(plan)
     if labels is not None or tensors:
         m.sampling.model.conditions(labels, num_samples, tensors)  # refuse wrong ones before any work
-    out = np.empty((num_samples, *m.sampling.model.sample_shape))  # first: fails here if memory is short
+    if negative_prompt is not None and prompts is None:
+        raise RecipeError("a negative prompt was given without a prompt: give both")
+    if prompts is not None and not isinstance(prompts, Prompted):
+        prompts = encode_prompts(bundle, prompts, negative_prompt)
+    shape = m.sampling.model.sample_shape if latents else bundle.picture_shape
+    out = np.empty((num_samples, *shape))  # first: fails here if memory is short
     batch_size = min(batch_size, -(-num_samples // workers))  # so that every worker gets a batch
     drawn = draw(
         bundle,
@@ -111,6 +127,8 @@ def run(
         plan=plan,
         model=model,
         tensors=tensors,
+        prompted=prompts,
+        latents=latents,
         device=device,
         resident=resident,
         advance=advance,
@@ -132,6 +150,8 @@ def draw(
     plan: Plan | None = None,
     model: Path | str | None = None,
     tensors: Mapping[str, Array] | None = None,
+    prompted: Prompted | None = None,
+    latents: bool = False,
     device: int = 0,
     resident: bool = True,
     replaced: Replaced | None = None,
@@ -143,23 +163,31 @@ def draw(
     Args:
         batches: indices of samples, consecutive in each batch.
         labels, tensors: one class or row for each sample from 0 on; as for `run`.
+        prompted: prompts and their conditions.
         replaced: as for Runtime; the other arguments as for `run`.
     Raises:
         PTQDError: as `run`.
     """
     m = bundle.manifest
-    jobs = [
-        _Job(
-            batch,
-            None if labels is None else [int(labels[i]) for i in batch],
-            {name: value[batch.start : batch.stop] for name, value in (tensors or {}).items()},
-            seed,
-        )
-        for batch in batches
-    ]
-    if not jobs:
+    if prompted is not None and (twice := sorted(set(tensors or {}) & set(prompted.conditions))):
+        raise RecipeError(f"prompts and the condition {twice[0]!r} were both given: leave one out")
+    decode = not latents and m.pipeline.decoder is not None
+    if decode:
+        backends.check(ORT_CPU)  # it runs the decoder; not known after hours of sampling
+
+    def job_of(batch: range) -> _Job:
+        # One at a time: a run of many prompts has more conditions than fit into memory.
+        rows: dict[str, Array] = {n: v[batch.start : batch.stop] for n, v in (tensors or {}).items()}
+        null: Mapping[str, Array] = {}
+        if prompted is not None:
+            rows |= prompted.of(batch)
+            null = prompted.null
+        own = None if labels is None else [int(labels[i]) for i in batch]
+        return _Job(batch, own, rows, seed, null, decode)
+
+    if not batches:
         return
-    workers, largest = min(workers, len(jobs)), max(map(len, batches))
+    workers, largest = min(workers, len(batches)), max(map(len, batches))
     if backend is not None:
         _check_batch(m, backend, largest)
     with contextlib.ExitStack() as stack:
@@ -169,13 +197,13 @@ def draw(
             backend = runtime.backend
             opened(runtime)
         if workers == 1:
-            for job in jobs:
+            for job in map(job_of, batches):
                 steps = functools.partial(lambda n, step: advance(n), len(job.indices))
                 yield job.indices, _sample(runtime, job, steps)
             return
     source = None if model is None else Path(model)
     start = _Start(bundle.path, bundle.seal, backend, plan, source, device, resident, replaced)
-    for job, x in _in_processes(start, jobs, workers):
+    for job, x in _in_processes(start, map(job_of, batches), workers):
         advance(len(job.indices) * len(m.sampling))
         yield job.indices, x
 
@@ -185,19 +213,22 @@ def _batches(n: int, size: int) -> list[range]:
 
 
 def _sample(runtime: Runtime, job: _Job, advance: Callable[[int], None]) -> F64:
-    return runtime.sample(job.indices, job.labels, seed=job.seed, tensors=job.tensors, advance=advance)
+    x = runtime.sample(
+        job.indices, job.labels, seed=job.seed, tensors=job.tensors, null=job.null, advance=advance
+    )
+    return runtime.decode(x) if job.decode else x
 
 
-def _in_processes(start: _Start, jobs: Sequence[_Job], workers: int) -> Iterator[tuple[_Job, F64]]:
+def _in_processes(start: _Start, jobs: Iterator[_Job], workers: int) -> Iterator[tuple[_Job, F64]]:
     """Yield every job with its samples, in the order in which they finish."""
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (start,))
-    todo, running = iter(jobs), dict[Future[F64], _Job]()
+    running = dict[Future[F64], _Job]()
     try:
         while True:
             # Submit a few at a time: CPython's pool may hang if it breaks while work is submitted.
             with _ctrl_c_blocked():
-                for job in itertools.islice(todo, 2 * workers - len(running)):
+                for job in itertools.islice(jobs, 2 * workers - len(running)):
                     running[pool.submit(_work, job)] = job
             if not running:
                 break

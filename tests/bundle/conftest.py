@@ -26,6 +26,7 @@ from ptqd_export.bundle.manifest import (
     UpdateEngine,
     UpdateGraph,
 )
+from ptqd_export.bundle.pipeline import Pipeline
 from ptqd_export.bundle.tables import QUANTIZATION, Probe, write_tables
 from ptqd_export.core.backend import ORT_CPU, TENSORRT_RTX, Emission
 from ptqd_export.core.engine_build import EngineBuild, EngineSettings, PlanReport
@@ -146,6 +147,7 @@ def _manifest(sampling: Sampling) -> Manifest:
         layer_sensitivity={},
         provenance=Provenance({}, 0, {}, Machine("x86_64", 2), 1.0),
         files={},
+        pipeline=Pipeline(),
     )
 
 

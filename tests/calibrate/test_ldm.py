@@ -16,7 +16,8 @@ from models import assert_one_line
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ptqd_export.calibrate import Parts, open_model, open_parts
+from ptqd_export.calibrate import open_model, open_source
+from ptqd_export.calibrate.source import Source
 from ptqd_export.core.sampling import Sampling
 from ptqd_export.errors import RecipeError
 from ptqd_export.recipe import Recipe
@@ -53,10 +54,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path
     return make
 
 
-def feeds(parts: Parts, model: Original) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def feeds(source: Source, model: Original) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The same input for the import and for the original."""
     torch.manual_seed(1)
-    info = parts.network.info
+    info = source.network.info
     ours = {"sample": torch.randn(2, *info.sample_shape), "timestep": torch.tensor([3, 801])}
     theirs = {"x": ours["sample"], "t": ours["timestep"]}
     for spec in info.inputs:
@@ -72,25 +73,24 @@ def feeds(parts: Parts, model: Original) -> tuple[dict[str, Tensor], dict[str, T
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_equal_to_the_original(name: str, made: Callable[[str], tuple[Path, Original]]) -> None:
     folder, model = made(name)
-    parts = open_parts(recipe(folder))
-    info = parts.network.info
+    source = open_source(recipe(folder))
+    info = source.network.info
     assert (info.name, info.sample_shape) == (name, SHAPES[name])
-    ours, theirs = feeds(parts, model)
+    ours, theirs = feeds(source, model)
     with torch.no_grad():
-        found, expected = parts.network.module(**ours), model.unet(**theirs)
+        found, expected = source.network.module(**ours), model.unet(**theirs)
         assert distance(found, expected) < CLOSE
         scale = SCALES.get(name) or float(model.state["scale_factor"])
-        assert parts.scaling_factor == pytest.approx(scale, rel=1e-7)
-        first = parts.first_stage()
-        assert first is not None
-        latents = ours["sample"][:1]
-        assert distance(first.decode(latents), model.first_stage.decode(latents / scale)) < CLOSE
+        assert source.scaling_factor == pytest.approx(scale, rel=1e-7)
+        assert source.read_first_stage is not None
+        encoder: Any = source.read_first_stage()
+        z = ours["sample"][:1] / scale
+        assert distance(encoder.decode(z).sample, model.first_stage.decode(z)) < CLOSE
         picture = torch.rand(1, 3, 64, 64) * 2 - 1
-        encoder: Any = first.autoencoder
         encoded = encoder.quant_conv(encoder.encoder(picture))
         assert distance(encoded, model.first_stage.encode(picture)) < CLOSE
     alphas = model.state["alphas_cumprod"].numpy()
-    sampling = Sampling.of(info, parts.network.scheduler_config, n_steps=20)
+    sampling = Sampling.of(info, source.network.scheduler_config, n_steps=20)
     np.testing.assert_array_equal(sampling.schedule.timesteps, np.arange(951, 0, -50))
     np.testing.assert_allclose(sampling.schedule.alphas_cumprod, alphas[951:0:-50], rtol=1e-6)
     assert sampling.schedule.alphas_cumprod_prev[-1] == pytest.approx(alphas[0])
@@ -100,17 +100,17 @@ def test_equal_to_the_original(name: str, made: Callable[[str], tuple[Path, Orig
 def test_a_wrong_import_would_be_seen(made: Callable[[str], tuple[Path, Original]]) -> None:
     """What the configurations hide is large: head counts, and weights that are not averaged."""
     folder, model = made("lsun_churches256")
-    parts = open_parts(recipe(folder))
-    ours, theirs = feeds(parts, model)
+    source = open_source(recipe(folder))
+    ours, theirs = feeds(source, model)
     with torch.no_grad():
         expected = model.unet(**theirs)
-        for module in parts.network.module.modules():
+        for module in source.network.module.modules():
             if type(module).__name__ == "Attention":
                 module.heads //= 2  # type: ignore[operator]
-        assert distance(parts.network.module(**ours), expected) > 100 * CLOSE
+        assert distance(source.network.module(**ours), expected) > 100 * CLOSE
         write(folder / "trained", small("lsun_churches256") | {}, model.state)
         edit(folder / "trained", "scale_by_std: true", "scale_by_std: true\n    use_ema: false")
-        last = open_parts(recipe(folder / "trained"))
+        last = open_source(recipe(folder / "trained"))
         assert distance(last.network.module(**ours), expected) > 100 * CLOSE
 
 
@@ -135,7 +135,7 @@ def test_the_weights_of_the_text_encoder(tmp_path: Path) -> None:
     name = "cond_stage_model.transformer.text_model.embeddings."
     state |= {name + "position_ids": torch.arange(77), name + "token_embedding.weight": torch.ones(4, 2)}
     write(tmp_path, config, state)
-    read = open_parts(recipe(tmp_path)).read_text_state
+    read = open_source(recipe(tmp_path)).read_text_state
     assert read is not None and list(read()) == ["text_model.embeddings.token_embedding.weight"]
 
 
@@ -212,10 +212,12 @@ def test_first_stage_with_attention_in_its_levels(tmp_path: Path) -> None:
     config["model"]["params"]["first_stage_config"]["params"]["ddconfig"]["attn_resolutions"] = [128, 64]
     model = original(config)
     write(tmp_path, config, model.state)
-    first = open_parts(recipe(tmp_path)).first_stage()
+    read = open_source(recipe(tmp_path)).read_first_stage
+    assert read is not None
+    first: Any = read()
     z = torch.randn(1, 3, 8, 8)
     with torch.no_grad():
-        assert first is not None and distance(first.decode(z), model.first_stage.decode(z)) < CLOSE
+        assert distance(first.decode(z).sample, model.first_stage.decode(z)) < CLOSE
 
 
 @pytest.mark.parametrize("name", ["cin256-v2", "v1-inference"])

@@ -41,7 +41,11 @@ def network_limits(sampling: Sampling, constants: Iterable[Tensor]) -> Limits:
     """Of a network's graph: by its positions (pixels, or tokens of a condition) and by the weights it has."""
     model = sampling.model
     tokens = (math.prod(spec.shape[:-1]) for spec in model.inputs)
-    positions = max(math.prod(model.sample_shape[1:]), *tokens, 1)
+    return part_limits(max(math.prod(model.sample_shape[1:]), *tokens, 1), constants)
+
+
+def part_limits(positions: int, constants: Iterable[Tensor]) -> Limits:
+    """Of any graph, by the most positions of a value that goes in or comes out, and by the weights it has."""
     sizes = [tensor.size for tensor in constants]
     most = max(sizes, default=0)
     channels = CHANNELS * math.isqrt(most)

@@ -216,9 +216,9 @@ def many_entries(draft: Draft) -> object:
 
 @mutation("manifest/version", weight=2)
 def version(draft: Draft) -> object:
-    """Another format version; no other than 4 is read."""
+    """Another format version; no other than 5 is read."""
     found = draft.rng.choice(
-        [3, 2, 1, 0, -1, 5, 99, 10**30, "4", 4.5, True, None, [4], {}, "3", "\x1b[31m", 2**64]
+        [4, 3, 2, 1, 0, -1, 99, 10**30, "5", 5.5, True, None, [5], {}, "3", "\x1b[31m", 2**64]
     )
     draft.data["format_version"] = found
     draft.refuse = True
