@@ -13,6 +13,7 @@ from models import assert_one_line
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ptqd_export.calibrate import open_model
 from ptqd_export.errors import RecipeError
 from ptqd_export.recipe import Recipe
 
@@ -28,14 +29,15 @@ def state() -> dict[str, Tensor]:
 def saved(state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ldm") / "churches"
     write(folder, CHURCHES, state)
+    (folder / "model.ckpt").rename(folder / "blob")
     return folder
 
 
 @pytest.fixture
 def churches(tmp_path: Path, saved: Path) -> Path:
-    """A folder whose configuration may be changed."""
+    """A folder whose configuration may be changed; its checkpoint is a link, as in a hub's cache."""
     (tmp_path / "config.yaml").write_bytes((saved / "config.yaml").read_bytes())
-    (tmp_path / "model.ckpt").symlink_to(saved / "model.ckpt")
+    (tmp_path / "model.ckpt").symlink_to(saved / "blob")
     return tmp_path
 
 
@@ -127,6 +129,11 @@ def test_files_without_a_configuration(
     tmp_path: Path, shapes: dict[str, tuple[int, ...]], message: str
 ) -> None:
     assert_one_line(single(tmp_path, shapes), message)
+
+
+def test_a_link_in_a_cache(churches: Path) -> None:
+    info = open_model(ldm_recipe(churches)).info
+    assert (info.name, info.sample_shape) == (churches.name, (4, 16, 16))
 
 
 def test_recipes_that_do_not_go_together(tmp_path: Path) -> None:
