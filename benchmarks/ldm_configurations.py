@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from report import OUT, ROOT, machine, table, write_section
 
-from ptqd_export.calibrate import open_parts, set_threads
+from ptqd_export.calibrate import open_model_parts, set_threads
 from ptqd_export.recipe import Recipe
 
 sys.path.insert(0, str(ROOT / "tests" / "support"))
@@ -77,7 +77,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     gc.collect()
     started = time.monotonic()
     recipe = Recipe.from_dict({"model": {"checkpoint": "model.ckpt", "ldm_config": "config.yaml"}}, folder)
-    parts = open_parts(recipe)
+    parts = open_model_parts(recipe)
     seconds = time.monotonic() - started
     first = parts.first_stage()
     assert first is not None

@@ -1,11 +1,11 @@
 """Calibration in torch: open a model, collect trajectories, quantize, simulate and measure the noise."""
 
-from .intake import open_model, open_parts
+from .intake import open_model, open_model_parts
 from .layer_noise import given_layers, sensitivity
 from .measure import measure, measure_own
+from .model_parts import FirstStage, ModelParts
 from .network import Network
 from .observe import Observed, observe
-from .parts import FirstStage, Parts
 from .quantize import quantize
 from .refine import refine
 from .simulate import LayerSimulator, SimulatedLayer, simulate
@@ -16,9 +16,9 @@ __all__ = [
     "Batch",
     "FirstStage",
     "LayerSimulator",
+    "ModelParts",
     "Network",
     "Observed",
-    "Parts",
     "SimulatedLayer",
     "TorchEngine",
     "Trajectories",
@@ -28,7 +28,7 @@ __all__ = [
     "measure_own",
     "observe",
     "open_model",
-    "open_parts",
+    "open_model_parts",
     "quantize",
     "refine",
     "sensitivity",

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from logging import CRITICAL
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def _on_meta(module: nn.Module) -> bool:
     return any(value.is_meta for value in chain(named, plain))
 
 
-def check_sizes(config: Any, where: str, key: str = "") -> None:
+def check_sizes(config: Any, where: Path | str, key: str = "") -> None:
     """Refuse numbers that no model has: they would keep the constructor busy for ever.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Read a diffusers folder (config and safetensors) as Parts: offline, quietly and without pickle."""
+"""Read a diffusers folder (config and safetensors) as ModelParts: offline, quietly and without pickle."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..recipe import ModelSpec, Recipe
 from ..typed import brief
 from .conditions import CONDITION_UNET, Around, adapted, declare
 from .construct import check_sizes, construct, fill
+from .model_parts import ModelParts
 from .network import Network, bare, one_line, weights_sha256
-from .parts import Parts
 from .weights import read_folder, read_json
 
 CONFIG, MODEL_INDEX = "config.json", "model_index.json"
@@ -33,7 +33,7 @@ OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".
 """Names of attention weights in models saved before diffusers 0.15."""
 
 
-def from_folder(recipe: Recipe, folder: Path) -> Parts:
+def from_folder(recipe: Recipe, folder: Path) -> ModelParts:
     """A pipeline folder, or a bare UNet's.
 
     Raises:
@@ -63,15 +63,16 @@ def from_folder(recipe: Recipe, folder: Path) -> Parts:
     scheduler = scheduler_config(recipe, folder)
     shape = sample_shape(spec, config, where)
     inputs = declare(spec, config, shape, where, _around(folder))
-    module = bare(adapted(_load(config, unet)))
+    module = bare(adapted(load_module(config, unet)))
     kept = {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
     info = ModelInfo(recipe.model_name, shape, inputs, weights_sha256(kept, module))
     first = next((folder / name for name in FIRST_STAGES if (folder / name / CONFIG).is_file()), None)
     about = {} if first is None else read_json(first / CONFIG)
-    return Parts(
+    return ModelParts(
         Network(module, info, scheduler),
         config,
         None if first is None else lambda: _first_stage(about, first),
+        about,
         *_scales(about),
         text_encoders=_folders(folder, "text_encoder"),
         tokenizers=_folders(folder, "tokenizer"),
@@ -97,7 +98,7 @@ def _without_unet(folder: Path) -> str:
     )
 
 
-def _load(config: Mapping[str, Any], folder: Path) -> nn.Module:
+def load_module(config: Mapping[str, Any], folder: Path) -> nn.Module:
     """A model of diffusers with its weights."""
     state = read_folder(folder)
     module = construct(config, str(folder / CONFIG))
@@ -115,7 +116,7 @@ def _first_stage(config: Mapping[str, Any], folder: Path) -> nn.Module:
             f"{folder / CONFIG} says _class_name {config.get('_class_name')!r}: expected one of "
             f"{', '.join(AUTOENCODERS)}"
         )
-    return _load(config, folder)
+    return load_module(config, folder)
 
 
 def _scales(config: Mapping[str, Any]) -> tuple[float, float]:

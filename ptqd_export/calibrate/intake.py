@@ -16,20 +16,20 @@ from ..recipe import Recipe
 from .conditions import with_null
 from .folder import from_folder, scheduler_config
 from .ldm import from_checkpoint
+from .model_parts import ModelParts
 from .network import Network, bare, check_finite, one_line, try_forward, weights_sha256
-from .parts import Parts
 
 
 def open_model(recipe: Recipe) -> Network:
     """The network of `recipe.model`, checked by one trial forward; see ModelSpec for the sources.
 
     Raises:
-        ModelError: as `open_parts`.
+        ModelError: as `open_model_parts`.
     """
-    return open_parts(recipe).network
+    return open_model_parts(recipe).network
 
 
-def open_parts(recipe: Recipe) -> Parts:
+def open_model_parts(recipe: Recipe) -> ModelParts:
     """The model of `recipe.model` with all its parts; the network is checked by one trial forward.
 
     Raises:
@@ -40,7 +40,7 @@ def open_parts(recipe: Recipe) -> Parts:
     if recipe.model.checkpoint:
         parts = from_checkpoint(recipe)
     elif separator and file.endswith(".py"):
-        parts = Parts(_from_function(recipe, recipe.path(file), function))
+        parts = ModelParts(_from_function(recipe, recipe.path(file), function))
     else:
         parts = from_folder(recipe, recipe.path(recipe.model.source))
     try_forward(parts.network)

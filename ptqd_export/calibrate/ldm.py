@@ -23,8 +23,8 @@ from .ldm_config import BETA_SCHEDULES, TEXT_ENCODERS, LdmConfig
 from .ldm_known import recognise
 from .ldm_names import EMA, FIRST_STAGE, UNET, ema_name, first_stage_name, unet_name
 from .ldm_networks import UNetParams
+from .model_parts import ModelParts
 from .network import Network, bare, check_finite, weights_sha256
-from .parts import Parts
 from .weights import read_checkpoint
 
 CLASS_TABLE = "cond_stage_model.embedding.weight"
@@ -35,7 +35,7 @@ IMAGENET_WITH_NULL = 1001
 Part = Callable[[Tensor, int], Tensor]
 
 
-def from_checkpoint(recipe: Recipe) -> Parts:
+def from_checkpoint(recipe: Recipe) -> ModelParts:
     """The model of `model.checkpoint`, by `model.ldm_config` or, without, if it is Stable Diffusion 1.
 
     Raises:
@@ -67,10 +67,11 @@ def from_checkpoint(recipe: Recipe) -> Parts:
     module = bare(adapted(module, table))
     info = ModelInfo(recipe.model_name, shape, inputs, weights_sha256(unet_config, module))
     scale = _scale(config, held, file)
-    return Parts(
+    return ModelParts(
         Network(module, info, scheduler),
         unet_config,
         None if first is None else lambda: _first_stage(config, scale, file),
+        {} if first is None else first.to_diffusers(scale),
         scale,
         read_text_state=_text_state(config, file),
         files=(file,),

@@ -237,16 +237,16 @@ def test_parts_of_a_latent_pipeline(tmp_path: Path) -> None:
     """The autoencoder is read when asked for, and decodes as diffusers' own does."""
     from diffusers import AutoencoderKL
 
-    from ptqd_export.calibrate import open_parts
+    from ptqd_export.calibrate import open_model_parts
 
     torch.manual_seed(2)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     settings = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 1}
     vae = AutoencoderKL(**blocks, **settings, scaling_factor=0.5).eval()
     folder = save_pipeline(tmp_path / "latent", tiny_unet(num_class_embeds=None))
-    assert open_parts(plain(folder)).first_stage() is None
+    assert open_model_parts(plain(folder)).first_stage() is None
     vae.save_pretrained(folder / "vae")
-    first = open_parts(plain(folder)).first_stage()
+    first = open_model_parts(plain(folder)).first_stage()
     x = torch.randn(1, 1, 8, 8)
     with torch.no_grad():
         assert first is not None and torch.equal(first.decode(x), vae.decode(x / 0.5).sample)

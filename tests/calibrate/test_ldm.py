@@ -15,7 +15,7 @@ from ldm_original import UNetModel
 from models import assert_one_line
 from torch import Tensor, nn
 
-from ptqd_export.calibrate import Parts, open_model, open_parts
+from ptqd_export.calibrate import ModelParts, open_model, open_model_parts
 from ptqd_export.core.sampling import Sampling
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path
     return make
 
 
-def feeds(parts: Parts, model: Original) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def feeds(parts: ModelParts, model: Original) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The same input for the import and for the original."""
     torch.manual_seed(1)
     info = parts.network.info
@@ -66,7 +66,7 @@ def feeds(parts: Parts, model: Original) -> tuple[dict[str, Tensor], dict[str, T
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_equal_to_the_original(name: str, made: Callable[[str], tuple[Path, Original]]) -> None:
     folder, model = made(name)
-    parts = open_parts(ldm_recipe(folder))
+    parts = open_model_parts(ldm_recipe(folder))
     info = parts.network.info
     assert (info.name, info.sample_shape) == (name, SHAPES[name])
     ours, theirs = feeds(parts, model)
@@ -94,7 +94,7 @@ def test_equal_to_the_original(name: str, made: Callable[[str], tuple[Path, Orig
 def test_a_wrong_import_would_be_seen(made: Callable[[str], tuple[Path, Original]]) -> None:
     """What the configurations hide is large: head counts, and weights that are not averaged."""
     folder, model = made("lsun_churches256")
-    parts = open_parts(ldm_recipe(folder))
+    parts = open_model_parts(ldm_recipe(folder))
     ours, theirs = feeds(parts, model)
     with torch.no_grad():
         expected = model.unet(**theirs)
@@ -104,7 +104,7 @@ def test_a_wrong_import_would_be_seen(made: Callable[[str], tuple[Path, Original
         assert distance(parts.network.module(**ours), expected) > 100 * CLOSE
         write(folder / "trained", small("lsun_churches256") | {}, model.state)
         edit(folder / "trained", "scale_by_std: true", "scale_by_std: true\n    use_ema: false")
-        last = open_parts(ldm_recipe(folder / "trained"))
+        last = open_model_parts(ldm_recipe(folder / "trained"))
         assert distance(last.network.module(**ours), expected) > 100 * CLOSE
 
 
@@ -129,7 +129,7 @@ def test_the_weights_of_the_text_encoder(tmp_path: Path) -> None:
     name = "cond_stage_model.transformer.text_model.embeddings."
     state |= {name + "position_ids": torch.arange(77), name + "token_embedding.weight": torch.ones(4, 2)}
     write(tmp_path, config, state)
-    read = open_parts(ldm_recipe(tmp_path)).read_text_state
+    read = open_model_parts(ldm_recipe(tmp_path)).read_text_state
     assert read is not None and list(read()) == ["text_model.embeddings.token_embedding.weight"]
 
 
@@ -206,7 +206,7 @@ def test_first_stage_with_attention_in_its_levels(tmp_path: Path) -> None:
     config["model"]["params"]["first_stage_config"]["params"]["ddconfig"]["attn_resolutions"] = [128, 64]
     model = original(config)
     write(tmp_path, config, model.state)
-    first = open_parts(ldm_recipe(tmp_path)).first_stage()
+    first = open_model_parts(ldm_recipe(tmp_path)).first_stage()
     z = torch.randn(1, 3, 8, 8)
     with torch.no_grad():
         assert first is not None and distance(first.decode(z), model.first_stage.decode(z)) < CLOSE

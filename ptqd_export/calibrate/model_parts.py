@@ -1,4 +1,4 @@
-"""Parts: a model as its files hold it, whatever their layout; all later stages see this one kind."""
+"""ModelParts: a model as its files hold it, whatever their layout; all later stages see this one kind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .network import Network
 
 
 @dataclass(frozen=True)
-class Parts:
+class ModelParts:
     """What a model consists of. What is large beside the UNet is read when it is asked for.
 
     Attributes:
@@ -21,6 +21,7 @@ class Parts:
         unet_config: the UNet's diffusers config; `attention_heads` besides where one head count holds for
             all levels, which no config of diffusers says.
         read_first_stage: reads the autoencoder, or None for a model of pixels.
+        first_stage_config: its diffusers config; empty for a model of pixels.
         scaling_factor: latents are the autoencoder's times this, less `shift_factor` before.
         read_text_state: reads the weights of a CLIP text encoder in a single file, by transformers' names.
         text_encoders: folders of text encoders, in the order of the pipeline.
@@ -31,6 +32,7 @@ class Parts:
     network: Network
     unet_config: Mapping[str, Any] = field(default_factory=dict)
     read_first_stage: Callable[[], nn.Module] | None = None
+    first_stage_config: Mapping[str, Any] = field(default_factory=dict)
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
     read_text_state: Callable[[], dict[str, Tensor]] | None = None
