@@ -1,4 +1,4 @@
-"""The tables of keys in docs/recipe.md: types and defaults of ptqd_export/recipe.py, words of this file.
+"""The tables of keys in docs/recipe.md: types and defaults of ptqd_export/recipe/, words of this file.
 
 python benchmarks/recipe_reference.py [--write]
 """

@@ -113,7 +113,7 @@ def _first_stage(config: Mapping[str, Any], folder: Path) -> nn.Module:
     if config.get("_class_name") not in AUTOENCODERS:
         raise ModelError(
             f"{folder / CONFIG} says _class_name {config.get('_class_name')!r}: expected one of "
-            f"{', '.join(AUTOENCODERS)}"
+            f"{', '.join(AUTOENCODERS)}; or set pipeline.decoder = false in the recipe to sample latents"
         )
     return _load(config, folder)
 
@@ -123,12 +123,13 @@ def _scales(config: Mapping[str, Any]) -> tuple[float, float]:
 
     For latents of VQ models the factor counts too: diffusers writes it, and its pipelines divide by it.
     """
-    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
     default = 0.18215 if config.get("_class_name") in AUTOENCODERS else 1.0
-    return (
-        default if scale is None else float(scale),
-        0.0 if shift is None else float(shift),
-    )
+    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+    for name, value in (("scaling_factor", scale), ("shift_factor", shift)):
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if value is not None and not number:
+            raise ModelError(f"the autoencoder's config says {name} is {brief(value)}: expected a number")
+    return default if scale is None else float(scale), 0.0 if shift is None else float(shift)
 
 
 def _folders(folder: Path, name: str) -> tuple[Path, ...]:

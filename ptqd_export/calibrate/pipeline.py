@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,7 +36,6 @@ from .weights import read_json
 TEXT = "encoder_hidden_states"
 """The input of a diffusers UNet that text is made for."""
 ENCODERS = ("CLIPTextModel",)
-DECODERS = ("AutoencoderKL", "VQModel")
 F32 = npt.NDArray[np.float32]
 
 
@@ -189,28 +187,21 @@ def round_weights(wrapper: nn.Module) -> dict[str, LayerQuant]:
 
 
 def decoder_part(
-    module: nn.Module, kind: str, config: Mapping[str, Any], latent_shape: tuple[int, int, int], where: str
+    module: nn.Module,
+    kind: str,
+    latent_shape: tuple[int, int, int],
+    where: str,
+    scaling_factor: float = 1.0,
+    shift_factor: float = 0.0,
 ) -> DecoderPart:
     """The decoder of an AutoencoderKL or a VQModel, which is tried.
 
     Args:
-        config: its scaling_factor and shift_factor count.
         latent_shape: of what the network samples.
     Raises:
         ModelError: it does not decode such latents.
     """
-    if kind not in DECODERS:
-        raise ModelError(
-            f"{where} is a {brief(kind)}, expected one of {', '.join(DECODERS)}: set pipeline.decoder = false"
-            " in the recipe to sample latents"
-        )
-    factors = {}
-    for name, default in (("scaling_factor", 1.0), ("shift_factor", 0.0)):
-        value = config.get(name)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ModelError(f"{where} says {name} is {brief(value)}: expected a number")
-        factors[name] = float(value)
+    config: Mapping[str, Any] = getattr(module, "config", {})
     for name in ("latents_mean", "latents_std"):
         if config.get(name) is not None:
             raise ModelError(
@@ -232,8 +223,8 @@ def decoder_part(
         cast(Literal["AutoencoderKL", "VQModel"], kind),
         latent_shape,
         (channels, height, width),
-        factors["scaling_factor"],
-        factors["shift_factor"],
+        scaling_factor,
+        shift_factor,
     )
 
 
@@ -296,13 +287,10 @@ class _Quantized(_Plain):
 
 def _open_decoder(source: Source) -> DecoderPart:
     assert source.read_first_stage is not None
-    module: Any = source.read_first_stage()
-    config = dict(module.config) | {
-        "scaling_factor": source.scaling_factor,
-        "shift_factor": source.shift_factor,
-    }
+    module, shape = source.read_first_stage(), source.network.info.sample_shape
     where = f"the first stage of {source.network.info.name}"
-    return decoder_part(module, type(module).__name__, config, source.network.info.sample_shape, where)
+    factors = source.scaling_factor, source.shift_factor
+    return decoder_part(module, type(module).__name__, shape, where, *factors)
 
 
 def _open_text(folder: Path, tokenizers: Sequence[Path]) -> TextPart:

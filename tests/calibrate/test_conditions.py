@@ -237,19 +237,21 @@ def test_parts_of_a_latent_pipeline(tmp_path: Path) -> None:
     """The autoencoder is read when asked for, and decodes as diffusers' own does."""
     from diffusers import AutoencoderKL
 
-    from ptqd_export.calibrate import open_parts
+    from ptqd_export.calibrate import open_source
 
     torch.manual_seed(2)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     settings = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 1}
     vae = AutoencoderKL(**blocks, **settings, scaling_factor=0.5).eval()
     folder = save_pipeline(tmp_path / "latent", tiny_unet(num_class_embeds=None))
-    assert open_parts(plain(folder)).first_stage() is None
+    assert open_source(plain(folder)).read_first_stage is None
     vae.save_pretrained(folder / "vae")
-    first = open_parts(plain(folder)).first_stage()
+    source = open_source(plain(folder))
+    assert source.read_first_stage is not None and source.scaling_factor == 0.5
+    first: Any = source.read_first_stage()
     x = torch.randn(1, 1, 8, 8)
     with torch.no_grad():
-        assert first is not None and torch.equal(first.decode(x), vae.decode(x / 0.5).sample)
+        assert torch.equal(first.decode(x).sample, vae.decode(x).sample)
 
 
 def test_all_conditions_are_inputs_of_the_graph(tmp_path: Path) -> None:
@@ -260,8 +262,9 @@ def test_all_conditions_are_inputs_of_the_graph(tmp_path: Path) -> None:
     from ptqd_export.export import export_fp
 
     unet = text_unet(
-        block_out_channels=(16,), down_block_types=("DownBlock2D",), mid_block_type=None, up_block_types=("UpBlock2D",),
-        in_channels=9, class_embed_type="timestep", time_cond_proj_dim=8, addition_embed_type="text_time",
+        block_out_channels=(16,), down_block_types=("DownBlock2D",), mid_block_type=None,
+        up_block_types=("UpBlock2D",), in_channels=9, class_embed_type="timestep", time_cond_proj_dim=8,
+        addition_embed_type="text_time",
         addition_time_embed_dim=4, projection_class_embeddings_input_dim=40,
     )  # fmt: skip
     network = open_model(plain(text_pipeline(tmp_path / "m", unet, projection_dim=16)))
