@@ -42,7 +42,7 @@ def from_checkpoint(recipe: Recipe) -> Source:
         ModelError: the configuration or the checkpoint cannot be read, or they do not fit.
     """
     spec = recipe.model
-    file = recipe.path(spec.checkpoint)
+    file = recipe.checkpoint
     config = LdmConfig.read(recipe.path(spec.ldm_config)) if spec.ldm_config else None
     held = read_checkpoint(file)
     config = recognise(held, file) if config is None else config
@@ -62,7 +62,7 @@ def from_checkpoint(recipe: Recipe) -> Source:
     factor = 1 if first is None else 2 ** (len(first.ddconfig.ch_mult) - 1)
     around = Around(tokens=config.condition.tokens, scale=factor)
     inputs = declare(spec, declared, shape, config.where, around)
-    if not config.unet.use_spatial_transformer:
+    if not config.unet.use_spatial_transformer and config.unet.num_head_channels == -1:
         unet_config["attention_heads"] = config.unet.num_heads
     module = bare(adapted(module, table))
     info = ModelInfo(recipe.model_name, shape, inputs, weights_sha256(unet_config, module))

@@ -165,7 +165,7 @@ def override(recipe: Recipe, **options: Any) -> Recipe:
 
     for name in ("checkpoint", "ldm_config"):
         if options[name] is not None:
-            put("model", name, str(options[name].resolve()))
+            put("model", name, str(options[name].absolute()))
     for name in ("solver", "n_steps", "eta", "guidance_scale", "guidance_rescale"):
         put("sampler", name, options[name])
     if options["calib_size"] is not None:

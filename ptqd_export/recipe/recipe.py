@@ -60,12 +60,17 @@ class Recipe:
         if spec.name:
             return spec.name
         if spec.checkpoint:
-            file = self.path(spec.checkpoint)
+            file = self.checkpoint
             return file.parent.name if file.stem in UNTOLD_NAMES else file.stem
         code, separator, _ = spec.source.rpartition(":")
         if separator and code.endswith(".py"):
             return self.path(code).stem
         return self.path(spec.source).name
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint by the name that it was given: in a hub's cache, a link to a file without one."""
+        return self.folder.resolve() / self.model.checkpoint
 
     def path(self, text: str) -> Path:
         """A path of the recipe as an absolute path."""
@@ -122,8 +127,8 @@ class Recipe:
         file = path / RECIPE_FILE if path.is_dir() else path
         if path.is_dir() and not file.exists():
             return cls.from_dict({"model": {"source": str(path.resolve())}}, path.resolve())
-        if path.suffix in CHECKPOINTS:
-            return cls.from_dict({"model": {"checkpoint": str(path.resolve())}}, path.resolve().parent)
+        if path.suffix in CHECKPOINTS and not path.is_dir():
+            return cls.from_dict({"model": {"checkpoint": path.name}}, path.parent.resolve())
         if path.suffix == ".py" or ".py:" in path.name:
             raise RecipeError(
                 f"{path}: a model from a function needs a recipe that says model.source, model.sample_shape "

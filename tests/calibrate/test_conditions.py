@@ -261,12 +261,11 @@ def test_all_conditions_are_inputs_of_the_graph(tmp_path: Path) -> None:
 
     from ptqd_export.export import export_fp
 
-    unet = text_unet(
-        block_out_channels=(16,), down_block_types=("DownBlock2D",), mid_block_type=None,
-        up_block_types=("UpBlock2D",), in_channels=9, class_embed_type="timestep", time_cond_proj_dim=8,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4, projection_class_embeddings_input_dim=40,
-    )  # fmt: skip
+    blocks = {"block_out_channels": (16,), "mid_block_type": None}
+    blocks |= {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+    added |= {"projection_class_embeddings_input_dim": 40, "class_embed_type": "timestep"}
+    unet = text_unet(**blocks, **added, in_channels=9, time_cond_proj_dim=8)
     network = open_model(plain(text_pipeline(tmp_path / "m", unet, projection_dim=16)))
     info = network.info
     assert len(info.inputs) == 6

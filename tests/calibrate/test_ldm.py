@@ -10,18 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ldm_models import CONFIGURATIONS, Original, original, small, write
+from ldm_models import CONFIGURATIONS, Original, edit, ldm_recipe, original, shallow, small, write
 from ldm_original import UNetModel
 from models import assert_one_line
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ptqd_export.calibrate import open_model, open_source
 from ptqd_export.calibrate.source import Source
 from ptqd_export.core.sampling import Sampling
-from ptqd_export.errors import RecipeError
-from ptqd_export.recipe import Recipe
 
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+CROSS = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 CLOSE = 1e-5
 """Largest relative distance (L2) of outputs that are computed in float32 in another order."""
 SHAPES = {"cin256-v2": (3, 16, 16), "lsun_beds256": (3, 16, 16), "lsun_churches256": (4, 16, 16),
@@ -31,11 +30,6 @@ SCALES = {"cin256-v2": 1.0, "lsun_beds256": 1.0, "v1-inference": 0.18215}
 
 def distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
-
-
-def recipe(folder: Path, **model: Any) -> Recipe:
-    files = {"checkpoint": "model.ckpt", "ldm_config": "config.yaml"}
-    return Recipe.from_dict({"model": files | model}, folder)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +67,7 @@ def feeds(source: Source, model: Original) -> tuple[dict[str, Tensor], dict[str,
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_equal_to_the_original(name: str, made: Callable[[str], tuple[Path, Original]]) -> None:
     folder, model = made(name)
-    source = open_source(recipe(folder))
+    source = open_source(ldm_recipe(folder))
     info = source.network.info
     assert (info.name, info.sample_shape) == (name, SHAPES[name])
     ours, theirs = feeds(source, model)
@@ -100,7 +94,7 @@ def test_equal_to_the_original(name: str, made: Callable[[str], tuple[Path, Orig
 def test_a_wrong_import_would_be_seen(made: Callable[[str], tuple[Path, Original]]) -> None:
     """What the configurations hide is large: head counts, and weights that are not averaged."""
     folder, model = made("lsun_churches256")
-    source = open_source(recipe(folder))
+    source = open_source(ldm_recipe(folder))
     ours, theirs = feeds(source, model)
     with torch.no_grad():
         expected = model.unet(**theirs)
@@ -110,32 +104,32 @@ def test_a_wrong_import_would_be_seen(made: Callable[[str], tuple[Path, Original
         assert distance(source.network.module(**ours), expected) > 100 * CLOSE
         write(folder / "trained", small("lsun_churches256") | {}, model.state)
         edit(folder / "trained", "scale_by_std: true", "scale_by_std: true\n    use_ema: false")
-        last = open_source(recipe(folder / "trained"))
+        last = open_source(ldm_recipe(folder / "trained"))
         assert distance(last.network.module(**ours), expected) > 100 * CLOSE
 
 
 def test_class_labels_are_looked_up_in_the_network(made: Callable[[str], tuple[Path, Original]]) -> None:
     folder, _ = made("cin256-v2")
-    network = open_model(recipe(folder))
+    network = open_model(ldm_recipe(folder))
     (labels,) = network.info.inputs
     assert (labels.name, labels.num_classes, labels.null_class) == ("class_labels", 1001, 1000)
     assert len(network.info.labels) == 1000 and "label_table" in dict(network.module.named_modules())
-    assert open_model(recipe(folder, null_class=5)).info.inputs[0].null_class == 5
+    assert open_model(ldm_recipe(folder, null_class=5)).info.inputs[0].null_class == 5
 
 
 def test_text_of_stable_diffusion(made: Callable[[str], tuple[Path, Original]]) -> None:
     folder, _ = made("v1-inference")
-    (text,) = open_model(recipe(folder)).info.inputs
+    (text,) = open_model(ldm_recipe(folder)).info.inputs
     assert (text.name, text.shape) == ("encoder_hidden_states", (77, 24))
 
 
 def test_the_weights_of_the_text_encoder(tmp_path: Path) -> None:
-    config = small("v1-inference")
+    config = shallow("v1-inference")
     state = original(config).state
     name = "cond_stage_model.transformer.text_model.embeddings."
     state |= {name + "position_ids": torch.arange(77), name + "token_embedding.weight": torch.ones(4, 2)}
     write(tmp_path, config, state)
-    read = open_source(recipe(tmp_path)).read_text_state
+    read = open_source(ldm_recipe(tmp_path)).read_text_state
     assert read is not None and list(read()) == ["text_model.embeddings.token_embedding.weight"]
 
 
@@ -186,11 +180,11 @@ def test_the_table_is_in_the_graph(tmp_path: Path) -> None:
 )
 def test_other_settings(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
     """The new order of qkv, residual resampling, inpainting, labels in the UNet, SD 2's attention."""
-    config = small(name)
+    config = shallow(name)
     config["model"]["params"]["unet_config"]["params"] |= changes
     model = original(config)
     write(tmp_path, config, model.state)
-    network = open_model(recipe(tmp_path))
+    network = open_model(ldm_recipe(tmp_path))
     torch.manual_seed(1)
     x, t = torch.randn(2, *network.info.sample_shape), torch.tensor([3, 801])
     ours = {s.name: torch.randn(2, *s.shape) for s in network.info.inputs if s.num_classes is None}
@@ -208,11 +202,11 @@ def test_other_settings(name: str, changes: dict[str, Any], tmp_path: Path) -> N
 
 def test_first_stage_with_attention_in_its_levels(tmp_path: Path) -> None:
     """VQ-f8 of the older ImageNet model."""
-    config = small("lsun_beds256")
+    config = shallow("lsun_beds256")
     config["model"]["params"]["first_stage_config"]["params"]["ddconfig"]["attn_resolutions"] = [128, 64]
     model = original(config)
     write(tmp_path, config, model.state)
-    read = open_source(recipe(tmp_path)).read_first_stage
+    read = open_source(ldm_recipe(tmp_path)).read_first_stage
     assert read is not None
     first: Any = read()
     z = torch.randn(1, 3, 8, 8)
@@ -246,127 +240,18 @@ def test_names_are_those_of_the_converter_of_diffusers(name: str) -> None:
         assert "first_stage_model." + first_stage_name(key, n) in state, key
 
 
-def edit(folder: Path, old: str, new: str) -> None:
-    file = folder / "config.yaml"
-    text = file.read_text()
-    assert old in text
-    file.write_text(text.replace(old, new))
-
-
-@pytest.fixture
-def churches(tmp_path: Path, made: Callable[[str], tuple[Path, Original]]) -> Path:
-    """A folder whose configuration may be changed."""
-    folder, _ = made("lsun_churches256")
-    (tmp_path / "config.yaml").write_bytes((folder / "config.yaml").read_bytes())
-    (tmp_path / "model.ckpt").symlink_to(folder / "model.ckpt")
-    return tmp_path
-
-
-NAME = "model_ema.diffusion_modelout2bias"
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda s: s.pop(NAME), f"lacks 1 tensors of the UNet of .*, such as '{NAME}'"),
-        (
-            lambda s: s.update({"model_ema.diffusion_modelmore": torch.zeros(1)}),
-            "holds 1 tensors that are of no part of the UNet.*such as 'model_ema.diffusion_modelmore'",
-        ),
-        (lambda s: s.update({NAME: torch.zeros(5)}), rf"'{NAME}' .* has shape \(5,\): .* expects \(4,\)"),
-        (
-            lambda s: s.update({NAME: torch.zeros(1).expand(10**6, 10**6)}),
-            r"has shape \(1000000, 1000000\): .* expects \(4,\)",
-        ),
-        (lambda s: s.update({NAME: torch.full((4,), float("nan"))}), "'conv_out.bias' .* holds NaN"),
-        (lambda s: s.pop("scale_factor"), "says scale_by_std, but .* holds no positive scale_factor"),
-        (
-            lambda s: s.update(alphas_cumprod=s["alphas_cumprod"] * 0.99),
-            "was trained with alphas_cumprod 0.98.* gives 0.9985 to 0.00066867 in 1000",
-        ),
-        (lambda s: s.update(alphas_cumprod=s["alphas_cumprod"][:500]), "in 500 steps, but"),
-        (
-            lambda s: [s.pop(key) for key in list(s) if key.startswith("model_ema")],
-            "says use_ema .* holds no model_ema",
-        ),
-    ],
-)
-def test_wrong_checkpoints(
-    made: Callable[[str], tuple[Path, Original]],
-    tmp_path: Path,
-    damage: Callable[[dict[str, Tensor]], Any],
-    message: str,
-) -> None:
-    state = dict(made("lsun_churches256")[1].state)
-    damage(state)
-    write(tmp_path, small("lsun_churches256"), state)
-    assert_one_line(recipe(tmp_path), message)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("num_heads: 8", "num_heads: 7", "num_heads 7 and num_head_channels -1 for channels"),
-        ("num_heads: 8", "num_hats: 8", "unknown key 'num_hats'"),
-        ("model_channels: 32", "model_channels: 64", "has shape .* expects"),
-        ("model_channels: 32", "model_channels: wide", "model_channels: expected int, got 'wide'"),
-        ("num_res_blocks: 1", "num_res_blocks: 1000000000", "layers_per_block' is 1000000000: expected"),
-        ("channel_mult:\n", "ch_mults:\n", "unknown key 'ch_mults'"),
-        ("linear_end: 0.0155", "linear_end: 0.0195", "the configuration is another model's"),
-        ("ddpm.LatentDiffusion", "ddpm.LatentUpscaleDiffusion", "model 'LatentUpscaleDiffusion', which"),
-        ("openaimodel.UNetModel", "dit.DiT", "unet_config 'DiT', which is not supported"),
-        ("embed_dim: 4", "embed_dim: 3", "says embed_dim 3: expected the UNet's 4"),
-        ("double_z: true", "double_z: false", "double_z False: expected true for KL"),
-        ("timesteps: 1000", "timesteps: &a 1000\n    x: *a", "holds YAML aliases"),
-        ("timesteps: 1000", "timesteps: !!python/object/apply:os.getcwd []", "is not plain YAML"),
-        ("timesteps: 1000", "timesteps: [", "is not plain YAML"),
-        ("model:", "network:", "has no model with a target"),
-    ],
-)
-def test_wrong_configurations(churches: Path, old: str, new: str, message: str) -> None:
-    edit(churches, old, new)
-    assert_one_line(recipe(churches), message)
-
-
 def test_another_schedule_is_taken_from_the_checkpoint(tmp_path: Path) -> None:
-    config = small("lsun_beds256")
+    config = shallow("lsun_beds256")
     config["model"]["params"]["beta_schedule"] = "cosine"
     state = original(config).state
     betas = torch.linspace(0.001, 0.5, 1000, dtype=torch.float64)
     state |= {"betas": betas.float(), "alphas_cumprod": torch.cumprod(1 - betas.float().double(), 0).float()}
     write(tmp_path, config, state)
-    scheduler = open_model(recipe(tmp_path)).scheduler_config
+    scheduler = open_model(ldm_recipe(tmp_path)).scheduler_config
     assert scheduler["trained_betas"] == betas.float().double().tolist()
     del state["betas"]
     write(tmp_path, config, state)
-    assert_one_line(recipe(tmp_path), "says beta_schedule cosine, and .* holds no betas")
-
-
-def single(tmp_path: Path, shapes: dict[str, tuple[int, ...]]) -> Recipe:
-    save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, tmp_path / "m.safetensors")
-    return Recipe.from_dict({"model": {"checkpoint": "m.safetensors"}}, tmp_path)
-
-
-FIRST = "model.diffusion_model.input_blocks.0.0.weight"
-CROSS = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-
-
-@pytest.mark.parametrize(
-    ("shapes", "message"),
-    [
-        # recognised, and so asked for the rest
-        ({FIRST: (320, 9, 3, 3), CROSS: (320, 768)}, "lacks 684 tensors of the UNet of v1-inference.yaml"),
-        ({FIRST: (320, 4, 3, 3), CROSS: (320, 1024)}, "looks like Stable Diffusion 2.*give --ldm-config v2"),
-        ({FIRST: (320, 4, 3, 3), "conditioner.x": (1,)}, "Stable Diffusion XL in one file: give its"),
-        ({FIRST: (192, 3, 3, 3)}, "is not Stable Diffusion 1 .*: give its configuration, --ldm-config"),
-        ({"model.diffusion_model.double_blocks.0.x": (1,)}, r"holds a transformer \(Flux, SD 3\)"),
-        ({"x": (1,)}, "it is no checkpoint in CompVis' layout"),
-    ],
-)
-def test_files_without_a_configuration(
-    tmp_path: Path, shapes: dict[str, tuple[int, ...]], message: str
-) -> None:
-    assert_one_line(single(tmp_path, shapes), message)
+    assert_one_line(ldm_recipe(tmp_path), "says beta_schedule cosine, and .* holds no betas")
 
 
 def test_stable_diffusion_1_has_the_published_configuration() -> None:
@@ -380,12 +265,6 @@ def test_stable_diffusion_1_has_the_published_configuration() -> None:
         assert getattr(found, part) == getattr(published, part)
     assert found.unet.to_diffusers(64) == published.unet.to_diffusers(64)
     assert found.params == published.params
-
-
-def test_recipes_that_do_not_go_together(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"model.ldm_config is 'a.yaml', but model.checkpoint is not set"):
-        Recipe.from_dict({"model": {"ldm_config": "a.yaml"}}, tmp_path)
-    assert_one_line(recipe(tmp_path), "the configuration .* cannot be read")
 
 
 def test_full_sizes_without_memory() -> None:

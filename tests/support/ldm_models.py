@@ -14,6 +14,8 @@ from ldm_autoencoder import Autoencoder
 from ldm_original import UNetModel
 from torch import Tensor, nn
 
+from ptqd_export.recipe import Recipe
+
 LDM = "ldm.models.diffusion.ddpm.LatentDiffusion"
 UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 MODULES = "ldm.modules.encoders.modules."
@@ -123,6 +125,16 @@ def small(name: str) -> dict[str, Any]:
     return config
 
 
+def shallow(name: str) -> dict[str, Any]:
+    """`small` with two levels, both with attention: for what does not depend on the depth."""
+    config = small(name)
+    config["model"]["params"]["unet_config"]["params"] |= {
+        "channel_mult": [1, 2],
+        "attention_resolutions": [1, 2],
+    }
+    return config
+
+
 @dataclass
 class Original:
     """A model of a configuration by CompVis' definition, with seeded random weights."""
@@ -179,3 +191,17 @@ def write(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(copy.deepcopy(dict(config)), sort_keys=False))
     torch.save({"epoch": 3, "global_step": 12, "state_dict": dict(state)}, folder / "model.ckpt")
+
+
+def edit(folder: Path, old: str, new: str) -> None:
+    """Replace a text of the configuration."""
+    file = folder / "config.yaml"
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def ldm_recipe(folder: Path, **model: Any) -> Recipe:
+    """The recipe for what `write` wrote."""
+    files = {"checkpoint": "model.ckpt", "ldm_config": "config.yaml"}
+    return Recipe.from_dict({"model": files | model}, folder)
