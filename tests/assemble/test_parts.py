@@ -12,7 +12,7 @@ from text_models import save_text_pipeline
 
 from ptqd_export.assemble.parts import emit_parts
 from ptqd_export.backends import OrtEngine
-from ptqd_export.calibrate import Parts, open_parts
+from ptqd_export.calibrate import Parts, open_parts, open_source
 from ptqd_export.errors import ParityError
 from ptqd_export.recipe import Recipe
 
@@ -35,7 +35,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     """Text encoder and decoder with weights of eight bits."""
     pytest.importorskip("transformers")
     folder = save_text_pipeline(tmp_path_factory.mktemp("models") / "sd")
-    return open_parts(Recipe.from_dict({"model": {"source": "."}, "pipeline": {"weights": "w8a16"}}, folder))
+    recipe = Recipe.from_dict({"model": {"source": "."}, "pipeline": {"weights": "w8a16"}}, folder)
+    return open_parts(recipe, open_source(recipe))
 
 
 def test_parts_of_eight_bits(parts: Parts, tmp_path: Path) -> None:
