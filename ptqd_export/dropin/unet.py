@@ -120,12 +120,15 @@ class PtqdUNet(ModelMixin, ConfigMixin):
             raise RecipeError(
                 f"{self.sampling.model.name} takes no {unknown[0]}: it takes {', '.join(specs) or 'none'}"
             )
-        rows, t = len(sample), round(float(torch.as_tensor(timestep).flatten()[0]))
+        rows, kind = len(sample), self.sampling.schedule.timesteps.dtype
+        t = float(torch.as_tensor(timestep).flatten()[0])
+        if kind == np.int64:
+            t = round(t)
         step = self._step(t)
         x = _numbers(sample, np.float32)
         feeds = {
             SAMPLE: x,
-            TIMESTEP: np.full(rows, t, np.int64),
+            TIMESTEP: np.full(rows, t, kind),
             STEP: np.array([step], np.int64),
             **{name: _condition(spec, held.get(name), rows) for name, spec in specs.items()},
         }
@@ -137,15 +140,15 @@ class PtqdUNet(ModelMixin, ConfigMixin):
             return (output,)
         return (UNet2DConditionOutput if TEXT in specs else UNet2DOutput)(sample=output)
 
-    def _step(self, timestep: int) -> int:
+    def _step(self, timestep: float) -> int:
         """The step whose timestep is nearest."""
         known = self.sampling.schedule.timesteps
         step = int(np.abs(known - timestep).argmin())
-        if known[step] != timestep and not self._told:
+        if not np.isclose(known[step], timestep) and not self._told:
             self._told = True
             warnings.warn(
-                f"timestep {timestep} is not one of the {len(known)} that the bundle was measured at: engine "
-                f"and correction of {known[step]} are used; set as many steps and the same spacing",
+                f"timestep {timestep:g} is not one of the {len(known)} that the bundle was measured at: "
+                f"engine and correction of {known[step]:g} are used; set as many steps and the same spacing",
                 stacklevel=2,
             )
         return step
