@@ -1,5 +1,6 @@
 """A bundle in pipelines of diffusers. Needs torch and diffusers."""
 
+from .scheduler import PtqdScheduler
 from .unet import PtqdUNet
 
-__all__ = ["PtqdUNet"]
+__all__ = ["PtqdScheduler", "PtqdUNet"]
