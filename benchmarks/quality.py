@@ -51,6 +51,8 @@ CONFIGURATIONS: Mapping[str, Mapping[str, object]] = {
     "paper": PAPER,
 }
 
+PLANS = ("w8a8", "w4a8", "w4a4+", "w4a4")
+
 
 @dataclass(frozen=True)
 class Line:
@@ -80,13 +82,12 @@ def paper_plan(n: int) -> str:
 
 
 def tables() -> dict[str, list[Table]]:
-    plans = ["w8a8", "w4a8", "w4a4+", "w4a4"]
     headline = [Line("ours", p) for p in ("w8a8", "w4a8", "w4a4+", paper_plan(20))]
     headline.append(Line("ours", "w8a8", "none"))
     cures = [name for name in CONFIGURATIONS if name not in ("nearest", "paper")]
     ablation = [Line(name, p) for p in ("w8a8", "w4a8", "w4a4") for name in ("first", *cures[2:], "ours")]
     found = {
-        "headline": [Table("eta 0, 20 steps", headline, ("fp32", *plans))],
+        "headline": [Table("eta 0, 20 steps", headline, ("fp32", *PLANS))],
         "ablation": [Table("eta 0, 20 steps", ablation, ("fp32", "w8a8", "w4a8", "w4a4"))],
         "paper": [],
     }
@@ -103,13 +104,15 @@ def tables() -> dict[str, list[Table]]:
 
 def bundle_of(line: Line, of: Table, args: argparse.Namespace) -> Bundle:
     """The bundle of a row, built unless it is there."""
-    name = f"{line.configuration.replace(' ', '_')}-eta{of.eta:g}-{of.n_steps}-{len(of.precisions)}"
+    # One bundle of ours serves all tables.
+    precisions = ("fp32", *PLANS) if line.configuration == "ours" else of.precisions
+    name = f"{line.configuration.replace(' ', '_')}-eta{of.eta:g}-{of.n_steps}-{len(precisions)}"
     path = OUT / name
     recipe = Recipe.load(args.model).override(
         sampler={"eta": of.eta, "n_steps": of.n_steps},
         calibration={"size": args.calib_size, "held_out": max(2, args.calib_size // 2)},
-        quantization={"precisions": of.precisions, **CONFIGURATIONS[line.configuration]},
-        plan={"rule": "fixed", "steps": (of.precisions[1],), "sensitivity": "uniform"},
+        quantization={"precisions": precisions, **CONFIGURATIONS[line.configuration]},
+        plan={"rule": "fixed", "steps": (precisions[1],), "sensitivity": "uniform"},
     )
     with contextlib.suppress(PTQDError):
         bundle = Bundle.open(path)
@@ -144,9 +147,10 @@ def measured(of: Table, args: argparse.Namespace) -> list[tuple[Line, Row, Repor
         report = evaluate(
             bundle,
             candidates,
-            work=OUT / f"samples-{bundle.path.name}",
+            work=OUT / "samples",
             num_samples=args.samples,
             workers=args.workers,
+            gaps=False,
             classifier=args.model / "classifier.onnx",
             data=data,
         )

@@ -321,7 +321,8 @@ def _load_text(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     variant = "fp16" if half.is_file() and not whole.is_file() else None
     with _quiet(transformers), torch.random.fork_rng(devices=[]):
         try:
-            module, told = transformers.CLIPTextModel.from_pretrained(
+            reader: Any = transformers.CLIPTextModel
+            module, told = reader.from_pretrained(
                 folder,
                 local_files_only=True,
                 use_safetensors=True,

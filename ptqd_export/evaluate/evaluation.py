@@ -76,6 +76,7 @@ def evaluate(
     classifier: Path | None = None,
     data: Path | None = None,
     resamples: int = RESAMPLES,
+    gaps: bool = True,
     drawn: Callable[[Mapping[str, F64]], None] = lambda psnr: None,
 ) -> Report:
     """Sample every candidate and the reference, and compare them.
@@ -91,6 +92,7 @@ def evaluate(
         classifier: an ONNX file, see `features.Classifier`; without it there are no distances and classes.
         data: a safetensors file, see `features.Data`.
         resamples: of the bootstrap; 0 gives no intervals.
+        gaps: measure the guidance gap, where the model is guided.
         drawn: called with the PSNR of each sample by candidate, (N,) each.
     Raises:
         PTQDError: as `run`; RecipeError for candidates or files that do not fit.
@@ -114,7 +116,7 @@ def evaluate(
             bundle, backend, seed, num_samples, work, tensors or {}, batch_size, workers, device, prompted
         )
         every = [reference, *candidates]
-        gaps = _gaps(setting, every) if m.sampling.guided else None
+        of = _gaps(setting, every) if gaps and m.sampling.guided else None
         exact = _draw(setting, reference)
         counts = resample(num_samples, resamples)
         judged = None if judge is None else judge(exact)
@@ -128,9 +130,7 @@ def evaluate(
             x = _draw(setting, candidate)
             found.append(_measure(candidate, x, exact, judge, judged, known, counts))
     drawn({one.candidate.name: one.psnr for one in found if one.psnr is not None})
-    rows = tuple(
-        _row(one, setting, found[0], None if gaps is None else gaps[i]) for i, one in enumerate(found)
-    )
+    rows = tuple(_row(one, setting, found[0], None if of is None else of[i]) for i, one in enumerate(found))
     return Report(
         model=m.sampling.model.name,
         bundle=bundle.seal,

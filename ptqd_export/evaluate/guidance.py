@@ -72,7 +72,10 @@ def gap_sums(
         sampling = sampling.without(setting.prompted.null)
     n, channels = min(SAMPLES, setting.num_samples), sampling.model.channels
     shape = (3, len(sampling), channels)
-    files = {p: setting.work / setting.key("gap", str(full), str(p), str(n)) / "gap.npy" for p in precisions}
+    files = {
+        p: setting.work / setting.key("gap", setting.bundle.seal, str(full), str(p), str(n)) / "gap.npy"
+        for p in precisions
+    }
     kept = {p: load(file, shape, "float64") for p, file in files.items()}
     found: dict[Precision, Sums] = {p: np.asarray(sums) for p, sums in kept.items() if sums is not None}
     todo = [p for p in precisions if p not in found]

@@ -6,6 +6,7 @@ float32, named by its range of indices. More samples later are added to those th
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bundle.bundle import Bundle
-from ..core.backend import BACKENDS
+from ..core.backend import BACKENDS, TORCH
 from ..core.engine import Array
 from ..errors import PTQDError
 from ..files import digest, writing_file
 from ..runtime import Prompted, draw
+from ..typed import to_plain
 from .candidates import Candidate
 
 F32 = npt.NDArray[np.float32]
@@ -72,9 +74,7 @@ class Setting:
             for table in (self.prompted.conditions, self.prompted.null):
                 conditions += [part for n, v in sorted(table.items()) for part in (n, v.tobytes())]
         libraries = ("ptqd-export", "numpy", *BACKENDS[self.backend].distributions)
-        return digest(
-            self.bundle.seal, self.backend, str(self.seed), *map(_version, libraries), *conditions, *more
-        )[:20]
+        return digest(self.backend, str(self.seed), *map(_version, libraries), *conditions, *more)[:20]
 
 
 def _version(name: str) -> str:
@@ -145,7 +145,27 @@ def load(path: Path, shape: tuple[int, ...], dtype: str) -> npt.NDArray[np.float
 
 
 def _folder(setting: Setting, candidate: Candidate) -> Path:
-    return setting.work / setting.key(candidate.name)
+    return setting.work / setting.key(candidate.name, *_deciding(setting, candidate))
+
+
+def _deciding(setting: Setting, candidate: Candidate) -> list[str]:
+    """What decides a candidate's samples in its bundle: another bundle may hold the same engines."""
+    bundle, backend, m = setting.bundle, setting.backend, setting.bundle.manifest
+    held = [bundle.seal]  # of a simulation, all of the bundle
+    if backend != TORCH:
+        files = [m.artifact(precision, backend).file for precision in candidate.plan.precisions]
+        graphs = {graph.file: graph.digest for graph in m.graphs}
+        held = [graphs.get(file, m.files[file].sha256) for file in files]
+    emission = BACKENDS[backend].emission
+    own = [
+        array.tobytes()
+        for precision in candidate.plan.precisions
+        if not precision.is_float
+        for array in vars(bundle.correction(precision, emission)).values()
+    ]
+    sigmas = bundle.sigmas(backend, candidate.plan).tobytes()
+    plain = json.dumps([to_plain(m.sampling), to_plain(m.pipeline)])
+    return [plain, *held, digest(sigmas, *own)]
 
 
 def _read(setting: Setting, candidate: Candidate) -> tuple[F32, npt.NDArray[np.bool_]]:

@@ -136,7 +136,7 @@ def test_what_is_known_of_other_errors() -> None:
 
 
 def test_usage_errors_are_one_line(invoke: Invoke) -> None:
-    assert "Missing argument 'RECIPE_OR_MODEL'" in invoke("build").error
+    assert "nothing to build: give a recipe" in invoke("build").error
     assert "--quick" in invoke("verify", "x", "--quick").error
     assert (
         "'best' is not one of 'ddim', 'ddpm'" in invoke("build", "x", "--out", "y", "--solver", "best").error
