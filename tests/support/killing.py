@@ -176,8 +176,8 @@ def _prepare(recipe: str) -> dict[str, Any]:
     network = open_model(Recipe.load(recipe))
     base, whole = export_fp(network.module, network.info), assemble.export_fp
 
-    def exported(module: Any, info: Any) -> Any:
-        return base if info == network.info else whole(module, info)
+    def exported(module: Any, info: Any, *more: Any) -> Any:
+        return base if info == network.info else whole(module, info, *more)
 
     assemble.export_fp = exported
     return {}
