@@ -89,15 +89,16 @@ class Base:
         if slim:
             _slim(bundle, folder)
         else:
-            for file in bundle.iterdir():
-                shutil.copyfile(file, folder / file.name)
+            shutil.copytree(bundle, folder, dirs_exist_ok=True)
         manifest = json.loads((folder / MANIFEST).read_text())
-        return cls(folder, manifest, {f.name: f.stat().st_size for f in folder.iterdir()})
+        files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+        return cls(folder, manifest, {f.relative_to(folder).as_posix(): f.stat().st_size for f in files})
 
     @cached_property
     def graphs(self) -> list[str]:
-        """Names of the network's graphs, each once."""
-        return list(dict.fromkeys(graph["file"] for graph in self.manifest["graphs"]))
+        """Names of the network's graphs, each once, and of the parts'."""
+        parts = [name for name in self.sizes if name.endswith("/model.onnx")]
+        return list(dict.fromkeys(graph["file"] for graph in self.manifest["graphs"])) + parts
 
     @cached_property
     def _contents(self) -> dict[str, bytes]:
@@ -186,6 +187,7 @@ class Draft:
         files: dict[str, Any] = {}
         before = self.data.get("files") if isinstance(self.data, dict) else None
         for name in self.base.sizes.keys() - self.contents.keys() - {MANIFEST}:
+            (folder / name).parent.mkdir(exist_ok=True)
             os.link(self.base.folder / name, folder / name)
         for name, content in self.contents.items():
             place(folder, name, content)
@@ -302,15 +304,17 @@ def _slim(bundle: Path, folder: Path) -> None:
     graphs = {g["file"] for g in m["graphs"]} | {m["update"]["file"]}
     contents = _repack(bundle, sorted(graphs))
     arrays = load((bundle / TABLES).read_bytes())
-    contents[TABLES] = save({k: a for k, a in arrays.items() if k.partition(".")[0] in kept})
+    contents[TABLES] = save({k: a for k, a in arrays.items() if k.partition(".")[0] in (*kept, "null")})
     arrays = load((bundle / QUANTIZATION).read_bytes())
     bits = {int(a[0]) for k, a in arrays.items() if k.endswith("/bits") and k.partition("/")[0] in kept}
     grids = {f"codes/w{b}" for b in bits} | {"codes/fp8"}
     contents[QUANTIZATION] = save(
         {k: a for k, a in arrays.items() if k.partition("/")[0] in kept or k.rpartition("/")[0] in grids}
     )
+    contents |= {name: (bundle / name).read_bytes() for name in m["files"] if "/" in name}
     m["files"] = {name: entry_of(content) for name, content in contents.items()}
     for name, content in contents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     text = json.dumps(m | {SEAL: ZEROS.decode()}, indent=1).encode()
     (folder / MANIFEST).write_bytes(text.replace(ZEROS, hashlib.sha256(text).hexdigest().encode(), 1))
