@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..base import Draft, NotApplicable
 
 Change = Callable[[Draft], object]
-FAILED = (NotApplicable, LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
+FAILED = (NotApplicable, RecursionError, LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
 """What a mutation may raise on a draft that an earlier one has spoilt."""
 
 
