@@ -41,8 +41,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy ptqd_export
 
+# Two processes, each file in one of them.
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-gpu: $(INSTALLED_GPU)
 	$(BIN_GPU)/pytest -m gpu -rs
