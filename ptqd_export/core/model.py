@@ -17,7 +17,7 @@ from ..errors import RecipeError
 from ..typed import brief
 from .engine import EPSILON, SAMPLE, STEP, TIMESTEP, Array
 
-MAX_CLASSES, MAX_NAME = 1_000_000, 200
+MAX_CLASSES, MAX_NAME, MAX_INPUTS = 1_000_000, 200, 64
 MAX_ELEMENTS, MAX_CONDITION = 2**24, 2**22
 """Most elements of one sample or condition: far above any real model, so that no file can exhaust memory."""
 
@@ -130,6 +130,7 @@ class ModelInfo:
             "printed",
         )
         names = [SAMPLE, TIMESTEP, STEP, EPSILON, *(spec.name for spec in self.inputs)]
+        _need(len(self.inputs) <= MAX_INPUTS, f"{len(self.inputs)} inputs: expected {MAX_INPUTS} at most")
         twice = next((name for name in names if names.count(name) > 1), None)
         _need(twice is None, f"two inputs are called {brief(twice)}: give each a name of its own")
         classes = sum(spec.num_classes is not None for spec in self.inputs)

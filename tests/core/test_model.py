@@ -131,6 +131,7 @@ LABELS = InputSpec("y", num_classes=4)
         ({"sample_shape": (1, -4, -4)}, r"sample_shape is \[1, -4, -4\]"),
         ({"sample_shape": (1, 2**14, 2**15)}, f"at most {MAX_ELEMENTS} elements"),
         ({"inputs": (LABELS, LABELS)}, "two inputs are called 'y'"),
+        ({"inputs": (InputSpec("x", "float32"),) * 65}, "65 inputs: expected 64 at most"),
         ({"inputs": (LABELS, InputSpec("z", num_classes=2))}, "declares two class-label inputs"),
         *(
             ({"inputs": (InputSpec(name, "float32"),)}, f"two inputs are called '{name}'")
