@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -44,6 +45,12 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [to_plain(item) for item in value]
     return str(value) if isinstance(value, Enum) else value
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of a class's fields; a file may hold the same class many times."""
+    return typing.get_type_hints(kind)
 
 
 def _fields(kind: Any) -> list[dataclasses.Field[Any]]:
@@ -120,7 +127,7 @@ def _place(where: str, key: object) -> str:
 def _read_dataclass(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise RecipeError(f"{where}: expected a table, got {brief(value)}")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     fields = {field.name: field for field in _fields(kind)}
     for key in value:
         if key not in fields:
