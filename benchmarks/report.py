@@ -23,8 +23,6 @@ SECTIONS = {
     "engine-builds": _BENCHMARKS,
     "input-grids": _BENCHMARKS,
     "quality-headline": _BENCHMARKS,
-    "quality-ablation": _BENCHMARKS,
-    "quality-paper": _BENCHMARKS,
     "one-step": _BENCHMARKS,
     "plan-ranking": _BENCHMARKS,
     "rounding": _BENCHMARKS,
