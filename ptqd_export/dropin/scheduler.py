@@ -48,7 +48,8 @@ class PtqdScheduler:
         self.init_noise_sigma = float(schedule.start)
         self.timesteps = torch.from_numpy(schedule.timesteps.copy())
         self.num_inference_steps = schedule.n_steps
-        self.config = FrozenDict({"prediction_type": schedule.prediction_type})  # type: ignore[no-untyped-call]
+        config: Any = FrozenDict
+        self.config = config({"prediction_type": schedule.prediction_type})
         self._next, self._kept = 0, State(np.zeros(0)).kept
 
     def __len__(self) -> int:
