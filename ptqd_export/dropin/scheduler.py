@@ -48,8 +48,8 @@ class PtqdScheduler:
         self.init_noise_sigma = float(schedule.start)
         self.timesteps = torch.from_numpy(schedule.timesteps.copy())
         self.num_inference_steps = schedule.n_steps
-        config: Any = FrozenDict
-        self.config = config({"prediction_type": schedule.prediction_type})
+        frozen: Any = FrozenDict
+        self.config = frozen({"prediction_type": schedule.prediction_type})
         self._next, self._kept = 0, State(np.zeros(0)).kept
 
     def __len__(self) -> int:
