@@ -57,6 +57,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/engine_builds.py --write
 	$(BIN)/python benchmarks/input_grids.py --write
 	$(BIN)/python benchmarks/quality.py --only headline --write
+	$(BIN)/python benchmarks/quality.py --only ablation --samples 512 --write
 	$(BIN)/python benchmarks/one_step.py --write
 	$(BIN)/python benchmarks/plan_ranking.py benchmarks/out/ours-eta0-20-5 --samples 256 --write
 	$(BIN)/python benchmarks/rounding.py --n-steps 5 --calib-size 10 --samples 16 --iterations 200 --write

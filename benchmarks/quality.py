@@ -214,6 +214,10 @@ def text_of(of: Table, args: argparse.Namespace) -> str:
     return f"**{of.title}**\n\n{table(head, rows)}\n\n{note}"
 
 
+SECTIONS = {"headline": "quality-headline", "ablation": "quality-ablation"}
+"""Where tables stand."""
+
+
 def main() -> None:
     every = tables()
     parser = argparse.ArgumentParser(
@@ -225,14 +229,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--only", nargs="+", default=list(every), choices=list(every))
     parser.add_argument("--no-data", action="store_true", help="leave distances to data out")
-    parser.add_argument("--write", action="store_true", help="put the headline into docs/benchmarks.md")
+    parser.add_argument(
+        "--write", action="store_true", help="put tables into docs/benchmarks.md"
+    )
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     for name in args.only:
         text = "\n\n".join([*(text_of(of, args) for of in every[name]), f"{machine()}."])
         print(text)
-        if args.write and name == "headline":
-            write_section("quality-headline", text)
+        if args.write and name in SECTIONS:
+            write_section(SECTIONS[name], text)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ SECTIONS = {
     "engine-builds": _BENCHMARKS,
     "input-grids": _BENCHMARKS,
     "quality-headline": _BENCHMARKS,
+    "quality-ablation": _BENCHMARKS,
     "one-step": _BENCHMARKS,
     "plan-ranking": _BENCHMARKS,
     "rounding": _BENCHMARKS,
