@@ -229,9 +229,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--only", nargs="+", default=list(every), choices=list(every))
     parser.add_argument("--no-data", action="store_true", help="leave distances to data out")
-    parser.add_argument(
-        "--write", action="store_true", help="put tables into docs/benchmarks.md"
-    )
+    parser.add_argument("--write", action="store_true", help="put tables into docs/benchmarks.md")
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     for name in args.only:
