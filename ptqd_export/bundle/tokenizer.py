@@ -55,8 +55,9 @@ def read_prompts(file: Path) -> tuple[str, ...]:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise RecipeError(f"{file} is not valid UTF-8 in line {line}: save it as UTF-8") from error
-    except BundleError as error:
-        raise RecipeError(str(error)) from error
+    except BundleError as error:  # its advice is for the files of a bundle
+        why = str(error).removeprefix(f"{file} ").partition(": ")[0]
+        raise RecipeError(f"{file} {why}: give a text file with a prompt a line") from error
     except OSError as error:
         raise RecipeError(
             f"{file} cannot be read ({error.strerror}): give a text file with a prompt a line"
