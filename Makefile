@@ -41,9 +41,8 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy ptqd_export
 
-# Two processes, each file in one of them.
 test: check
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest
 
 test-gpu: $(INSTALLED_GPU)
 	$(BIN_GPU)/pytest -m gpu -rs

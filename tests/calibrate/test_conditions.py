@@ -257,8 +257,8 @@ def test_parts_of_a_latent_pipeline(tmp_path: Path) -> None:
 def test_all_conditions_are_inputs_of_the_graph(tmp_path: Path) -> None:
     """With a batch of another size than that of the export."""
     import onnx_ir as ir
-    import onnxruntime
 
+    from ptqd_export.backends import OrtEngine
     from ptqd_export.export import export_fp
 
     blocks = {"block_out_channels": (16,), "mid_block_type": None}
@@ -273,7 +273,7 @@ def test_all_conditions_are_inputs_of_the_graph(tmp_path: Path) -> None:
     torch.manual_seed(0)
     feeds = {"sample": torch.randn(3, 4, 8, 8), "timestep": torch.tensor([3, 40, 700])}
     feeds |= {spec.name: torch.rand(3, *spec.shape) for spec in info.inputs}
-    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
-    (found,) = session.run(None, {name: value.numpy() for name, value in feeds.items()})
+    with OrtEngine(tmp_path / "m.onnx") as engine:
+        (found,) = engine({name: value.numpy() for name, value in feeds.items()}).values()
     with torch.no_grad():
         np.testing.assert_allclose(found, network.module(**feeds), atol=1e-4)

@@ -147,8 +147,8 @@ class Crossed(nn.Module):
 
 def test_the_table_is_in_the_graph(tmp_path: Path) -> None:
     import onnx_ir as ir
-    import onnxruntime
 
+    from ptqd_export.backends import OrtEngine
     from ptqd_export.calibrate.conditions import adapted
     from ptqd_export.core.model import InputSpec, ModelInfo
     from ptqd_export.export import export_fp
@@ -162,9 +162,9 @@ def test_the_table_is_in_the_graph(tmp_path: Path) -> None:
     graph = export_fp(adapted(plain_module, table), info)
     ir.save(graph, tmp_path / "m.onnx")
     assert [value.name for value in graph.graph.inputs] == ["sample", "timestep", "class_labels"]
-    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     given = {"sample": x.numpy(), "timestep": t.numpy(), "class_labels": labels.numpy()}
-    (found,) = session.run(None, given)
+    with OrtEngine(tmp_path / "m.onnx") as engine:
+        (found,) = engine(given).values()
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
