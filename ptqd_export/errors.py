@@ -40,3 +40,9 @@ class BackendUnavailable(PTQDError):
 
 class ParityError(PTQDError):
     """An engine and its simulation disagree by more than rounding can explain."""
+
+
+def need(ok: bool, message: str) -> None:
+    """Raise RecipeError with `message` unless `ok`."""
+    if not ok:
+        raise RecipeError(message)

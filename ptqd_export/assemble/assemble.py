@@ -28,10 +28,9 @@ from ..core.plan import Plan, by_paper
 from ..core.precision import FP32, HALF_BITS, Precision
 from ..core.quant import QuantizedNetwork
 from ..core.sampling import Sampling
-from ..errors import ModelError, RecipeError
+from ..errors import RecipeError
 from ..export import export_fp, exported_layers, write_variants
-from ..files import digest as hashed
-from ..files import empty_folder, replacing, work_folder
+from ..files import digest, empty_folder, replacing, work_folder
 from ..recipe import Recipe
 from ..typed import to_plain
 from .choose import choose, fixed_plan, sampled
@@ -98,14 +97,8 @@ def _prompted(recipe: Recipe, network: Network, parts: Parts, say: Say) -> tuple
 
     Raises:
         RecipeError: the recipe has prompts for a network without text, or values beside them.
-        ModelError: the decoder is not for what the network samples.
     """
-    spec, shape = recipe.calibration, network.info.sample_shape
-    if parts.decoder is not None and parts.decoder.latent_shape != shape:
-        raise ModelError(
-            f"the decoder takes {parts.decoder.latent_shape}, {network.info.name} samples {shape}: "
-            "set pipeline.decoder = false in the recipe"
-        )
+    spec = recipe.calibration
     own = bool(spec.prompts or spec.prompts_file)
     if not parts.texts:
         if own:
@@ -140,8 +133,9 @@ def _fill(
 ) -> Manifest:
     """Write everything but the manifest into `folder`; returns the manifest."""
     spec = recipe.quantization
-    digest = recipe.digest("model", "sampler", "calibration", "pipeline")
-    key = key_of(to_plain(sampling), digest, parts.digest, _digests(prompted), _versions())
+    asked = recipe.digest("model", "sampler", "calibration", "pipeline")
+    conditions = {name: digest(value.tobytes()) for name, value in prompted.items()}
+    key = key_of(to_plain(sampling), asked, parts.digest, conditions, _versions())
     say(f"{network.info.name}: {sampling.summary}")
     # First: no calibration if the export fails.
     base = export_fp(network.module, network.info, sampling.schedule.timesteps.dtype.name)
@@ -220,10 +214,6 @@ def _fill(
         files={},
         pipeline=pipeline,
     )
-
-
-def _digests(arrays: Mapping[str, Array]) -> dict[str, str]:
-    return {name: hashed(value.tobytes()) for name, value in arrays.items()}
 
 
 def _layer_bits(network: QuantizedNetwork) -> dict[str, tuple[str, ...]]:

@@ -23,6 +23,7 @@ from ..bundle.pipeline import (
 )
 from ..calibrate import DecoderPart, Parts, TextPart
 from ..core.backend import Emission
+from ..core.figures import relative_rms
 from ..core.precision import FP32, Precision
 from ..core.quant import QuantizedNetwork
 from ..errors import ParityError
@@ -112,11 +113,9 @@ def _check(
     Raises:
         ParityError: it does not; says by how much.
     """
-    expected = part.compute(feed[1]).astype(np.float64)
     with OrtEngine(file) as engine:
         (got,) = engine({feed[0]: feed[1]}).values()
-    error = np.asarray(got, np.float64) - expected
-    off = float(np.sqrt((error**2).mean() / max((expected**2).mean(), 1e-30)))
+    off = relative_rms(got, part.compute(feed[1]))
     if not off <= TOLERANCE:
         raise ParityError(
             f"the graph of {file.parent.name} differs from its module by {off:.2g} of what it yields, "

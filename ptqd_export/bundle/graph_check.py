@@ -121,11 +121,13 @@ def _check(data: bytes, expected: Expected) -> int:
         raise _Refused("is marked as ONNX Runtime's own format, expected an ONNX graph")
     graph = read_graph(data, inline)
     _check_versions(graph, expected.emission)
-    part = expected.part
+    part, constants = expected.part, graph.initializers.values()
     if part is not None:
-        inputs, outputs = _part_interface(part)
+        (inputs, outputs), limits = _part_interface(part), part_limits(part.positions, constants)
+    elif update:
+        (inputs, outputs), limits = _update_interface(sampling), update_limits(sampling)
     else:
-        inputs, outputs = _update_interface(sampling) if update else _network_interface(graph, sampling)
+        (inputs, outputs), limits = _network_interface(graph, sampling), network_limits(sampling, constants)
     _check_interface(graph, inputs, outputs)
     end = _check_initializers(graph, expected)
     operators = {op: DEFAULT[op] for op in UPDATE} if update else DEFAULT
@@ -135,11 +137,6 @@ def _check(data: bytes, expected: Expected) -> int:
             _check_step(node, graph, steps, 1 if update else sampling.model.channels)
     if update:
         _check_timesteps(graph, sampling)
-    constants = graph.initializers.values()
-    if part is not None:
-        limits = part_limits(part.positions, constants)
-    else:
-        limits = update_limits(sampling) if update else network_limits(sampling, constants)
     _check_values(graph, inputs, outputs, limits)
     return end
 

@@ -26,8 +26,8 @@ from .reading import FileEntry
 
 FORMAT_VERSION = 5
 UPDATE = "update"
-MAX_BOPS = 1 << 80
 """What files and messages call the sampler's update, where they call a network by its precision."""
+MAX_BOPS = 1 << 80
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Literal
 
 from ..core.model import MAX_CONDITION, MAX_ELEMENTS, ModelInfo
 from ..core.precision import Precision
-from ..errors import RecipeError
+from ..errors import need
 from ..typed import brief
 from .tokenizer import MAX_TOKENS, MAX_VOCABULARY, MERGES, VOCABULARY, Special
 
@@ -33,11 +33,6 @@ EncoderFolder = Literal["text_encoder", "text_encoder_2"]
 TokenizerFolder = Literal["tokenizer", "tokenizer_2"]
 TOKENIZER_FILES = (VOCABULARY, MERGES, "tokenizer_config.json", "special_tokens_map.json")
 """That a bundle takes over from a model; the first two are read."""
-
-
-def _need(ok: bool, message: str) -> None:
-    if not ok:
-        raise RecipeError(message)
 
 
 @dataclass(frozen=True)
@@ -82,17 +77,17 @@ class TextEncoder:
     special: Special
 
     def __post_init__(self) -> None:
-        _need(DIGEST.fullmatch(self.digest) is not None, f"digest {brief(self.digest)} of {self.folder}")
-        _need(
+        need(DIGEST.fullmatch(self.digest) is not None, f"digest {brief(self.digest)} of {self.folder}")
+        need(
             3 <= self.tokens <= MAX_TOKENS and self.width >= 1 and self.tokens * self.width <= MAX_CONDITION,
             f"{self.folder} has states of {self.tokens} by {self.width}",
         )
-        _need(
+        need(
             2 <= self.vocabulary <= MAX_VOCABULARY and -MAX_LAYERS <= self.hidden_layer < 0,
             f"{self.folder} has {self.vocabulary} tokens and layer {self.hidden_layer}",
         )
         s = self.special
-        _need(
+        need(
             all(0 <= i < self.vocabulary for i in (s.begin, s.end, s.pad, s.unknown)),
             f"{self.tokenizer} has special tokens beyond its vocabulary of {self.vocabulary}",
         )
@@ -125,22 +120,22 @@ class Decoder:
     image_range: tuple[float, float]
 
     def __post_init__(self) -> None:
-        _need(DIGEST.fullmatch(self.digest) is not None, f"digest {brief(self.digest)} of {VAE_DECODER}")
+        need(DIGEST.fullmatch(self.digest) is not None, f"digest {brief(self.digest)} of {VAE_DECODER}")
         for shape in (self.latent_shape, self.picture_shape):
-            _need(
+            need(
                 all(1 <= size <= MAX_ELEMENTS for size in shape) and math.prod(shape) <= MAX_ELEMENTS,
                 f"{VAE_DECODER} has a shape {brief(list(shape))}: expected at most {MAX_ELEMENTS} elements",
             )
-        _need(
+        need(
             self.picture_shape[0] in (1, 3),
             f"{VAE_DECODER} gives {self.picture_shape[0]} channels: expected 1 or 3",
         )
-        _need(
+        need(
             1 / MAX_FACTOR <= abs(self.scaling_factor) <= MAX_FACTOR and abs(self.shift_factor) <= MAX_FACTOR,
             f"factors {self.scaling_factor:g} and {self.shift_factor:g} of {VAE_DECODER}",
         )
         low, high = self.image_range
-        _need(-MAX_FACTOR <= low < high <= MAX_FACTOR, f"{VAE_DECODER} has pictures from {low:g} to {high:g}")
+        need(-MAX_FACTOR <= low < high <= MAX_FACTOR, f"{VAE_DECODER} has pictures from {low:g} to {high:g}")
 
     @property
     def folder(self) -> str:
@@ -166,12 +161,12 @@ class Pipeline:
     encoders: tuple[TextEncoder, ...] = ()
 
     def __post_init__(self) -> None:
-        _need(self.latent or self.decoder is None, "a decoder of a network that samples pictures")
+        need(self.latent or self.decoder is None, "a decoder of a network that samples pictures")
         for what, names in (
             ("encoders", [encoder.folder for encoder in self.encoders]),
             ("tokenizers", [encoder.tokenizer for encoder in self.encoders]),
         ):
-            _need(len(set(names)) == len(names), f"two text {what} in one folder")
+            need(len(set(names)) == len(names), f"two text {what} in one folder")
 
     @property
     def parts(self) -> tuple[TextEncoder | Decoder, ...]:
@@ -198,7 +193,7 @@ class Pipeline:
             RecipeError: they do not.
         """
         if self.decoder is not None:
-            _need(
+            need(
                 self.decoder.latent_shape == model.sample_shape,
                 f"{VAE_DECODER} takes {self.decoder.latent_shape}, the network samples {model.sample_shape}",
             )
@@ -207,7 +202,7 @@ class Pipeline:
             own = [encoder for encoder in self.encoders if encoder.input == name]
             made = (own[0].tokens, sum(encoder.width for encoder in own))
             same = {encoder.tokens for encoder in own} == {own[0].tokens}
-            _need(
+            need(
                 same and shapes.get(name) == made,
                 f"text encoders give {made} for {brief(name)}, the network takes {shapes.get(name)}",
             )

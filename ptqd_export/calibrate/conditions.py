@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.model import InputSpec
+from ..core.model import LABELS, TEXT, InputSpec
 from ..errors import ModelError
 from ..recipe import ModelSpec
 
-TEXT, LABELS, EXTRA = "encoder_hidden_states", "class_labels", "extra_channels"
-POOLED, SIZES, GUIDANCE = "text_embeds", "time_ids", "timestep_cond"
+EXTRA, POOLED, SIZES, GUIDANCE = "extra_channels", "text_embeds", "time_ids", "timestep_cond"
 ADDED = (POOLED, SIZES)
 CONDITION_UNET = "UNet2DConditionModel"
 LABEL_TABLE = "label_table"

@@ -62,20 +62,18 @@ def from_folder(recipe: Recipe, folder: Path) -> Source:
     check_sizes(config, where)
     scheduler = scheduler_config(recipe, folder)
     shape = sample_shape(spec, config, where)
-    inputs = declare(spec, config, shape, where, _around(folder))
+    first = next((folder / name for name in FIRST_STAGES if (folder / name / CONFIG).is_file()), None)
+    about = {} if first is None else read_json(first / CONFIG)
+    inputs = declare(spec, config, shape, where, _around(folder, about))
     module = bare(adapted(_load(config, unet)))
     kept = {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
     info = ModelInfo(recipe.model_name, shape, inputs, weights_sha256(kept, module))
-    first = next((folder / name for name in FIRST_STAGES if (folder / name / CONFIG).is_file()), None)
-    about = {} if first is None else read_json(first / CONFIG)
     return Source(
         Network(module, info, scheduler),
-        config,
         None if first is None else lambda: _first_stage(about, first),
         *_scales(about),
         text_encoders=_folders(folder, "text_encoder"),
         tokenizers=_folders(folder, "tokenizer"),
-        files=(unet,),
     )
 
 
@@ -137,7 +135,7 @@ def _folders(folder: Path, name: str) -> tuple[Path, ...]:
     return tuple(f for f in (folder / (name + end) for end in ("", "_2", "_3")) if f.is_dir())
 
 
-def _around(folder: Path) -> Around:
+def _around(folder: Path, first_stage: Mapping[str, Any]) -> Around:
     """What a pipeline's other configs say of a UNet's inputs."""
     tokens = pooled = None
     for encoder in _folders(folder, "text_encoder"):
@@ -149,8 +147,7 @@ def _around(folder: Path) -> Around:
         file = tokenizer / "tokenizer_config.json"
         most = _count(read_json(file).get("model_max_length")) if file.is_file() else None
         tokens = most if tokens is None else min(tokens, most or tokens)
-    first = next((folder / name for name in FIRST_STAGES if (folder / name / CONFIG).is_file()), None)
-    levels = read_json(first / CONFIG).get("block_out_channels") if first is not None else None
+    levels = first_stage.get("block_out_channels")
     if isinstance(levels, list) and 1 <= len(levels) <= 8:
         return Around(tokens, pooled, 2 ** (len(levels) - 1))
     return Around(tokens, pooled)

@@ -69,11 +69,9 @@ def from_checkpoint(recipe: Recipe) -> Source:
     scale = _scale(config, held, file)
     return Source(
         Network(module, info, scheduler),
-        unet_config,
         None if first is None else lambda: _first_stage(config, scale, file),
         scale,
         read_text_state=_text_state(config, file),
-        files=(file,),
     )
 
 

@@ -7,7 +7,6 @@ wherever those come from.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,8 +21,10 @@ from ..bundle.pipeline import VAE_DECODER, EncoderFolder, TokenizerFolder
 from ..bundle.tokenizer import Tokenizer
 from ..core.backend import install_hint
 from ..core.engine import Array
+from ..core.model import TEXT
 from ..core.quant import LayerQuant
 from ..errors import BackendUnavailable, ModelError
+from ..files import digest
 from ..recipe import Recipe
 from ..typed import brief
 from .construct import check_sizes
@@ -33,8 +34,6 @@ from .source import Source
 from .tokenizer import read_tokenizer
 from .weights import read_json
 
-TEXT = "encoder_hidden_states"
-"""The input of a diffusers UNet that text is made for."""
 ENCODERS = ("CLIPTextModel",)
 F32 = npt.NDArray[np.float32]
 
@@ -127,7 +126,7 @@ class Parts:
     @property
     def digest(self) -> str:
         """Of everything that decides conditions: the text encoders and their tokenizers."""
-        return hashlib.sha256("".join(part.digest for part in self.texts).encode()).hexdigest()
+        return digest(*(part.digest for part in self.texts))
 
     def encode(self, texts: Sequence[str]) -> dict[str, F32]:
         """Conditions (N, *shape), by input, of texts."""
@@ -247,10 +246,9 @@ def text_part(module: nn.Module, tokenizer: Tokenizer, files: Mapping[str, bytes
         ) from error
     if states.ndim != 3 or states.shape[:2] != ids.shape or not bool(torch.isfinite(states).all()):
         raise ModelError(f"the text encoder gives {tuple(states.shape)}, or NaN, for ids {ids.shape}")
-    digest = hashlib.sha256(weights_sha256({"tokens": tokenizer.tokens}, module).encode())
-    for name, content in sorted(files.items()):
-        digest.update(name.encode() + hashlib.sha256(content).digest())
-    return TextPart(encoder, tokenizer, files, int(states.shape[2]), digest.hexdigest(), **about)
+    held = (part for item in sorted(files.items()) for part in item)
+    key = digest(weights_sha256({"tokens": tokenizer.tokens}, module), *held)
+    return TextPart(encoder, tokenizer, files, int(states.shape[2]), key, **about)
 
 
 class _States(nn.Module):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,22 +17,17 @@ class Source:
 
     Attributes:
         network: the UNet with its inputs and its scheduler config.
-        unet_config: the UNet's diffusers config; `attention_heads` besides where one head count holds for
-            all levels, which no config of diffusers says.
         read_first_stage: reads the autoencoder, or None for a model of pixels.
         scaling_factor: latents are the autoencoder's times this, less `shift_factor` before.
         read_text_state: reads the weights of a CLIP text encoder in a single file, by transformers' names.
         text_encoders: folders of text encoders, in the order of the pipeline.
         tokenizers: folders of their tokenizers.
-        files: the files that the UNet was read from.
     """
 
     network: Network
-    unet_config: Mapping[str, Any] = field(default_factory=dict)
     read_first_stage: Callable[[], nn.Module] | None = None
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
     read_text_state: Callable[[], dict[str, Tensor]] | None = None
     text_encoders: tuple[Path, ...] = ()
     tokenizers: tuple[Path, ...] = ()
-    files: tuple[Path, ...] = ()

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 
 @dataclass(frozen=True)
 class LayerFigures:
@@ -83,6 +86,13 @@ class FloatFigures:
     def summary(self) -> str:
         """One line for people."""
         return f"equal to the torch model within {self.largest_relative_error:.1g} RMS"
+
+
+def relative_rms(got: npt.NDArray[np.generic], expected: npt.NDArray[np.generic]) -> float:
+    """RMS of the difference of two arrays, relative to the RMS of `expected`."""
+    right = expected.astype(np.float64)
+    error = got.astype(np.float64) - right
+    return float(np.sqrt((error**2).mean() / max((right**2).mean(), 1e-30)))
 
 
 Figures = FloatFigures | QuantizedFigures

@@ -13,18 +13,15 @@ from typing import Literal
 
 import numpy as np
 
-from ..errors import RecipeError
+from ..errors import RecipeError, need
 from ..typed import brief
 from .engine import EPSILON, SAMPLE, STEP, TIMESTEP, Array
 
+TEXT, LABELS = "encoder_hidden_states", "class_labels"
+"""What diffusers' UNets call text and classes."""
 MAX_CLASSES, MAX_NAME, MAX_INPUTS = 1_000_000, 200, 64
 MAX_ELEMENTS, MAX_CONDITION = 2**24, 2**22
 """Most elements of one sample or condition: far above any real model, so that no file can exhaust memory."""
-
-
-def _need(ok: bool, message: str) -> None:
-    if not ok:
-        raise RecipeError(message)
 
 
 def _bounded(shape: tuple[int, ...], most: int) -> bool:
@@ -63,32 +60,32 @@ class InputSpec:
     def __post_init__(self) -> None:
         n, null = self.num_classes, self.null_class
         said = f"input {brief(self.name)}"
-        _need(
+        need(
             self.name.isprintable(),
             f"the input name {brief(self.name)} holds characters that cannot be printed: use others",
         )
-        _need(
+        need(
             _bounded(self.shape, MAX_CONDITION),
             f"{said} has shape {brief(list(self.shape))}: expected positive sizes, at most {MAX_CONDITION} "
             "elements",
         )
         if self.dtype == "float32":
-            _need(n is None, f"{said} is float32 and has num_classes: only int64 class labels have classes")
+            need(n is None, f"{said} is float32 and has num_classes: only int64 class labels have classes")
         else:
             label = n is not None and self.shape == ()
-            _need(label, f"{said} is int64: a class label needs num_classes >= 1 and shape []")
-            _need(1 <= (n or 0) <= MAX_CLASSES, f"{said}: num_classes is {brief(n)}: give 1 to {MAX_CLASSES}")
-        _need(
+            need(label, f"{said} is int64: a class label needs num_classes >= 1 and shape []")
+            need(1 <= (n or 0) <= MAX_CLASSES, f"{said}: num_classes is {brief(n)}: give 1 to {MAX_CLASSES}")
+        need(
             not (self.default or self.kept) or self.dtype == "float32",
             f"{said} is a class label and has default or kept: only float32 inputs have them",
         )
-        _need(
+        need(
             len(self.default) in (0, math.prod(self.shape)) and all(map(math.isfinite, self.default)),
             f"{said} has a default of {len(self.default)} numbers: expected {math.prod(self.shape)}, finite, "
             "one per element",
         )
         fits = null is None or (n is not None and n > 1 and 0 <= null < n)
-        _need(
+        need(
             fits,
             f"{said}: null_class is {brief(null)}: give one of at least two ids below num_classes ({n})",
         )
@@ -119,25 +116,25 @@ class ModelInfo:
     )
 
     def __post_init__(self) -> None:
-        _need(
+        need(
             len(self.sample_shape) == 3 and _bounded(self.sample_shape, MAX_ELEMENTS),
             f"sample_shape is {brief(list(self.sample_shape))}: expected [channels, height, width], "
             f"at most {MAX_ELEMENTS} elements",
         )
-        _need(
+        need(
             self.name.isprintable() and len(self.name) <= MAX_NAME,
             f"the model's name {brief(self.name)}: expected at most {MAX_NAME} characters that can be "
             "printed",
         )
         names = [SAMPLE, TIMESTEP, STEP, EPSILON, *(spec.name for spec in self.inputs)]
-        _need(len(self.inputs) <= MAX_INPUTS, f"{len(self.inputs)} inputs: expected {MAX_INPUTS} at most")
+        need(len(self.inputs) <= MAX_INPUTS, f"{len(self.inputs)} inputs: expected {MAX_INPUTS} at most")
         twice = next((name for name in names if names.count(name) > 1), None)
-        _need(twice is None, f"two inputs are called {brief(twice)}: give each a name of its own")
+        need(twice is None, f"two inputs are called {brief(twice)}: give each a name of its own")
         classes = sum(spec.num_classes is not None for spec in self.inputs)
-        _need(classes <= 1, "the model declares two class-label inputs: at most one is supported")
+        need(classes <= 1, "the model declares two class-label inputs: at most one is supported")
         shapes = {spec.name: spec.shape for spec in self.inputs if spec.num_classes is None}
         for name, value in self.null.items():
-            _need(
+            need(
                 value.shape == shapes.get(name),
                 f"the value of {brief(name)} without a condition has shape {value.shape}: expected "
                 f"{shapes.get(name)}",

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..bundle.bundle import Bundle
 from ..core.backend import ORT_CPU
 from ..core.plan import Plan
-from ..core.sampling import State
+from ..core.sampling import F64, State
 from ..errors import RecipeError
 
 
@@ -50,7 +50,8 @@ class PtqdScheduler:
         self.num_inference_steps = schedule.n_steps
         frozen: Any = FrozenDict
         self.config = frozen({"prediction_type": schedule.prediction_type})
-        self._next, self._kept = 0, State(np.zeros(0)).kept
+        self._kept: tuple[F64, ...]
+        self.set_begin_index(0)
 
     def __len__(self) -> int:
         return len(self._sampling)

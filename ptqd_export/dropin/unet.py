@@ -26,12 +26,10 @@ from torch import Tensor
 
 from ..bundle.bundle import Bundle
 from ..core.engine import EPSILON, SAMPLE, STEP, TIMESTEP, Array
-from ..core.model import InputSpec
+from ..core.model import LABELS, TEXT, InputSpec
 from ..core.plan import Plan
 from ..errors import RecipeError
 from ..runtime import Runtime
-
-TEXT, CLASSES = "encoder_hidden_states", "class_labels"
 
 
 class PtqdUNet(ModelMixin, ConfigMixin):
@@ -60,6 +58,7 @@ class PtqdUNet(ModelMixin, ConfigMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.runtime = Runtime(bundle, backend, plan, device=device)
         self.sampling = self.runtime.bundle.manifest.sampling
+        self._coefficients = self.sampling.schedule.epsilon_coefficients()
         self._places = torch.device("cpu"), torch.float32
         self._told = False
         model = self.sampling.model
@@ -75,8 +74,8 @@ class PtqdUNet(ModelMixin, ConfigMixin):
         }
         if TEXT in specs:
             config["cross_attention_dim"] = specs[TEXT].shape[-1]
-        if CLASSES in specs:
-            config["num_class_embeds"] = specs[CLASSES].num_classes
+        if LABELS in specs:
+            config["num_class_embeds"] = specs[LABELS].num_classes
         self.register_to_config(**config)  # type: ignore[no-untyped-call]
 
     @property
@@ -113,7 +112,7 @@ class PtqdUNet(ModelMixin, ConfigMixin):
         Raises:
             RecipeError: a condition is missing, not taken, or has a wrong shape.
         """
-        given = {TEXT: encoder_hidden_states, CLASSES: class_labels, **(added_cond_kwargs or {}), **others}
+        given = {TEXT: encoder_hidden_states, LABELS: class_labels, **(added_cond_kwargs or {}), **others}
         held = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         specs = {spec.name: spec for spec in self.sampling.model.inputs}
         if unknown := sorted(held.keys() - specs.keys()):
@@ -133,7 +132,7 @@ class PtqdUNet(ModelMixin, ConfigMixin):
             **{name: _condition(spec, held.get(name), rows) for name, spec in specs.items()},
         }
         epsilon = self.runtime.engine_at(step)(feeds)[EPSILON]
-        gain, offset = (row[step] for row in self.sampling.schedule.epsilon_coefficients())
+        gain, offset = (row[step] for row in self._coefficients)
         output = torch.from_numpy(np.asarray((epsilon - offset * x) / gain, np.float32))
         output = output.to(sample.device, sample.dtype)
         if not return_dict:

@@ -116,7 +116,7 @@ def evaluate(
             bundle, backend, seed, num_samples, work, tensors or {}, batch_size, workers, device, prompted
         )
         every = [reference, *candidates]
-        of = _gaps(setting, every) if gaps and m.sampling.guided else None
+        found_gaps = _gaps(setting, every) if gaps and m.sampling.guided else None
         exact = _draw(setting, reference)
         counts = resample(num_samples, resamples)
         judged = None if judge is None else judge(exact)
@@ -130,7 +130,10 @@ def evaluate(
             x = _draw(setting, candidate)
             found.append(_measure(candidate, x, exact, judge, judged, known, counts))
     drawn({one.candidate.name: one.psnr for one in found if one.psnr is not None})
-    rows = tuple(_row(one, setting, found[0], None if of is None else of[i]) for i, one in enumerate(found))
+    rows = tuple(
+        _row(one, setting, found[0], None if found_gaps is None else found_gaps[i])
+        for i, one in enumerate(found)
+    )
     return Report(
         model=m.sampling.model.name,
         bundle=bundle.seal,

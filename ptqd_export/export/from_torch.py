@@ -60,9 +60,7 @@ def export_fp(module: torch.nn.Module, info: ModelInfo, timestep: str = "int64")
     ]
     example = tuple(torch.from_numpy(array).to(device) for array in arrays)
     wrapper = _wrap(module, list(conditions))
-    model = _export(wrapper, example, names, OUTPUT, info.name, variadic=True)
-    _note_origins(model, module)
-    return _cleaned(model)
+    return _export(wrapper, module, example, names, OUTPUT, info.name, variadic=True)
 
 
 def export_part(
@@ -81,14 +79,13 @@ def export_part(
     """
     import torch
 
-    model = _export(module.eval(), (torch.from_numpy(feed[1]),), [feed[0]], output, name, variadic=False)
-    inner = module.get_submodule("module")
-    _note_origins(model, inner)
-    return _cleaned(model)
+    inner, example = module.get_submodule("module"), (torch.from_numpy(feed[1]),)
+    return _export(module.eval(), inner, example, [feed[0]], output, name, variadic=False)
 
 
 def _export(
     wrapper: torch.nn.Module,
+    inner: torch.nn.Module,
     example: tuple[torch.Tensor, ...],
     names: list[str],
     output: str,
@@ -99,6 +96,7 @@ def _export(
     """The exporter's model of a wrapper around a module `module`, with weights of its own.
 
     Args:
+        inner: that module.
         what: name for messages.
         variadic: its forward takes `*tensors`.
     """
@@ -126,12 +124,10 @@ def _export(
             f"{what} cannot be exported to ONNX: expected a module that returns one tensor, the raw "
             "network output"
         )
-    _check_batch(program.model, names, what)
-    _own_weights(program.model)
-    return program.model
-
-
-def _cleaned(model: ir.Model) -> ir.Model:
+    model = program.model
+    _check_batch(model, names, what)
+    _own_weights(model)
+    _note_origins(model, inner)
     _strip(model)
     _name_batch(model)
     return model

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..core.backend import ENGINE_BACKENDS, RUNNABLE
 from ..core.engine_build import CAPABILITY
 from ..core.precision import Precision
-from ..errors import RecipeError
+from ..errors import need
 from ..typed import brief
 
 if TYPE_CHECKING:
@@ -22,10 +22,6 @@ def check(recipe: Recipe) -> None:
         RecipeError: a value is out of range.
     """
     s, c, q, p = recipe.sampler, recipe.calibration, recipe.quantization, recipe.plan
-
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            raise RecipeError(message)
 
     need(s.n_steps >= 1, f"sampler.n_steps is {s.n_steps}: give at least 1")
     need(0 <= s.eta <= 1, f"sampler.eta is {s.eta}: give a value in [0, 1] (0 is DDIM, 1 is DDPM)")

@@ -14,7 +14,8 @@ from ..bundle.bundle import Bundle
 from ..bundle.pipeline import INPUT_IDS, STATES, TextEncoder, graph_file
 from ..bundle.tokenizer import MERGES, VOCABULARY, Tokenizer, check_prompt
 from ..core.backend import ORT_CPU
-from ..core.engine import Array, Engine
+from ..core.engine import Array
+from ..core.figures import relative_rms
 from ..errors import ParityError, RecipeError
 from ..typed import brief
 
@@ -120,13 +121,9 @@ def _encode(bundle: Bundle, encoder: TextEncoder, texts: Sequence[str]) -> tuple
         str(bundle.file(folder)),
     )
     ids, cut = tokenizer(texts)
-    with _opened(bundle, encoder) as engine:
+    with contextlib.closing(open_engine(ORT_CPU, bundle.file(graph_file(encoder)))) as engine:
         parts = [engine({INPUT_IDS: ids[i : i + AT_ONCE]})[STATES] for i in range(0, len(ids), AT_ONCE)]
     return np.concatenate(parts).astype(np.float32, copy=False), cut
-
-
-def _opened(bundle: Bundle, encoder: TextEncoder) -> contextlib.closing[Engine]:
-    return contextlib.closing(open_engine(ORT_CPU, bundle.file(graph_file(encoder))))
 
 
 def _note(text: str, cut: int, encoder: TextEncoder) -> str:
@@ -138,8 +135,7 @@ def _note(text: str, cut: int, encoder: TextEncoder) -> str:
 
 def _check(expected: Mapping[str, Array], got: Mapping[str, F32]) -> None:
     for name, value in got.items():
-        right = np.asarray(expected[name], np.float64)
-        off = float(np.sqrt(((value - right) ** 2).mean() / max((right**2).mean(), 1e-30)))
+        off = relative_rms(value, expected[name])
         if not off <= TOLERANCE:
             raise ParityError(
                 "the text encoder computes something else here than where the bundle was built (off by "
