@@ -63,8 +63,8 @@ class PtqdUNet(ModelMixin, ConfigMixin):
         self._told = False
         model = self.sampling.model
         specs = {spec.name: spec for spec in model.inputs}
-        self._class = UNet2DConditionModel if TEXT in specs else UNet2DModel
-        parameters = inspect.signature(self._class.__init__).parameters.values()
+        kind = UNet2DConditionModel if TEXT in specs else UNet2DModel
+        parameters = inspect.signature(kind.__init__).parameters.values()
         height, width = model.sample_shape[1:]
         config = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
         config |= {
@@ -124,7 +124,7 @@ class PtqdUNet(ModelMixin, ConfigMixin):
         if kind == np.int64:
             t = round(t)
         step = self._step(t)
-        x = _numbers(sample, np.float32)
+        x = _numbers(sample)
         feeds = {
             SAMPLE: x,
             TIMESTEP: np.full(rows, t, kind),
@@ -157,8 +157,8 @@ class PtqdUNet(ModelMixin, ConfigMixin):
         self.runtime.close()
 
 
-def _numbers(value: Tensor, dtype: Any) -> Array:
-    return np.ascontiguousarray(value.detach().to("cpu", torch.float32).numpy().astype(dtype))
+def _numbers(value: Tensor) -> Array:
+    return np.ascontiguousarray(value.detach().to("cpu", torch.float32).numpy())
 
 
 def _condition(spec: InputSpec, value: Tensor | None, rows: int) -> Array:
@@ -168,4 +168,4 @@ def _condition(spec: InputSpec, value: Tensor | None, rows: int) -> Array:
         raise RecipeError(f"{spec.name} has shape {list(value.shape)}: expected {[rows, *spec.shape]}")
     if spec.num_classes is not None:
         return value.detach().cpu().numpy().astype(np.int64)
-    return _numbers(value, np.float32)
+    return _numbers(value)

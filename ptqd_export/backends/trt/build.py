@@ -196,6 +196,7 @@ def _run_child(
             pass  # it ended before it read the request: its exit code tells more
         except BaseException:
             process.kill()
+            process.wait()  # leaving the block does not, after Ctrl-C
             raise
     return process.returncode, records
 
