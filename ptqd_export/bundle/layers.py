@@ -133,7 +133,9 @@ def read_layers(
         layers: dict[Precision, dict[str, LayerQuant]] = {}
         for precision in precisions:
             head, end = f"{precision}/", "/bits"
-            names = [key[len(head) : -len(end)] for key in arrays if key[: len(head)] == head and end in key]
+            names = [
+                key[len(head) : -len(end)] for key in arrays if key.startswith(head) and key.endswith(end)
+            ]
             layers[precision] = {}
             for name in names:
                 own, place = parameters(name), places[str(precision)].get(name)
