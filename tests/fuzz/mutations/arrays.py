@@ -248,8 +248,8 @@ def values(draft: Draft) -> object:
 
 @mutation("arrays/references", weight=2)
 def references(draft: Draft) -> object:
-    """Weight codes lie in no tensor, in one of another layer or type, in a layout that is none; or the table of
-    where they lie is none."""
+    """Weight codes lie in no tensor, in one of another layer or type, in a layout that is none; or the table
+    of where they lie is none."""
     rng = draft.rng
     header, body = split(draft.read(QUANTIZATION))
     start, end = header["codes"]["data_offsets"]
@@ -268,7 +268,7 @@ def references(draft: Draft) -> object:
          "every", "missing", "unknown", "text"]
     )  # fmt: skip
     if place == "every":  # one tensor for all
-        table[precision] = dict.fromkeys(table[precision], [rng.choice(stored), layout])
+        table[precision] = {key: [tensor, layout] for key in table[precision]}
     elif place == "missing":
         del table[precision][layer]
     elif place == "unknown":
