@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bundle.bundle import Bundle, check_target, in_the_way, write_manifest
+from ..bundle.layers import write_layers
 from ..bundle.manifest import Choice, CorrectionRecord, Machine, Manifest, Provenance
-from ..bundle.tables import Key, write_layers, write_tables
+from ..bundle.tables import Key, write_tables
 from ..calibrate import Network, Parts, Trajectories, collect, observe, open_parts, open_source, prompts_of
 from ..core.backend import BACKENDS
 from ..core.engine import Array

@@ -7,8 +7,8 @@ manifest.json                     what is here, what it was measured for, and a 
 update.onnx                       the sampler's step, for backends that keep the state on a device
 <precision>.<backend>.engine      finished engines, for backends that build them
 weights.safetensors               every distinct tensor of all graphs, once
-quantization.safetensors          codes and scales of the quantized layers (the torch backend simulates from
-                                  them)
+quantization.safetensors          scales and grids of the quantized layers, and which tensors of
+                                  weights.safetensors are their codes (the torch backend simulates from them)
 tables.safetensors                per precision and numerics: gain, offset, var, the sums they came from, and
                                   the probe
 vae_decoder/, text_encoder/, ...  the parts around the network (`pipeline`)
@@ -46,6 +46,8 @@ WEIGHTS = "weights.safetensors"
 GRAPH, ENGINE = ".onnx", ".engine"
 MAX_ENGINE_GROWTH, SLACK = 8, 64 * MIB
 """A finished engine may hold the weights this many times over, and this much besides."""
+LAYER_BYTES = 256 << 10
+"""Most bytes that scales and grids of a quantized layer take, on average: those of 16,384 channels."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -243,8 +245,9 @@ def _check_files(manifest: Manifest) -> None:
         if name.endswith(ENGINE):
             most = min(most, MAX_ENGINE_GROWTH * manifest.files[WEIGHTS].size + SLACK)
         elif name == QUANTIZATION:
-            # Codes of 4 bits, which graphs store in pairs, lie in bytes of their own here.
-            most = 2 * manifest.files[WEIGHTS].size + SLACK
+            # Its codes lie in the weights file; what is left are vectors of a few bytes per channel.
+            layers = sum(len(n) for of in manifest.layers.values() for b, n in of.items() if b != "float")
+            most = min(manifest.files[WEIGHTS].size + SLACK, (layers + 1) * LAYER_BYTES)
         elif name == TABLES:
             layout = table_layout(manifest.sampling, manifest.bops, manifest.pipeline.text_inputs)
             most = min(4 * SLACK, layout_bytes(layout))

@@ -13,13 +13,16 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import numpy.typing as npt
 
 from ..errors import BundleError
 from ..typed import brief
+from .stored import Picked
 
 NAME = re.compile(r"(?!\.)[\w.-]{1,120}\.(json|txt|onnx|safetensors|engine)", re.ASCII)
 FOLDERS = (
@@ -75,6 +78,16 @@ class Reader:
         pieces: list[bytes] = []
         self._hash(name, pieces.append)
         return b"".join(pieces)
+
+    def tensors(self, name: str, wanted: Collection[str]) -> dict[str, npt.NDArray[Any]]:
+        """Some tensors of a safetensors file, int8 or uint8, from the content that is hashed.
+
+        Raises:
+            BundleError: as `read`, or the file does not hold them.
+        """
+        picked = Picked(self.root / name, frozenset(wanted), self.files[name].size)
+        self._hash(name, picked.take)
+        return picked.arrays()
 
     def check(self, name: str) -> None:
         """Hash a file.

@@ -6,20 +6,13 @@ tables.safetensors, keys "<precision>.<emission whose numerics>.<name>":
     probe, probe_noise               float32 (2, C, H, W) and float64 (1,), `Probe`
 and beside them "null.<input>", float32: what stands for no condition at an input that text is made for, which
 is the empty prompt's embedding.
-quantization.safetensors, which the torch backend simulates from:
-    codes/<grid>/<layer>             weight codes that precisions share; "<precision>/<layer>/codes" where one
-                                     has its own
-    <precision>/<layer>/weight_scale, bits
-    <precision>/<layer>/input_scale, input_codes     where the input is quantized: `Grid`
-    <precision>/<layer>/output_scale, output_zero    `OutputGrid`, of convs with codes of integers
-    <precision>/<layer>/smooth                       of some of these convs
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -33,7 +26,6 @@ from safetensors.numpy import save
 from ..core.backend import Emission
 from ..core.noise import Correction, NoiseStats
 from ..core.precision import Precision
-from ..core.quant import Grid, LayerQuant, OutputGrid, QuantizedNetwork
 from ..core.sampling import Sampling
 from ..errors import BundleError
 from ..typed import brief
@@ -99,7 +91,7 @@ class Tables:
                 value that is not finite.
         """
         _check_header(data, file, table_layout(sampling, precisions, texts))
-        arrays = {name: array.astype(np.float64) for name, array in _parse(data, file).items()}
+        arrays = {name: array.astype(np.float64) for name, array in parse_arrays(data, file).items()}
         for name, array in arrays.items():
             if not np.isfinite(array).all():
                 raise BundleError(
@@ -219,7 +211,12 @@ def _key(precision: Precision, emission: Emission, name: str) -> str:
     return f"{precision}.{emission.numerics(precision)}.{name}"
 
 
-def _parse(data: bytes, file: Path) -> Arrays:
+def parse_arrays(data: bytes, file: Path) -> Arrays:
+    """The arrays of a safetensors file, from its content.
+
+    Raises:
+        BundleError: it is none.
+    """
     try:
         return parse_safetensors(data)
     except (SafetensorError, *MALFORMED) as error:
@@ -252,114 +249,3 @@ def write_tables(
                     getattr(value, field.name)
                 )
     folder.joinpath(TABLES).write_bytes(save(arrays))
-
-
-def write_layers(folder: Path, networks: Mapping[Precision, QuantizedNetwork]) -> None:
-    """Write codes and scales of the quantized layers into a bundle's folder."""
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    for precision, network in networks.items():
-        for layer in network.layers.values():
-            head = f"{precision}/{layer.name}"
-            arrays[f"{head}/weight_scale"] = np.ascontiguousarray(layer.weight_scale)
-            if layer.input is not None:
-                arrays[f"{head}/input_scale"] = np.array([layer.input.scale], np.float32)
-                arrays[f"{head}/input_codes"] = np.array([layer.input.lo, layer.input.hi], np.int64)
-            if layer.output is not None:
-                arrays[f"{head}/output_scale"] = np.ascontiguousarray(layer.output.scale)
-                arrays[f"{head}/output_zero"] = np.ascontiguousarray(layer.output.zero_point)
-            if layer.smooth is not None:
-                arrays[f"{head}/smooth"] = np.ascontiguousarray(layer.smooth)
-            shared = _shared_codes(layer.name, layer.number, layer.weight_bits)
-            codes = np.ascontiguousarray(layer.weight)
-            # Precisions with the same weights share their codes, unless a bias made one of them take other
-            # scales.
-            arrays[shared if np.array_equal(arrays.get(shared, codes), codes) else f"{head}/codes"] = codes
-            arrays[f"{head}/bits"] = np.array([layer.weight_bits, layer.activation_bits], np.int64)
-    folder.joinpath(QUANTIZATION).write_bytes(save(arrays))
-
-
-def _shared_codes(layer: str, number: str, weight_bits: int) -> str:
-    return f"codes/{'fp8' if number == 'fp8' else f'w{weight_bits}'}/{layer}"
-
-
-def read_layers(
-    data: bytes,
-    file: Path,
-    precision: Precision,
-    parameters: Callable[[str], Mapping[str, npt.NDArray[np.float32]]],
-) -> dict[str, LayerQuant]:
-    """The quantized layers of one precision, from the content of `file`.
-
-    Args:
-        parameters: of a module path: its "weight", and its "bias" if it has one.
-    Raises:
-        BundleError: they are damaged, or not those of the model that `parameters` belong to.
-    """
-    arrays = _parse(data, file)
-    try:
-        head = f"{precision}/"
-        names = [
-            key[len(head) : -len("/bits")] for key in arrays if key.startswith(head) and key.endswith("/bits")
-        ]
-        return {name: _layer(arrays, precision, name, parameters(name)) for name in names}
-    except MALFORMED as error:
-        raise BundleError(
-            f"{file} does not hold the layers of this model ({type(error).__name__}: {brief(str(error))}): "
-            "rebuild the bundle"
-        ) from error
-
-
-def _layer(
-    arrays: Arrays, precision: Precision, name: str, parameters: Mapping[str, npt.NDArray[np.float32]]
-) -> LayerQuant:
-    head = f"{precision}/{name}"
-    weight_bits, activation_bits = (int(bits) for bits in _vector(arrays, f"{head}/bits", np.int64, 2))
-    if not (2 <= weight_bits <= 8 and (activation_bits == 16 or 2 <= activation_bits <= 8)):
-        raise ValueError(f"layer {name} has {brief(weight_bits)} and {brief(activation_bits)} bits")
-    own, shared = f"{head}/codes", _shared_codes(name, precision.number, weight_bits)
-    weight = arrays[own if own in arrays else shared]
-    dtype = np.uint8 if precision.number == "fp8" else np.int8
-    if weight.shape != parameters["weight"].shape or weight.dtype != dtype:
-        raise ValueError(f"layer {name} has weights of shape {weight.shape} and type {weight.dtype}")
-    conv, integers = weight.ndim == 4, precision.number == "int" and not precision.weight_only
-    grid = output = smooth = None
-    if not precision.weight_only:
-        (scale,) = _factors(arrays, f"{head}/input_scale", 1)
-        lo, hi = (int(code) for code in _vector(arrays, f"{head}/input_codes", np.int64, 2))
-        grid = Grid(float(scale), lo, hi)
-        ends = (-448, 448) if precision.number == "fp8" else (max(-255, hi - 255), min(255, lo + 255))
-        if not ends[0] <= lo <= 0 <= hi <= ends[1]:
-            raise ValueError(f"layer {name} has an input grid of {lo} to {hi}")
-    if conv and integers:
-        zero = _vector(arrays, f"{head}/output_zero", np.uint8, len(weight))
-        output = OutputGrid(_factors(arrays, f"{head}/output_scale", len(weight)), zero)
-    if conv and integers and f"{head}/smooth" in arrays:
-        smooth = _factors(arrays, f"{head}/smooth", weight.shape[1])
-    return LayerQuant(
-        name=name,
-        kind="conv" if conv else "linear",
-        weight=weight,
-        weight_scale=_factors(arrays, f"{head}/weight_scale", len(weight)),
-        weight_bits=weight_bits,
-        input=grid,
-        activation_bits=activation_bits,
-        output=output,
-        bias=parameters.get("bias"),
-        macs=0,
-        number=precision.number,
-        smooth=smooth,
-    )
-
-
-def _vector(arrays: Arrays, key: str, dtype: type, size: int) -> npt.NDArray[Any]:
-    array = arrays[key]
-    if array.dtype != dtype or array.shape != (size,):
-        raise ValueError(f"{key} is {array.dtype} {array.shape}")
-    return array
-
-
-def _factors(arrays: Arrays, key: str, size: int) -> npt.NDArray[np.float32]:
-    array = _vector(arrays, key, np.float32, size)
-    if not (np.isfinite(array) & (array > 0)).all():
-        raise ValueError(f"{key} holds other than finite values above 0")
-    return array

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bundle.bundle import Bundle
-from ..bundle.tables import QUANTIZATION, read_layers
+from ..bundle.layers import read_layers
 from ..core.backend import Emission
 from ..core.engine import Engine
 from ..core.precision import Precision
@@ -43,18 +43,18 @@ def simulated_engines(
         raise BundleError(
             f"{model} is not the model that {bundle.path} was built from: its weights have another SHA-256"
         )
-    data = bundle.read(QUANTIZATION)
 
     def parameters(name: str) -> Mapping[str, npt.NDArray[np.float32]]:
         found = network.module.get_submodule(name).named_parameters(recurse=False)
         return {key: value.detach().numpy() for key, value in found}
 
+    quantized = [precision for precision in precisions if not precision.is_float]
+    layers = read_layers(bundle.reader, quantized, parameters) if quantized else {}
     engines: dict[Precision, Engine] = {}
     for precision in precisions:
         if precision.is_float:
             engines[precision] = TorchEngine(network.module, sampling)
             continue
-        layers = read_layers(data, bundle.file(QUANTIZATION), precision, parameters)
-        module = simulate(network, QuantizedNetwork(precision, layers), Emission.ORT_CPU)
+        module = simulate(network, QuantizedNetwork(precision, layers[precision]), Emission.ORT_CPU)
         engines[precision] = TorchEngine(module, sampling, bundle.correction(precision, Emission.ORT_CPU))
     return engines

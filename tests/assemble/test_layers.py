@@ -19,7 +19,7 @@ from ptqd_export import run
 from ptqd_export.assemble import assemble, build, layers
 from ptqd_export.assemble.layers import quantize_all
 from ptqd_export.bundle.bundle import MANIFEST
-from ptqd_export.bundle.tables import QUANTIZATION, read_layers
+from ptqd_export.bundle.layers import read_layers
 from ptqd_export.calibrate import open_model
 from ptqd_export.core.bits import LayerSensitivity
 from ptqd_export.core.precision import Precision
@@ -146,7 +146,7 @@ def test_a_bundle_of_a_mixed_precision(tmp_path: Path, monkeypatch: pytest.Monke
     def weight(name: str) -> dict[str, np.ndarray]:
         return {"weight": network.module.get_parameter(f"{name}.weight").detach().numpy()}
 
-    held = read_layers(first.read(QUANTIZATION), Path(QUANTIZATION), MIXED, weight)
+    held = read_layers(first.reader, [MIXED], weight)[MIXED]
     assert {f"w{q.weight_bits}a{q.activation_bits}" for q in held.values()} == {*by_bits} - {"float"}
     for name, layer in held.items():
         assert name in by_bits[f"w{layer.weight_bits}a{layer.activation_bits}"]

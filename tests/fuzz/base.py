@@ -16,9 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from safetensors.numpy import load, load_file, save
+from safetensors.numpy import load, save
 
 MANIFEST, SEAL = "manifest.json", "sha256"
 WEIGHTS, TABLES, QUANTIZATION = "weights.safetensors", "tables.safetensors", "quantization.safetensors"
@@ -112,9 +113,14 @@ class Base:
     @cached_property
     def layers(self) -> dict[str, list[int]]:
         """Shapes of the quantized layers' weights, as the model would say."""
-        arrays = load_file(self.folder / QUANTIZATION)
-        shapes = {key: list(a.shape) for key, a in arrays.items() if key.startswith("codes/")}
-        return {key.split("/", 2)[2]: shape for key, shape in shapes.items()}
+        found: dict[str, list[int]] = {}
+        for name in self.graphs:
+            for tensor in onnx.load(self.folder / name, load_external_data=False).graph.initializer:
+                layer, is_codes, _ = tensor.name.partition(".weight.codes")
+                if is_codes:  # linear layers lie transposed
+                    dims = list(tensor.dims)
+                    found[layer] = dims if len(dims) == 4 else dims[::-1]
+        return found
 
 
 @dataclass
@@ -306,10 +312,11 @@ def _slim(bundle: Path, folder: Path) -> None:
     arrays = load((bundle / TABLES).read_bytes())
     contents[TABLES] = save({k: a for k, a in arrays.items() if k.partition(".")[0] in (*kept, "null")})
     arrays = load((bundle / QUANTIZATION).read_bytes())
-    bits = {int(a[0]) for k, a in arrays.items() if k.endswith("/bits") and k.partition("/")[0] in kept}
-    grids = {f"codes/w{b}" for b in bits} | {"codes/fp8"}
+    places = json.loads(arrays.pop("codes").tobytes())
+    text = json.dumps({p: of for p, of in places.items() if p in kept}).encode()
     contents[QUANTIZATION] = save(
-        {k: a for k, a in arrays.items() if k.partition("/")[0] in kept or k.rpartition("/")[0] in grids}
+        {k: a for k, a in arrays.items() if k.partition("/")[0] in kept}
+        | {"codes": np.frombuffer(text, np.uint8)}
     )
     contents |= {name: (bundle / name).read_bytes() for name in m["files"] if "/" in name}
     m["files"] = {name: entry_of(content) for name, content in contents.items()}
@@ -323,28 +330,24 @@ def _slim(bundle: Path, folder: Path) -> None:
 def _repack(bundle: Path, graphs: list[str]) -> dict[str, bytes]:
     """The graphs, and a weights file of what they take."""
     models = {name: onnx.load(bundle / name, load_external_data=False) for name in graphs}
-    weights = (bundle / WEIGHTS).read_bytes()
-    header: dict[str, Any] = {}
-    data = bytearray()
-    starts: dict[tuple[int, int], int] = {}
+    data = (bundle / WEIGHTS).read_bytes()
+    old, start = header_of(data)
+    names = {start + entry["data_offsets"][0]: name for name, entry in old.items()}
     stored = [t for m in models.values() for t in m.graph.initializer if t.external_data]
-    for tensor in stored:
-        about = {entry.key: entry.value for entry in tensor.external_data}
-        key = int(about["offset"]), int(about["length"])
-        if key not in starts:
-            starts[key] = len(data)
-            data += weights[key[0] : sum(key)] + bytes(-key[1] % 8)
-            offsets = [starts[key], len(data)]
-            shape = [len(data) - starts[key]]
-            header[f"{tensor.name}-{len(starts)}"] = {"dtype": "U8", "shape": shape, "data_offsets": offsets}
-    last = max(start + key[1] for key, start in starts.items())
-    final = header[next(reversed(header))]
-    final["data_offsets"][1], final["shape"] = last, [last - final["data_offsets"][0]]
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 64 - 8)
-    for tensor in stored:
-        about = {entry.key: entry.value for entry in tensor.external_data}
-        start = starts[int(about["offset"]), int(about["length"])] + 8 + len(text)
-        next(entry for entry in tensor.external_data if entry.key == "offset").value = str(start)
+    places = [next(entry for entry in tensor.external_data if entry.key == "offset") for tensor in stored]
+    taken = [names[int(place.value)] for place in places]
+    arrays = load(data)
+    weights = save({name: arrays[name] for name in sorted(set(taken))})
+    new, start = header_of(weights)
+    for place, name in zip(places, taken, strict=True):
+        place.value = str(start + new[name]["data_offsets"][0])
     packed = {name: model.SerializeToString(deterministic=True) for name, model in models.items()}
-    return packed | {WEIGHTS: len(text).to_bytes(8, "little") + text + bytes(data[:last])}
+    return packed | {WEIGHTS: weights}
+
+
+def header_of(data: bytes) -> tuple[dict[str, Any], int]:
+    """Of a safetensors file, and where its tensors begin."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header.pop("__metadata__", None)
+    return header, end

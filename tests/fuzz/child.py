@@ -158,21 +158,14 @@ def layers(words: list[str]) -> None:
     import numpy as np
 
     from ptqd_export.bundle import Bundle
-    from ptqd_export.bundle.tables import QUANTIZATION, read_layers
+    from ptqd_export.bundle.layers import read_layers
     from ptqd_export.cli.common import fail, in_one_line
 
     shapes = json.loads(words[1])
     try:
         bundle = Bundle.open(words[0])
-        data = bundle.read(QUANTIZATION)
-        for precision in bundle.manifest.bops:
-            if not precision.is_float:
-                read_layers(
-                    data,
-                    bundle.file(QUANTIZATION),
-                    precision,
-                    lambda name: {"weight": np.zeros(shapes[name], np.float32)},
-                )
+        precisions = [precision for precision in bundle.manifest.bops if not precision.is_float]
+        read_layers(bundle.reader, precisions, lambda name: {"weight": np.zeros(shapes[name], np.float32)})
     except Exception as error:
         fail(in_one_line(error))
 

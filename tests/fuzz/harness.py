@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from .base import QUANTIZATION, Base, Draft, Link
+from .base import QUANTIZATION, WEIGHTS, Base, Draft, Link
 from .watch import Watch
 
 CHILD = Path(__file__).with_name("child.py")
@@ -148,7 +148,9 @@ def run_case(
     ]
     exact = [str(bundle / target) for target in links] + [str(draft.canary / name) for name in draft.may_open]
     extra = (
-        [["@layers", str(bundle), json.dumps(draft.base.layers)]] if QUANTIZATION in draft.contents else []
+        [["@layers", str(bundle), json.dumps(draft.base.layers)]]
+        if {QUANTIZATION, WEIGHTS} & draft.contents.keys()
+        else []
     )
     request = {
         "folder": str(folder),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -331,14 +332,24 @@ def test_quantization_of_another_network_is_refused(own: Built, tmp_path: Path) 
         with pytest.raises(BundleError, match=message):
             Runtime(Bundle.open(bundle.path), "torch", model=own.recipe)
 
-    name = next(key for key in scales if key.startswith("codes/w8/"))
+    def moved(text: bytes) -> dict[str, Array]:
+        return scales | {"codes": np.frombuffer(text, np.uint8)}
+
+    text = scales["codes"].tobytes()
+    layer, (tensor, layout) = next(iter(json.loads(text)["w8a8"].items()))
+    own_place = f'"{layer}":["{tensor}","{layout}"]'.encode()
+    other = next(place for place in json.loads(text)["w8a8"].values() if place[0] != tensor)
+    assert own_place in text
     for changed in (
-        scales | {name: scales[name][:1]},
-        {key: value for key, value in scales.items() if key != name},
+        moved(text.replace(own_place, f'"{layer}":{json.dumps(other)}'.encode())),
+        moved(text.replace(own_place, b'"nothing":' + own_place.partition(b":")[2])),
+        {key: value for key, value in scales.items() if key != "codes"},
         {f"{key}x": value for key, value in scales.items()} | {"w8a8/nothing/bits": np.array([8, 8])},
     ):
         save_file(changed, file)
         refused(r"does not hold the layers of .*rebuild the bundle")
+    save_file(moved(text.replace(tensor.encode(), b"nothing")), file)
+    refused(r"weights.safetensors has no tensor 'nothing'.*rebuild the bundle")
     file.write_bytes(b"nothing")
     refused(r"quantization.safetensors is damaged .*rebuild the bundle")
 

@@ -246,6 +246,46 @@ def values(draft: Draft) -> object:
     return name, key, value
 
 
+@mutation("arrays/references", weight=2)
+def references(draft: Draft) -> object:
+    """Weight codes lie in no tensor, in one of another layer or type, in a layout that is none; or the table
+    of where they lie is none."""
+    rng = draft.rng
+    header, body = split(draft.read(QUANTIZATION))
+    start, end = header["codes"]["data_offsets"]
+    try:
+        table = json.loads(body[start:end])
+        precision = rng.choice(sorted(table))
+        layer = rng.choice(sorted(table[precision]))
+        tensor, layout = table[precision][layer]
+    except (ValueError, TypeError, LookupError) as error:
+        raise NotApplicable("no table of codes") from error
+    stored = [key for key in split(draft.read(WEIGHTS))[0] if key != "__metadata__"]
+    place = rng.choice(
+        [[rng.choice(stored), layout], ["nothing", layout], ["\x1b[31m" * 50, layout], [tensor, "rows"],
+         [tensor, "columns"], [tensor, "packed rows"], [tensor, "packed columns"], [tensor, "\x1b[31m"],
+         [tensor], [tensor, layout, layout], [None, layout], [tensor, {}], {}, "ab", None, 1e300, 10**400,
+         "every", "missing", "unknown", "text"]
+    )  # fmt: skip
+    if place == "every":  # one tensor for all
+        table[precision] = {key: [tensor, layout] for key in table[precision]}
+    elif place == "missing":
+        del table[precision][layer]
+    elif place == "unknown":
+        table[precision]["x" * 10_000] = table[precision].pop(layer)
+    else:
+        table[precision][layer] = place
+    text = json.dumps(table).encode()
+    if place == "text":
+        text = rng.choice([b"", b"\xff", b"{", b"[" * 200_000, b"null", b"{}", b"[[],", b"[{},", b" "])
+        text *= rng.choice([1, (8 << 20) // max(1, len(text))])
+    header["codes"] |= {"shape": [len(text)], "data_offsets": [len(body), len(body) + len(text)]}
+    # What is left over has a name of its own: safetensors wants no holes.
+    header["old"] = {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
+    draft.contents[QUANTIZATION] = join(header, body + text)
+    return precision, layer, str(place)[:60]
+
+
 @mutation("arrays/bits")
 def bits(draft: Draft) -> object:
     """Some bytes of the file turned."""
