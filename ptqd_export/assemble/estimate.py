@@ -50,8 +50,8 @@ LIBRARIES = 500_000_000
 GRAPH_BYTES = 4000
 """Bytes of a layer in a graph, and of its scales."""
 SIMULATED = 1.5
-"""Time of an evaluation of a simulated network, or of a graph that is run as it is written, relative to that of
-the network itself."""
+"""Time of an evaluation of a simulated network, or of a graph that is run as it is written, relative to that
+of the network itself."""
 LAYER_SECONDS = 0.1
 """Time that a layer takes in a build beside evaluations, at one precision: export, rewriting, checks."""
 
