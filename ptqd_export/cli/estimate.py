@@ -20,7 +20,7 @@ def estimate_text(e: Estimate) -> str:
             f"memory: about {_total(e.memory_bytes)} at the peak; {_bytes(e.free_bytes)} are free here",
             f"evaluations: {sum(e.evaluations.values()):,}, for one sample each: {evaluations}",
             f"time: about {_time(e.seconds)}, an estimate: {_time(e.evaluation_seconds)} per evaluation "
-            "by a second of measuring on this machine as it is now",
+            "by a second of measuring here, if nothing else runs",
             "nothing was written",
         )
     )
