@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..bundle.bundle import Bundle
 from ..core.backend import install_hint
+from ..core.estimate import Estimate
 from ..errors import BackendUnavailable
 from ..recipe import Recipe
 
@@ -32,10 +33,25 @@ def build(
     try:
         from .assemble import assemble
     except ImportError as error:
-        raise BackendUnavailable(
-            f"build needs torch, diffusers and onnx ({error}): {install_hint('build')}"
-        ) from error
+        raise _missing(error) from error
     return assemble(recipe, Path(out), resume=resume, say=say)
+
+
+def estimate(recipe: Recipe, out: Path) -> Estimate:
+    """What building a recipe at `out` will do and take; it reads no weights and writes nothing.
+
+    Raises:
+        PTQDError: see `assemble.estimate.estimate`.
+    """
+    try:
+        from .estimate import estimate as of
+    except ImportError as error:
+        raise _missing(error) from error
+    return of(recipe, out)
+
+
+def _missing(error: ImportError) -> BackendUnavailable:
+    return BackendUnavailable(f"build needs torch, diffusers and onnx ({error}): {install_hint('build')}")
 
 
 def rebuild(

@@ -25,7 +25,7 @@ from ..bundle.tables import Key, write_tables
 from ..calibrate import Network, Parts, Trajectories, collect, observe, open_parts, open_source, prompts_of
 from ..core.backend import BACKENDS
 from ..core.engine import Array
-from ..core.plan import Plan, by_paper
+from ..core.plan import Plan
 from ..core.precision import FP32, HALF_BITS, Precision
 from ..core.quant import QuantizedNetwork
 from ..core.sampling import Sampling
@@ -34,7 +34,7 @@ from ..export import export_fp, exported_layers, write_variants
 from ..files import digest, empty_folder, replacing, work_folder
 from ..recipe import Recipe
 from ..typed import to_plain
-from .choose import choose, fixed_plan, sampled
+from .choose import check_plan, choose, sampled
 from .closed_loop import closed_loop, held_out, measure_sensitivity
 from .engines import ENGINES, Builder, KnownEngines, check_builder, graph_artifact, held_engines
 from .graphs import emit, emit_update, figures_of, judge, probes_of
@@ -77,10 +77,7 @@ def assemble(recipe: Recipe, out: Path, *, resume: bool = True, say: Say = lambd
     parts = open_parts(recipe, source)
     network, prompted = _prompted(recipe, source.network, parts, say)
     sampling = Sampling.of(network.info, network.scheduler_config, **asdict(recipe.sampler))
-    if recipe.plan.rule == "fixed":
-        fixed_plan(recipe, len(sampling))  # refuse a wrong one before any work
-    elif recipe.plan.rule == "paper":
-        by_paper(recipe.precisions, len(sampling))
+    check_plan(recipe, len(sampling))
     with work_folder(out, resume) as work:
         held = held_engines(out)
         with replacing(out, in_the_way) as folder:

@@ -10,7 +10,7 @@ import numpy as np
 from ..bundle.manifest import Choice
 from ..bundle.tables import Key
 from ..core.backend import BACKENDS
-from ..core.plan import Plan, fixed, step_weights
+from ..core.plan import Plan, by_paper, fixed, step_weights
 from ..core.precision import FLOAT_BITS, Precision
 from ..core.quant import QuantizedNetwork
 from ..core.schedule import NoiseSchedule
@@ -73,6 +73,18 @@ def sampled(choice: Choice, loop: ClosedLoop) -> Choice:
             found = replace(record, sampled=end.distribution)
         compared.append(found)
     return replace(choice, compared=tuple(compared))
+
+
+def check_plan(recipe: Recipe, n_steps: int) -> None:
+    """Refuse, before any work, a plan that cannot be.
+
+    Raises:
+        RecipeError: as `fixed_plan`, or the paper's plan is not to be had.
+    """
+    if recipe.plan.rule == "fixed":
+        fixed_plan(recipe, n_steps)
+    elif recipe.plan.rule == "paper":
+        by_paper(recipe.precisions, n_steps)
 
 
 def fixed_plan(recipe: Recipe, n_steps: int) -> Plan:

@@ -21,6 +21,8 @@ from ..core.sampling import Sampling
 from ..errors import BackendUnavailable, BundleError, GraphError
 
 Name = TypeVar("Name")
+REPEATS, WARM_UP = 20, 3
+"""Calls that are timed, after others that are not counted."""
 REPEATABILITY = 0.01
 """Share of a median by which engines of the very same kernels differ, wherever their buffers happen to lie:
 three INT8 engines on one CPU did by up to 1.5 % (docs/benchmarks.md, switching)."""
@@ -44,14 +46,14 @@ class Times:
 
 
 def time_calls(
-    calls: Mapping[Name, Callable[[], object]], *, repeats: int = 20, warmup: int = 3
+    calls: Mapping[Name, Callable[[], object]], *, repeats: int = REPEATS, warmup: int = WARM_UP
 ) -> dict[Name, float]:
     """Median wall time per call, in seconds; see `time_rounds`."""
     return {name: float(np.median(v)) for name, v in time_rounds(calls, repeats, warmup).items()}
 
 
 def time_rounds(
-    calls: Mapping[Name, Callable[[], object]], repeats: int = 20, warmup: int = 3
+    calls: Mapping[Name, Callable[[], object]], repeats: int = REPEATS, warmup: int = WARM_UP
 ) -> dict[Name, list[float]]:
     """Wall times of each call, in seconds, one per round.
 
@@ -97,7 +99,7 @@ def launcher(engine: DeviceEngine, device: Device, feeds: Feeds) -> Callable[[],
 
 
 def time_engines(
-    engines: Mapping[str, Engine], feeds: Feeds, *, repeats: int = 20, warmup: int = 3
+    engines: Mapping[str, Engine], feeds: Feeds, *, repeats: int = REPEATS, warmup: int = WARM_UP
 ) -> dict[str, float]:
     """`time_calls` for engines on the same feeds."""
     calls = {name: partial(engine, feeds) for name, engine in engines.items()}

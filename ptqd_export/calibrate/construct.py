@@ -33,12 +33,16 @@ def construct(config: Mapping[str, Any], where: str) -> nn.Module:
         return _construct(config, where)
 
 
-def fill(module: nn.Module, config: Mapping[str, Any], state: dict[str, Tensor], where: str) -> nn.Module:
+def fill(
+    module: nn.Module, config: Mapping[str, Any], state: dict[str, Tensor], where: str, weights: bool = True
+) -> nn.Module:
     """The model of `construct` with weights, float32, in evaluation mode, without gradients.
 
     Args:
         state: tensors by the model's names; emptied.
         where: the file or folder of the weights, for messages.
+        weights: without them, their names and shapes are checked, no number is read, and the model stays on
+            the meta device.
     Raises:
         ModelError: a weight is missing, left over, of another shape, or not finite.
     """
@@ -56,7 +60,11 @@ def fill(module: nn.Module, config: Mapping[str, Any], state: dict[str, Tensor],
                 f"weight {key!r} in {where} has shape {tuple(value.shape)}: the config expects "
                 f"{tuple(expected[key].shape)}"
             )
-        check_finite(key, value, where)
+        if weights:
+            check_finite(key, value, where)
+    if not weights:
+        state.clear()
+        return module.float().eval().requires_grad_(False)
     # Copied one by one: a file's tensors lie at any address, and what is computed may depend on that.
     filled = {key: state.pop(key).to(expected[key].dtype, copy=True) for key in sorted(state)}
     module.load_state_dict(filled, strict=True, assign=True)

@@ -33,9 +33,11 @@ OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".
 """Names of attention weights in models saved before diffusers 0.15."""
 
 
-def from_folder(recipe: Recipe, folder: Path) -> Source:
+def from_folder(recipe: Recipe, folder: Path, weights: bool = True) -> Source:
     """A pipeline folder, or a bare UNet's.
 
+    Args:
+        weights: see `open_source`.
     Raises:
         ModelError: it holds no UNet that is supported, or its files are damaged or do not fit.
     """
@@ -65,12 +67,12 @@ def from_folder(recipe: Recipe, folder: Path) -> Source:
     first = next((folder / name for name in FIRST_STAGES if (folder / name / CONFIG).is_file()), None)
     about = {} if first is None else read_json(first / CONFIG)
     inputs = declare(spec, config, shape, where, _around(folder, about))
-    module = bare(adapted(_load(config, unet)))
+    module = bare(adapted(_load(config, unet, weights)))
     kept = {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
     info = ModelInfo(recipe.model_name, shape, inputs, weights_sha256(kept, module))
     return Source(
         Network(module, info, scheduler),
-        None if first is None else lambda: _first_stage(about, first),
+        None if first is None else lambda: _first_stage(about, first, weights),
         *_scales(about),
         text_encoders=_folders(folder, "text_encoder"),
         tokenizers=_folders(folder, "tokenizer"),
@@ -95,7 +97,7 @@ def _without_unet(folder: Path) -> str:
     )
 
 
-def _load(config: Mapping[str, Any], folder: Path) -> nn.Module:
+def _load(config: Mapping[str, Any], folder: Path, weights: bool) -> nn.Module:
     """A model of diffusers with its weights."""
     state = read_folder(folder)
     module = construct(config, str(folder / CONFIG))
@@ -104,16 +106,16 @@ def _load(config: Mapping[str, Any], folder: Path) -> nn.Module:
         for old, new in OLD_ATTENTION.items():
             if old in key and key.replace(old, new) in expected:
                 state[key.replace(old, new)] = state.pop(key)
-    return fill(module, config, state, str(folder))
+    return fill(module, config, state, str(folder), weights)
 
 
-def _first_stage(config: Mapping[str, Any], folder: Path) -> nn.Module:
+def _first_stage(config: Mapping[str, Any], folder: Path, weights: bool) -> nn.Module:
     if config.get("_class_name") not in AUTOENCODERS:
         raise ModelError(
             f"{folder / CONFIG} says _class_name {config.get('_class_name')!r}: expected one of "
             f"{', '.join(AUTOENCODERS)}; or set pipeline.decoder = false in the recipe to sample latents"
         )
-    return _load(config, folder)
+    return _load(config, folder, weights)
 
 
 def _scales(config: Mapping[str, Any]) -> tuple[float, float]:

@@ -29,20 +29,23 @@ def open_model(recipe: Recipe) -> Network:
     return open_source(recipe).network
 
 
-def open_source(recipe: Recipe) -> Source:
+def open_source(recipe: Recipe, weights: bool = True) -> Source:
     """The model of `recipe.model`, whose network is checked by one trial forward.
 
+    Args:
+        weights: without them, of a folder or a checkpoint only the tensors' names and shapes are read: the
+            network is on the meta device and can tell the shapes of what it computes, no numbers.
     Raises:
         ModelError: the files are missing or damaged, the config or the weights do not fit, or the network
             computes NaN, infinite values or a wrong shape.
     """
     file, separator, function = recipe.model.source.rpartition(":")
     if recipe.model.checkpoint:
-        source = from_checkpoint(recipe)
+        source = from_checkpoint(recipe, weights)
     elif separator and file.endswith(".py"):
         source = Source(_from_function(recipe, recipe.path(file), function))
     else:
-        source = from_folder(recipe, recipe.path(recipe.model.source))
+        source = from_folder(recipe, recipe.path(recipe.model.source), weights)
     try_forward(source.network)
     return source
 

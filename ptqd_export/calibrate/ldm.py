@@ -35,9 +35,11 @@ IMAGENET_WITH_NULL = 1001
 Part = Callable[[Tensor, int], Tensor]
 
 
-def from_checkpoint(recipe: Recipe) -> Source:
+def from_checkpoint(recipe: Recipe, weights: bool = True) -> Source:
     """The model of `model.checkpoint`, by `model.ldm_config` or, without, if it is Stable Diffusion 1.
 
+    Args:
+        weights: see `open_source`.
     Raises:
         ModelError: the configuration or the checkpoint cannot be read, or they do not fit.
     """
@@ -49,7 +51,7 @@ def from_checkpoint(recipe: Recipe) -> Source:
     scheduler = _scheduler(recipe, config, held, file)
     unet_config = config.unet.to_diffusers(config.size)
     shape = sample_shape(spec, unet_config, config.where)
-    module = _unet(config, unet_config, held, file)
+    module = _unet(config, unet_config, held, file, weights)
     by_class = config.condition.kind == "ClassEmbedder"
     declared, table = unet_config, None
     if by_class:
@@ -64,18 +66,20 @@ def from_checkpoint(recipe: Recipe) -> Source:
     inputs = declare(spec, declared, shape, config.where, around)
     if not config.unet.use_spatial_transformer and config.unet.num_head_channels == -1:
         unet_config["attention_heads"] = config.unet.num_heads
-    module = bare(adapted(module, table))
+    module = bare(adapted(module, table if weights or table is None else table.to("meta")))
     info = ModelInfo(recipe.model_name, shape, inputs, weights_sha256(unet_config, module))
     scale = _scale(config, held, file)
     return Source(
         Network(module, info, scheduler),
-        None if first is None else lambda: _first_stage(config, scale, file),
+        None if first is None else lambda: _first_stage(config, scale, file, weights),
         scale,
         read_text_state=_text_state(config, file),
     )
 
 
-def _unet(config: LdmConfig, plain: dict[str, Any], held: dict[str, Tensor], file: Path) -> nn.Module:
+def _unet(
+    config: LdmConfig, plain: dict[str, Any], held: dict[str, Tensor], file: Path, weights: bool
+) -> nn.Module:
     """The UNet with its weights: the averaged ones where the configuration says so."""
     unet, averaged = config.unet, config.params.use_ema
     if averaged and not any(key.startswith(EMA) for key in held):
@@ -93,8 +97,10 @@ def _unet(config: LdmConfig, plain: dict[str, Any], held: dict[str, Tensor], fil
     prefix = ema_name("") if averaged else UNET
     keys = {key for key in held if key.startswith(prefix)}
     split = _splitter(unet)
+    if not weights:
+        held = {key: held[key].to("meta") for key in keys}
     state = _renamed(module.state_dict(), held, keys, name, split, f"the UNet of {config.where}", file)
-    module = fill(module, plain, state, str(file))
+    module = fill(module, plain, state, str(file), weights)
     if not unet.use_spatial_transformer:
         for part in module.modules():
             if type(part).__name__ == "Attention":
@@ -220,7 +226,7 @@ def _scheduler(recipe: Recipe, config: LdmConfig, held: Mapping[str, Tensor], fi
     return plain
 
 
-def _first_stage(config: LdmConfig, scale: float, file: Path) -> nn.Module:
+def _first_stage(config: LdmConfig, scale: float, file: Path, weights: bool) -> nn.Module:
     """The autoencoder, from the same file."""
     first = config.first_stage
     assert first is not None  # from_checkpoint asks
@@ -235,7 +241,7 @@ def _first_stage(config: LdmConfig, scale: float, file: Path) -> nn.Module:
 
     what = f"the first stage of {config.where}"
     state = _renamed(module.state_dict(), held, keys, name, None, what, file)
-    return fill(module, plain, state, str(file))
+    return fill(module, plain, state, str(file), weights)
 
 
 def _text_state(config: LdmConfig, file: Path) -> Callable[[], dict[str, Tensor]] | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RecipeError
-from .network import Network, trial_feeds
+from .network import Network, trial_tensors
 
 LIVE_LAYERS = 3
 """How many times the largest layer's activations are assumed alive at the peak.
@@ -53,9 +53,7 @@ def largest_layer_bytes(network: Network) -> int:
     handles = [m.register_forward_hook(hook, with_kwargs=True) for m in network.module.modules()]
     try:
         with torch.inference_mode():
-            network.module(
-                **{name: torch.from_numpy(value) for name, value in trial_feeds(network.info, 1).items()}
-            )
+            network.module(**trial_tensors(network, 1))
     finally:
         for handle in handles:
             handle.remove()

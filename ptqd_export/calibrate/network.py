@@ -24,7 +24,7 @@ class Network:
     Attributes:
         module: the model in eval mode, float32, no gradients; module(sample f32 (B, C, H, W), timestep int64
             (B,), **conditions) returns the raw output, f32 (B, C, H, W). Its submodule paths are the model's
-            own ("down_blocks.0.resnets.0.conv1").
+            own ("down_blocks.0.resnets.0.conv1"). On the meta device where it was opened without weights.
         info: shapes, conditions and hash.
         scheduler_config: the diffusers scheduler config, for NoiseSchedule.from_config.
     """
@@ -49,13 +49,24 @@ def trial_feeds(info: ModelInfo, n: int) -> dict[str, Array]:
     return {"sample": sample, "timestep": np.full(n, 1, np.int64), **info.conditions(None, n, tensors)}
 
 
+def trial_tensors(network: Network, n: int) -> dict[str, Tensor]:
+    """`trial_feeds` where the network's weights are; without numbers for a network without weights."""
+    given = {name: torch.from_numpy(value) for name, value in trial_feeds(network.info, n).items()}
+    return {name: value.to("meta") for name, value in given.items()} if is_meta(network.module) else given
+
+
+def is_meta(module: nn.Module) -> bool:
+    """Whether the module holds shapes alone."""
+    return any(value.is_meta for value in module.parameters())
+
+
 def try_forward(network: Network) -> None:
-    feeds = {name: torch.from_numpy(value) for name, value in trial_feeds(network.info, 2).items()}
+    feeds = trial_tensors(network, 2)
     spec = network.info.class_input
     if (
         spec is not None and spec.num_classes is not None
     ):  # the first and last class show whether the embedding is large enough
-        feeds[spec.name] = torch.tensor([0, spec.num_classes - 1])
+        feeds[spec.name] = torch.tensor([0, spec.num_classes - 1], device=feeds[spec.name].device)
     expected = tuple(feeds["sample"].shape)
     try:
         with torch.inference_mode():
@@ -81,7 +92,7 @@ def try_forward(network: Network) -> None:
             f"{network.info.name} returns shape {tuple(output.shape)} for samples of shape {expected}: "
             "expected the same shape"
         )
-    if not bool(torch.isfinite(output).all()):
+    if not output.is_meta and not bool(torch.isfinite(output).all()):
         raise ModelError(
             f"{network.info.name} returns NaN or infinite values for normal noise: check its weights and "
             "config"
@@ -107,11 +118,15 @@ def bare(module: nn.Module) -> nn.Module:
 
 
 def weights_sha256(config: Mapping[str, Any], module: nn.Module) -> str:
-    """SHA-256 of the config and of the tensors by name, in the type that they are used in (float32)."""
+    """SHA-256 of the config and of the tensors by name, in the type that they are used in (float32).
+
+    Of a module without weights: of their names and shapes.
+    """
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for key, value in sorted(module.state_dict().items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().numpy().tobytes())
+        if not value.is_meta:
+            digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -22,7 +22,7 @@ from ..core.sampling import Sampling
 from ..errors import ModelError
 from ..progress import progress
 from ..recipe import Recipe
-from .network import Network
+from .network import Network, trial_tensors
 from .ranges import ChannelRanges, Histogram
 from .torch_engine import TorchEngine
 from .trajectories import Trajectories
@@ -90,6 +90,45 @@ class Observed:
     product_macs: int
 
 
+@dataclass(frozen=True)
+class Outline(Observed):
+    """What one call of a network tells without any number: kinds and multiply-accumulates of its layers.
+
+    Attributes:
+        inputs: shape of each layer's input at its first call, for one sample, (1, ...).
+    """
+
+    inputs: Mapping[str, tuple[int, ...]]
+
+
+def outline(network: Network) -> Outline:
+    """The layers of a network, by one call for one sample; on the meta device it takes no memory.
+
+    Raises:
+        ModelError: the network has no Conv2d or Linear.
+    """
+    layers: dict[str, ObservedLayer] = {}
+    inputs: dict[str, tuple[int, ...]] = {}
+    names = {module: name for name, module in network.module.named_modules()}
+
+    def count(layer: ObservedLayer, module: Any, x: Tensor, output: Tensor, step: int) -> None:
+        layer.macs += output.numel() * module.weight[0].numel()
+        inputs.setdefault(names[module], tuple(x.shape))
+
+    # The counter knows no fused attention of the CPU, but the products that it is made of.
+    with (
+        torch.inference_mode(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+        _watching(network, layers, 0, count),
+    ):
+        network.module(**trial_tensors(network, 1))
+    if not layers:
+        raise ModelError(f"{network.info.name} calls no Conv2d and no Linear: there is nothing to quantize")
+    in_layers = sum(layer.macs for layer in layers.values())
+    return Outline(layers, max(counter.get_total_flops() // 2 - in_layers, 0), inputs)
+
+
 def observe(network: Network, sampling: Sampling, recipe: Recipe, trajectories: Trajectories) -> Observed:
     """Observe every Conv2d and Linear on full-precision trajectories.
 
@@ -102,7 +141,7 @@ def observe(network: Network, sampling: Sampling, recipe: Recipe, trajectories: 
         ModelError: a layer's values are not finite, or the network has no Conv2d or Linear.
     """
     steps, size = len(sampling), recipe.calibration.size
-    stride = min(max(1, size // OBSERVED_TRAJECTORIES), steps)
+    stride = observed_stride(size, steps)
     layers: dict[str, ObservedLayer] = {}
     hessians = recipe.quantization.rounding == "gptq" and any(
         p.weight_bits < GPTQ_BITS for p in recipe.precisions
@@ -130,12 +169,15 @@ def observe(network: Network, sampling: Sampling, recipe: Recipe, trajectories: 
             for name, layer in layers.items():
                 layer.smooth = smoothing(layer, network.module.get_submodule(name), alpha)
         look(stride, partial(_see_values, hessians=hessians))
-        macs, total = _count_macs(network, engine, sampling, trajectories)
+    counted = outline(network)
     for name, layer in layers.items():
-        layer.macs = macs.get(name, 0)
-    if not layers:
-        raise ModelError(f"{network.info.name} calls no Conv2d and no Linear: there is nothing to quantize")
-    return Observed(layers, total - sum(macs.values()))
+        layer.macs = counted.layers[name].macs if name in counted.layers else 0
+    return Observed(layers, counted.product_macs)
+
+
+def observed_stride(size: int, steps: int) -> int:
+    """Each of `size` trajectories is observed at every so many-th step."""
+    return min(max(1, size // OBSERVED_TRAJECTORIES), steps)
 
 
 def _rows(indices: range, step: int, stride: int) -> npt.NDArray[np.int64]:
@@ -163,27 +205,6 @@ def smoothing(layer: ObservedLayer, module: Any, alpha: float) -> F32 | None:
     factors[used] = seen[used] ** alpha / weight[used] ** (1 - alpha)
     factors[used] /= np.exp(np.log(factors[used]).mean())
     return np.clip(factors, 1 / MAX_SMOOTHING, MAX_SMOOTHING).astype(np.float32)
-
-
-def _count_macs(
-    network: Network, engine: TorchEngine, sampling: Sampling, trajectories: Trajectories
-) -> tuple[dict[str, int], int]:
-    """Multiply-accumulates per sample, of each layer and of the whole network."""
-    counted: dict[str, ObservedLayer] = {}
-
-    def count(layer: ObservedLayer, module: Any, x: Tensor, output: Tensor, step: int) -> None:
-        layer.macs += output.numel() * module.weight[0].numel()
-
-    _, x, _, conditions = trajectories.first(1)
-    # The counter knows no fused attention of the CPU, but the products that it is made of.
-    with (
-        sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
-        _watching(network, counted, 0, count),
-    ):
-        engine(sampling.conditional.feeds(x[0], 0, conditions))
-    macs = {name: layer.macs for name, layer in counted.items()}
-    return macs, max(counter.get_total_flops() // 2, sum(macs.values()))
 
 
 def _layer_kind(module: nn.Module) -> str | None:

@@ -292,6 +292,19 @@ def _open_decoder(source: Source) -> DecoderPart:
 
 
 def _open_text(folder: Path, tokenizers: Sequence[Path]) -> TextPart:
+    config, tokens, files = text_files(folder, tokenizers)
+    return text_part(_load_text(folder, config), tokens, files)
+
+
+def text_files(
+    folder: Path, tokenizers: Sequence[Path]
+) -> tuple[Mapping[str, Any], Tokenizer, dict[str, bytes]]:
+    """A text encoder's config, its tokenizer, and the tokenizer's files.
+
+    Raises:
+        ModelError: they are damaged or missing, or the encoder's class is not supported.
+        BackendUnavailable: tokenizers is not installed.
+    """
     config = read_json(folder / CONFIG)
     check_sizes(config, str(folder / CONFIG))
     kind = (config.get("architectures") or [None])[0]
@@ -305,7 +318,13 @@ def _open_text(folder: Path, tokenizers: Sequence[Path]) -> TextPart:
         raise ModelError(f"{folder / CONFIG} says max_position_embeddings is {brief(most)}")
     place = tokenizers[0] if tokenizers else folder.with_name("tokenizer")
     tokens, files = read_tokenizer(place, most)
-    return text_part(_load_text(folder, config), tokens, files)
+    return config, tokens, files
+
+
+def text_weights(folder: Path) -> tuple[Path, str | None]:
+    """The file of a text encoder's weights, and its variant."""
+    whole, half = (folder / f"model{kind}.safetensors" for kind in ("", ".fp16"))
+    return (half, "fp16") if half.is_file() and not whole.is_file() else (whole, None)
 
 
 def _load_text(folder: Path, config: Mapping[str, Any]) -> nn.Module:
@@ -315,8 +334,7 @@ def _load_text(folder: Path, config: Mapping[str, Any]) -> nn.Module:
         raise BackendUnavailable(
             f"the text encoder {folder} needs transformers ({error}): {install_hint('build')}"
         ) from error
-    whole, half = (folder / f"model{kind}.safetensors" for kind in ("", ".fp16"))
-    variant = "fp16" if half.is_file() and not whole.is_file() else None
+    _, variant = text_weights(folder)
     with _quiet(transformers), torch.random.fork_rng(devices=[]):
         try:
             reader: Any = transformers.CLIPTextModel

@@ -54,10 +54,34 @@ def quantize(
     Raises:
         ModelError: nothing is left to quantize.
     """
-    convs = [name for name, layer in observed.layers.items() if layer.kind == "conv"]
-    edges = {convs[0], convs[-1]} if convs else set()
     layers: dict[str, LayerQuant] = {}
     float_macs: dict[str, int] = {}
+    for name, used in layer_precisions(network, observed, precision, recipe, assigned).items():
+        seen = observed.layers[name]
+        if used is None:
+            float_macs[name] = seen.macs
+        else:
+            layers[name] = _quantize_layer(name, network.module.get_submodule(name), seen, used, recipe)
+    return QuantizedNetwork(precision, layers, float_macs, observed.product_macs)
+
+
+def layer_precisions(
+    network: Network,
+    observed: Observed,
+    precision: Precision,
+    recipe: Recipe,
+    assigned: Mapping[str, Precision] | None = None,
+) -> dict[str, Precision | None]:
+    """What each layer gets at a precision, in call order; None for a layer that stays in float.
+
+    `quantize` says which do. It needs no numbers of the network (`outline`).
+
+    Raises:
+        ModelError: nothing is left to quantize.
+    """
+    convs = [name for name, layer in observed.layers.items() if layer.kind == "conv"]
+    edges = {convs[0], convs[-1]} if convs else set()
+    given: dict[str, Precision | None] = {}
     for name, seen in observed.layers.items():
         module: Any = network.module.get_submodule(name)
         stays = (
@@ -67,17 +91,14 @@ def quantize(
             or any(fnmatch.fnmatchcase(name, glob) for glob in recipe.quantization.skip)
             or (name in edges and recipe.quantization.edge_layers == "float")
         )
-        if stays:
-            float_macs[name] = seen.macs
-        else:
-            used = _edge(precision) if name in edges else (assigned or {}).get(name, precision.levels[0])
-            layers[name] = _quantize_layer(name, module, seen, used, recipe)
-    if not layers and not precision.is_float:
+        usual = _edge(precision) if name in edges else (assigned or {}).get(name, precision.levels[0])
+        given[name] = None if stays else usual
+    if not precision.is_float and not any(given.values()):
         raise ModelError(
             f"{network.info.name} has no layer left to quantize at {precision}: check quantization.skip and "
             "edge_layers, or ask for fp32 or fp16"
         )
-    return QuantizedNetwork(precision, layers, float_macs, observed.product_macs)
+    return given
 
 
 def _edge(precision: Precision) -> Precision:

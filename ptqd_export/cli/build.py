@@ -16,6 +16,7 @@ from ..errors import RecipeError
 from ..recipe import Recipe
 from ..typed import brief, to_plain
 from .common import common, engine_notes, say, show
+from .estimate import estimate_text
 
 ENGINES = Path("engines")
 """Folder of bundles that are built without --out."""
@@ -95,14 +96,22 @@ ENGINES = Path("engines")
     show_default=True,
     help="Take up the intermediate results of a build that was stopped.",
 )
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Only say what the build would do and take: layers, operations, sizes, memory, time.",
+)
 @common
-def build(recipe_or_model: str | None, out: Path | None, as_json: bool, resume: bool, **options: Any) -> None:
+def build(
+    recipe_or_model: str | None, out: Path | None, as_json: bool, resume: bool, dry_run: bool, **options: Any
+) -> None:
     """Calibrate, correct, export and pack RECIPE_OR_MODEL.
 
     RECIPE_OR_MODEL is a recipe, a folder with one, a diffusers folder, or a checkpoint in one file;
     --checkpoint takes its place, or that of the model in the recipe.
     """
     from ..assemble import build as build_bundle
+    from ..assemble import estimate
     from ..bundle import check_target
 
     if recipe_or_model is None and options["checkpoint"] is None:
@@ -110,6 +119,10 @@ def build(recipe_or_model: str | None, out: Path | None, as_json: bool, resume: 
     start = Recipe(folder=Path.cwd()) if recipe_or_model is None else Recipe.load(Path(recipe_or_model))
     recipe = override(start, **options)
     out = default_out(recipe) if out is None else out
+    if dry_run:
+        expected = estimate(recipe, out)
+        show(to_plain(expected), as_json, estimate_text(expected))
+        return
     started = time.monotonic()
     bundle = build_bundle(recipe, check_target(out), resume=resume, say=say)
     m = bundle.manifest

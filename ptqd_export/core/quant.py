@@ -8,7 +8,7 @@ not be symmetric: after SiLU a tensor lives in [-0.28, max], and a symmetric gri
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -312,6 +312,20 @@ class QuantizedNetwork:
         Args:
             float_bits: width of the float parts, 32 or 16; fp16 counts 16 whatever is given.
         """
-        bits = min(float_bits, self.precision.weight_bits) if self.precision.is_float else float_bits
+        layers = ((v.macs, v.weight_bits, v.activation_bits) for v in self.layers.values())
         floats = sum(self.float_macs.values()) + self.product_macs
-        return sum(layer.bops for layer in self.layers.values()) + floats * bits**2
+        return bit_operations(self.precision, layers, floats, float_bits)
+
+
+def bit_operations(
+    precision: Precision, layers: Iterable[tuple[int, int, int]], float_macs: int, float_bits: int
+) -> int:
+    """Bit operations of a network: each multiply-accumulate counts the widths of its factors, multiplied.
+
+    Args:
+        layers: (macs, weight bits, activation bits) of the quantized layers.
+        float_macs: of everything else.
+        float_bits: width of that; fp16 counts 16 whatever is given.
+    """
+    bits = min(float_bits, precision.weight_bits) if precision.is_float else float_bits
+    return sum(macs * wide * high for macs, wide, high in layers) + float_macs * bits**2

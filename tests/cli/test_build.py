@@ -44,7 +44,7 @@ def test_build_options_reach_the_recipe() -> None:
         "--compute-capability 8.9"
     )
     params = command.make_context("build", words.split()).params
-    for name in ("recipe_or_model", "out", "as_json", "resume"):
+    for name in ("recipe_or_model", "out", "as_json", "resume", "dry_run"):
         params.pop(name)
     recipe = override(Recipe(), **params)
     assert recipe.model.checkpoint == str(Path("a.ckpt").absolute())
