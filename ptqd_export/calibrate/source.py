@@ -25,6 +25,8 @@ class Source:
         read_text_state: reads the weights of a CLIP text encoder in a single file, by transformers' names.
         text_encoders: folders of text encoders, in the order of the pipeline.
         tokenizers: folders of their tokenizers.
+        force_zeros: zeros stand for no text where no negative prompt is given, not the empty prompt's
+            embedding.
         files: the files that the UNet was read from.
     """
 
@@ -36,4 +38,5 @@ class Source:
     read_text_state: Callable[[], dict[str, Tensor]] | None = None
     text_encoders: tuple[Path, ...] = ()
     tokenizers: tuple[Path, ...] = ()
+    force_zeros: bool = False
     files: tuple[Path, ...] = ()
