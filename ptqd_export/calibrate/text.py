@@ -160,13 +160,24 @@ class _States(nn.Module):
         self.module, self.hidden_layer, self.pooled = module, hidden_layer, pooled
 
     def forward(self, ids: Tensor) -> tuple[Any, ...]:
+        module = cast(Any, self.module)
+        inner = module.text_model if self.pooled else module
         if self.hidden_layer == -1:
-            made = self.module(input_ids=ids)
+            made = inner(input_ids=ids)
             states = made.last_hidden_state
         else:
-            made = self.module(input_ids=ids, output_hidden_states=True)
+            made = inner(input_ids=ids, output_hidden_states=True)
             states = made.hidden_states[self.hidden_layer]
-        return (states, made.text_embeds) if self.pooled else (states,)
+        if not self.pooled:
+            return (states,)
+        # transformers' own choice of the end indexes by a range over the batch, whose size no check of a graph
+        # could know. Configs with the id 2 are old: there the end is the highest id.
+        end = module.config.eos_token_id
+        whole = ids.int()
+        at = (whole if end == 2 else (whole == end).int()).argmax(-1, keepdim=True)
+        chosen = (torch.arange(ids.shape[1]) == at)[..., None]
+        last = torch.where(chosen, made.last_hidden_state, 0.0).sum(1)
+        return states, module.text_projection(last)
 
 
 def open_texts(source: Source) -> tuple[TextPart, ...]:
