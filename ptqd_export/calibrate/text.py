@@ -170,8 +170,8 @@ class _States(nn.Module):
             states = made.hidden_states[self.hidden_layer]
         if not self.pooled:
             return (states,)
-        # transformers' own choice of the end indexes by a range over the batch, whose size no check of a graph
-        # could know. Configs with the id 2 are old: there the end is the highest id.
+        # transformers' own choice of the end indexes by a range over the batch, whose size no check of a
+        # graph could know. Configs with the id 2 are old: there the end is the highest id.
         end = module.config.eos_token_id
         whole = ids.int()
         at = (whole if end == 2 else (whole == end).int()).argmax(-1, keepdim=True)
