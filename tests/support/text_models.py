@@ -134,7 +134,8 @@ def save_sdxl_pipeline(folder: Path, **index: Any) -> Path:
     with torch.random.fork_rng(devices=[]):
         size = write_tokenizer(folder / "tokenizer")
         write_tokenizer(folder / "tokenizer_2", pad_token="!")
-        tiny_text(size, num_hidden_layers=2).save_pretrained(folder / "text_encoder")
+        first = tiny_text(size, num_hidden_layers=2, projection_dim=6)
+        first.save_pretrained(folder / "text_encoder")
         tiny_text(
             size, "CLIPTextModelWithProjection", 6, num_hidden_layers=3, hidden_size=12, projection_dim=6,
             num_attention_heads=3, hidden_act="gelu",
