@@ -30,7 +30,7 @@ from .tokenizer import read_tokenizer
 from .weights import read_json
 
 ENCODER, PROJECTING = "CLIPTextModel", "CLIPTextModelWithProjection"
-SECOND = "text_encoder_2"
+SECOND: EncoderFolder = "text_encoder_2"
 PENULTIMATE = -2
 """Layer whose states SDXL takes of both of its encoders, without the last layer norm."""
 VIT_L_14: Mapping[str, Any] = {
