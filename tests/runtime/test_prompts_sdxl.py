@@ -51,7 +51,7 @@ def test_conditions_are_those_of_diffusers(large: Built, pipeline: Any, negative
     null = large.bundle.manifest.sampling.without(found.null).model.null_conditions(3)
     given = None if negative is None else [negative] * 3
     states, no_states, pooled, no_pooled = (
-        value.numpy() for value in pipeline.encode_prompt(list(PROMPTS), negative_prompt=given)
+        value.detach().numpy() for value in pipeline.encode_prompt(list(PROMPTS), negative_prompt=given)
     )
     assert states.shape == (3, 8, 20) and pooled.shape == (3, 6) and pooled.std() > 0.1
     assert np.abs(found.conditions[STATES] - states).max() < 1e-5 * np.abs(states).max()
@@ -77,7 +77,7 @@ def test_pictures_are_those_of_diffusers(large: Built, pipeline: Any, negative: 
     ).images.transpose(0, 3, 1, 2)
     got = run(large.bundle, 3, prompts=PROMPTS, negative_prompt=negative, seed=SEED, backend="ort-cpu")
     assert got.shape == (3, 3, 8, 8) and expected.std() > 0.05
-    assert np.abs((np.clip(got, -1, 1) + 1) / 2 - expected).max() < 1e-5
+    assert np.abs((np.clip(got, -1, 1) + 1) / 2 - expected).max() < 1e-4
 
 
 def test_without_a_prompt_there_is_no_text(large: Built) -> None:
@@ -100,7 +100,7 @@ def copy(large: Built, tmp_path: Path) -> Path:
         (lambda p: p["encoders"][1]["pooled"].update(input="other"), "network takes None"),
         (lambda p: p["encoders"][1]["pooled"].update(input=STATES), "for one input"),
         (lambda p: p["encoders"][0].update(pooled={"input": POOLED, "width": 6}), "for one input"),
-        (lambda p: p["encoders"][1].update(pooled=None), "unknown table 'null.text_embeds'"),
+        (lambda p: p["encoders"][1].update(pooled=None), "has 2 outputs"),
         (lambda p: p["encoders"][0].update(hidden_layer=-1), "final_norm"),
         (lambda p: p["encoders"][0].update(hidden_layer=-1, final_norm=True), "outputs"),
         (lambda p: p["encoders"].reverse(), None),
