@@ -86,6 +86,8 @@ MEANING: Mapping[str, str] = {
     "quantization.clamp_k": "hold k at 0 or above, as the paper does",
     "pipeline.text": "take over the text encoder and its tokenizer, so that a run takes prompts",
     "pipeline.decoder": "take over the first stage's decoder, so that a latent model yields pictures",
+    "pipeline.tokenizer": "a folder with CLIP's `vocab.json` and `merges.txt`, which Stable Diffusion 1 in "
+    "one file lacks",
     "pipeline.weights": "theirs: w8a16 stores those of layers as 8-bit integers, a scale per channel",
     "plan.rule": "budget: least error within a cost; snr, paper: the paper's rule, and its own plan; "
     "first-last: as many first and last steps at a precise choice as fit the budget; fixed: by hand",

@@ -292,6 +292,17 @@ def texts(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
 
 
 @pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
+    """A tiny Stable Diffusion XL: two text encoders and pooled text, whose absence is zeros."""
+    pytest.importorskip("transformers")
+    from text_models import save_sdxl_pipeline
+
+    folder = save_sdxl_pipeline(tmp_path_factory.mktemp("models") / "large")
+    options = ("--calib-size", "2", "--n-steps", "3", "--guidance-scale", "3", "--plan", "fp32*3")
+    return _build(invoke, folder, *options, precisions=("fp32",))
+
+
+@pytest.fixture(scope="session")
 def several(guided: Built, invoke: Invoke) -> Built:
     """The guided model (noise in every step, two rows a sample) with engines of all kinds of precisions for
     all GPUs. Real builds, which need no GPU."""

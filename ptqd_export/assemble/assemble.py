@@ -98,15 +98,15 @@ def _prompted(recipe: Recipe, network: Network, parts: Parts, say: Say) -> tuple
     """
     spec = recipe.calibration
     own = bool(spec.prompts or spec.prompts_file)
+    for note in parts.notes:
+        say(note)
     if not parts.texts:
         if own:
             raise RecipeError(
                 f"calibration has prompts, but {network.info.name} has no text encoder: leave them out"
             )
         return network, {}
-    network = replace(
-        network, info=replace(network.info, null={n: v[0] for n, v in parts.encode([""]).items()})
-    )
+    network = replace(network, info=replace(network.info, null=parts.null))
     given = {s.name for s in network.info.inputs if s.values is not None} & parts.shapes.keys()
     if given and own:
         raise RecipeError(f"calibration has prompts, and the input {min(given)} has values: leave one out")
@@ -181,7 +181,7 @@ def _fill(
         folder,
         {key: (m.correction, m.pooled) for key, m in measured.items()},
         probes_of(graphs, verdicts, measured),
-        {name: network.info.null[name] for name in pipeline.text_inputs},
+        {name: value[0] for name, value in parts.encode([""]).items()},
     )
     write_layers(folder, quantized)
     return Manifest(

@@ -169,7 +169,8 @@ class Bundle:
             manifest.bops,
             manifest.pipeline.text_inputs,
         )
-        manifest = replace(manifest, sampling=manifest.sampling.without(tables.null))
+        if not manifest.pipeline.force_zeros:
+            manifest = replace(manifest, sampling=manifest.sampling.without(tables.null))
         for name in manifest.files.keys() - {*_graph_files(manifest), TABLES} - skipped:
             reader.check(name)
         # After the other checks, which can say more about a manifest that was edited by hand.

@@ -87,16 +87,16 @@ def _stored(file: Path) -> dict[object, str]:
 
 
 def _content(array: Codes) -> object:
-    return array.dtype.name, array.shape, hashlib.sha256(array).digest()
+    return array.dtype.name, array.shape, hashlib.sha256(array.data).digest()
 
 
 def _forms(layer: LayerQuant) -> Iterator[tuple[str, Codes]]:
     """What a graph may hold of a layer's codes, with its layout."""
-    orders = [(ROWS, PACKED_ROWS, layer.weight)]
+    orders: list[tuple[str, str, Codes]] = [(ROWS, PACKED_ROWS, layer.weight)]
     if layer.weight.ndim == 2:
         orders.append((COLUMNS, PACKED_COLUMNS, layer.weight.T))
-    for layout, packed, codes in orders:
-        codes = np.ascontiguousarray(codes)
+    for layout, packed, order in orders:
+        codes: Codes = np.ascontiguousarray(order)
         yield layout, codes.reshape(-1) if layer.number == "fp8" else codes
         if layer.number == "int" and layer.weight_bits <= 4:
             yield packed, _pack(codes)
@@ -105,7 +105,7 @@ def _forms(layer: LayerQuant) -> Iterator[tuple[str, Codes]]:
 def _pack(codes: Codes) -> npt.NDArray[np.uint8]:
     halves = np.zeros(codes.size + codes.size % 2, np.uint8)
     halves[: codes.size] = codes.reshape(-1).view(np.uint8) & 15
-    return halves[::2] | halves[1::2] << 4
+    return np.bitwise_or(halves[::2], np.left_shift(halves[1::2], np.uint8(4)))
 
 
 def _unpack(data: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.int8]:

@@ -4,6 +4,8 @@ These are text encoders with their tokenizers, and the decoder of the first stag
 graph has the interface that optimum's pipelines expect.
 
 text_encoder/model.onnx     input_ids int64 (B, tokens) -> last_hidden_state f32 (B, tokens, width)
+                            states of an earlier layer (SDXL) are called hidden_states; then follows, of the
+                            encoder whose pooled output is used, text_embeds f32 (B, width)
 vae_decoder/model.onnx      latent_sample f32 (B, C, H, W) -> sample f32 (B, 3, H', W')
 */weights.safetensors       the weights of the graph beside it
 tokenizer/                  vocab.json, merges.txt, and what other programs read
@@ -23,6 +25,7 @@ from ..errors import need
 from ..typed import brief
 from .tokenizer import MAX_TOKENS, MAX_VOCABULARY, MERGES, VOCABULARY, Special
 
+HIDDEN, POOLED_TEXT = "hidden_states", "text_embeds"
 INPUT_IDS, STATES, LATENT, PICTURE = "input_ids", "last_hidden_state", "latent_sample", "sample"
 MODEL = "model.onnx"
 VAE_DECODER = "vae_decoder"
@@ -46,7 +49,31 @@ class Tensors:
     def positions(self) -> int:
         """Most pixels or tokens of a value."""
         shapes = [shape for _, shape in (*self.inputs.values(), *self.outputs.values())]
-        return max(math.prod(shape[1:]) if len(shape) == 3 else shape[0] for shape in shapes)
+        return max(
+            math.prod(shape[1:]) if len(shape) == 3 else shape[0] if len(shape) == 2 else 1
+            for shape in shapes
+        )
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The projected output of a text encoder for a whole text, one vector.
+
+    Attributes:
+        input: of the network, which takes it.
+        width: its length.
+    """
+
+    input: str
+    width: int
+
+    def __post_init__(self) -> None:
+        need(1 <= self.width <= MAX_CONDITION, f"pooled text of {self.width} numbers")
+
+
+def states_of(hidden_layer: int) -> str:
+    """Name of a layer's states in a graph."""
+    return STATES if hidden_layer == -1 else HIDDEN
 
 
 @dataclass(frozen=True)
@@ -62,6 +89,7 @@ class TextEncoder:
         hidden_layer: the layer whose states these are, -1 for the last.
         final_norm: the last layer norm is applied to them.
         special: ids of the tokenizer.
+        pooled: what else is taken of it, or None.
     """
 
     input: str
@@ -75,6 +103,7 @@ class TextEncoder:
     hidden_layer: int
     final_norm: bool
     special: Special
+    pooled: Pooled | None = None
 
     def __post_init__(self) -> None:
         need(DIGEST.fullmatch(self.digest) is not None, f"digest {brief(self.digest)} of {self.folder}")
@@ -86,6 +115,10 @@ class TextEncoder:
             2 <= self.vocabulary <= MAX_VOCABULARY and -MAX_LAYERS <= self.hidden_layer < 0,
             f"{self.folder} has {self.vocabulary} tokens and layer {self.hidden_layer}",
         )
+        need(
+            self.final_norm == (self.hidden_layer == -1),
+            f"{self.folder} has layer {self.hidden_layer} with final_norm {self.final_norm}",
+        )
         s = self.special
         need(
             all(0 <= i < self.vocabulary for i in (s.begin, s.end, s.pad, s.unknown)),
@@ -94,8 +127,18 @@ class TextEncoder:
 
     @property
     def tensors(self) -> Tensors:
-        states = "float32", (self.tokens, self.width)
-        return Tensors({INPUT_IDS: ("int64", (self.tokens,))}, {STATES: states})
+        made: dict[str, tuple[str, tuple[int, ...]]] = {
+            states_of(self.hidden_layer): ("float32", (self.tokens, self.width))
+        }
+        if self.pooled is not None:
+            made[POOLED_TEXT] = "float32", (self.pooled.width,)
+        return Tensors({INPUT_IDS: ("int64", (self.tokens,))}, made)
+
+    @property
+    def made(self) -> dict[str, str]:
+        """{input of the network: output of the graph}."""
+        pooled = {} if self.pooled is None else {self.pooled.input: POOLED_TEXT}
+        return {self.input: states_of(self.hidden_layer), **pooled}
 
 
 @dataclass(frozen=True)
@@ -154,11 +197,14 @@ class Pipeline:
         latent: what the network samples is no picture, but what a decoder makes one of.
         decoder: None where the bundle has none.
         encoders: of text; empty for a network without.
+        force_zeros: where no negative prompt is given, zeros stand for no condition, not the empty prompt's
+            embedding (force_zeros_for_empty_prompt of diffusers' SDXL pipelines).
     """
 
     latent: bool = False
     decoder: Decoder | None = None
     encoders: tuple[TextEncoder, ...] = ()
+    force_zeros: bool = False
 
     def __post_init__(self) -> None:
         need(self.latent or self.decoder is None, "a decoder of a network that samples pictures")
@@ -175,7 +221,7 @@ class Pipeline:
     @property
     def text_inputs(self) -> tuple[str, ...]:
         """Inputs of the network that text is made for."""
-        return tuple(dict.fromkeys(encoder.input for encoder in self.encoders))
+        return tuple(dict.fromkeys(name for encoder in self.encoders for name in encoder.made))
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -198,7 +244,19 @@ class Pipeline:
                 f"{VAE_DECODER} takes {self.decoder.latent_shape}, the network samples {model.sample_shape}",
             )
         shapes = {spec.name: spec.shape for spec in model.inputs if spec.dtype == "float32"}
-        for name in self.text_inputs:
+        pooled = [encoder.pooled for encoder in self.encoders if encoder.pooled is not None]
+        states = tuple(dict.fromkeys(encoder.input for encoder in self.encoders))
+        need(
+            len({*states, *(one.input for one in pooled)}) == len(states) + len(pooled),
+            "two text encoders make pooled text, or states, for one input",
+        )
+        for one in pooled:
+            need(
+                shapes.get(one.input) == (one.width,),
+                f"a text encoder gives {(one.width,)} for {brief(one.input)}, the network takes "
+                f"{shapes.get(one.input)}",
+            )
+        for name in states:
             own = [encoder for encoder in self.encoders if encoder.input == name]
             made = (own[0].tokens, sum(encoder.width for encoder in own))
             same = {encoder.tokens for encoder in own} == {own[0].tokens}

@@ -4,8 +4,8 @@ tables.safetensors, keys "<precision>.<emission whose numerics>.<name>":
     gain, offset, var                float64, `Correction`
     count, e, d, ee, ed, dd          float64, `NoiseStats` that the correction was fitted on
     probe, probe_noise               float32 (2, C, H, W) and float64 (1,), `Probe`
-and beside them "null.<input>", float32: what stands for no condition at an input that text is made for, which
-is the empty prompt's embedding.
+and beside them "null.<input>", float32: the empty prompt's embedding at an input that text is made for, which
+stands for no condition there (unless zeros do: `Pipeline.force_zeros`).
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Tables:
 
     @property
     def null(self) -> dict[str, npt.NDArray[np.float32]]:
-        """What stands for no condition, by input that text is made for."""
+        """The empty prompt's embedding, by input that text is made for."""
         return {
             name.removeprefix(NULL): array.astype(np.float32)
             for name, array in self.arrays.items()
@@ -234,7 +234,7 @@ def write_tables(
     """Write the tables of a bundle into its folder.
 
     Args:
-        null: what stands for no condition, by input that text is made for.
+        null: the empty prompt's embedding, by input that text is made for.
     """
     arrays: dict[str, npt.NDArray[Any]] = {
         f"{NULL}{name}": np.ascontiguousarray(value, np.float32) for name, value in (null or {}).items()

@@ -6,10 +6,11 @@ from .layer_noise import given_layers, sensitivity
 from .measure import measure, measure_own
 from .network import Network
 from .observe import Observed, observe
-from .pipeline import DecoderPart, Parts, TextPart, open_parts
+from .pipeline import DecoderPart, Parts, open_parts
 from .quantize import quantize
 from .refine import refine
 from .simulate import LayerSimulator, SimulatedLayer, simulate
+from .text import TextPart
 from .torch_engine import TorchEngine, set_threads
 from .trajectories import Batch, Trajectories, collect
 

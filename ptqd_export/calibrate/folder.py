@@ -14,13 +14,14 @@ from ..core.schedule import NoiseSchedule
 from ..errors import ModelError, PTQDError
 from ..recipe import ModelSpec, Recipe
 from ..typed import brief
-from .conditions import CONDITION_UNET, Around, adapted, declare
+from .conditions import CONDITION_UNET, POOLED, Around, adapted, declare
 from .construct import check_sizes, construct, fill
 from .network import Network, bare, one_line, weights_sha256
 from .source import Source
 from .weights import read_folder, read_json
 
 CONFIG, MODEL_INDEX = "config.json", "model_index.json"
+FORCE_ZEROS = "force_zeros_for_empty_prompt"
 SCHEDULER_CONFIG = "scheduler_config.json"
 CLASSES = ("UNet2DModel", CONDITION_UNET)
 AUTOENCODERS = ("AutoencoderKL", "VQModel")
@@ -76,6 +77,7 @@ def from_folder(recipe: Recipe, folder: Path, weights: bool = True) -> Source:
         *_scales(about),
         text_encoders=_folders(folder, "text_encoder"),
         tokenizers=_folders(folder, "tokenizer"),
+        force_zeros=any(spec.name == POOLED for spec in inputs) and _force_zeros(folder / MODEL_INDEX),
     )
 
 
@@ -135,6 +137,14 @@ def _scales(config: Mapping[str, Any]) -> tuple[float, float]:
 def _folders(folder: Path, name: str) -> tuple[Path, ...]:
     """name, name_2, name_3, as far as they are there."""
     return tuple(f for f in (folder / (name + end) for end in ("", "_2", "_3")) if f.is_dir())
+
+
+def _force_zeros(index: Path) -> bool:
+    """Whether zeros stand for no text, in a pipeline of SDXL."""
+    value = read_json(index).get(FORCE_ZEROS, True) if index.is_file() else True  # diffusers' default
+    if not isinstance(value, bool):
+        raise ModelError(f"{index} says {FORCE_ZEROS} is {brief(value)}: expected true or false")
+    return value
 
 
 def _around(folder: Path, first_stage: Mapping[str, Any]) -> Around:

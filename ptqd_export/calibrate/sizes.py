@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from ..core.model import TEXT
 from ..recipe import Recipe
-from .pipeline import TEXT, text_files, text_weights
 from .source import Source
+from .text import weight_files
 from .weights import read_safetensors
 
 DECODER = ("decoder.", "post_quant_conv.", "quantize.")
@@ -25,8 +26,6 @@ def part_elements(recipe: Recipe, source: Source) -> dict[str, int]:
         found["decoder"] = sum(value.numel() for name, value in named if name.startswith(DECODER))
     inputs = {spec.name for spec in source.network.info.inputs}
     if TEXT in inputs and recipe.pipeline.text and source.text_encoders:
-        folder = source.text_encoders[0]
-        text_files(folder, source.tokenizers)
-        held = read_safetensors(text_weights(folder)[0])
-        found["text encoder"] = sum(value.numel() for value in held.values())
+        held = [read_safetensors(file) for file in weight_files(source)]
+        found["text encoder"] = sum(value.numel() for tensors in held for value in tensors.values())
     return found

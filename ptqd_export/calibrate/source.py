@@ -22,6 +22,8 @@ class Source:
         read_text_state: reads the weights of a CLIP text encoder in a single file, by transformers' names.
         text_encoders: folders of text encoders, in the order of the pipeline.
         tokenizers: folders of their tokenizers.
+        force_zeros: zeros stand for no text where no negative prompt is given, not the empty prompt's
+            embedding.
     """
 
     network: Network
@@ -31,3 +33,4 @@ class Source:
     read_text_state: Callable[[], dict[str, Tensor]] | None = None
     text_encoders: tuple[Path, ...] = ()
     tokenizers: tuple[Path, ...] = ()
+    force_zeros: bool = False

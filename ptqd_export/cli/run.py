@@ -202,7 +202,8 @@ def run(
     notes = engine_notes(engine for engine in m.engines if rebuild and engine.backend == backend)
     notes += [] if prompted is None else prompted.notes
     if bundle.manifest.pipeline.encoders and prompted is None and not tensors:
-        notes.append("no prompt was given: these are samples of the empty prompt")
+        without = "without text" if bundle.manifest.pipeline.force_zeros else "of the empty prompt"
+        notes.append(f"no prompt was given: these are samples {without}")
     # Only backends that the bundle was built for are worth a note.
     notes += [f"not on {name}: {why}" for name, why in passed_over.items() if name in m.backends]
     notes += [f"{name}: {note}" for name, note in captures.items()]

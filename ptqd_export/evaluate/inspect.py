@@ -100,7 +100,8 @@ def _head(bundle: Bundle) -> list[str]:
 
 def _part(part: TextEncoder | Decoder) -> str:
     if isinstance(part, TextEncoder):
-        return f"prompts of up to {part.tokens - 2} tokens to {part.tokens}x{part.width}, {part.precision}"
+        states = f"{part.tokens}x{part.width}" + ("" if part.pooled is None else f" and {part.pooled.width}")
+        return f"prompts of up to {part.tokens - 2} tokens to {states}, {part.precision}"
     size = "x".join(map(str, part.picture_shape))
     return (
         f"{part.kind}, latents to pictures {size}, scaling factor {part.scaling_factor:g}, {part.precision}"

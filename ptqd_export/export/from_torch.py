@@ -11,7 +11,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,27 +60,27 @@ def export_fp(module: torch.nn.Module, info: ModelInfo, timestep: str = "int64")
     ]
     example = tuple(torch.from_numpy(array).to(device) for array in arrays)
     wrapper = _wrap(module, list(conditions))
-    return _export(wrapper, module, example, names, OUTPUT, info.name, variadic=True)
+    return _export(wrapper, module, example, names, [OUTPUT], info.name, variadic=True)
 
 
 def export_part(
-    module: torch.nn.Module, name: str, feed: tuple[str, np.ndarray[Any, Any]], output: str
+    module: torch.nn.Module, name: str, feed: tuple[str, np.ndarray[Any, Any]], outputs: Sequence[str]
 ) -> ir.Model:
-    """A module of one input and one output, such as a text encoder, in full precision, as ONNX of opset 21.
+    """A module of one input, such as a text encoder, in full precision, as ONNX of opset 21.
 
     The nodes of Conv2d and Linear modules carry their path in `module.module`, which the module wraps.
 
     Args:
         name: for messages.
         feed: name of the graph's input, and an example (EXAMPLE_BATCH, ...).
-        output: name of the graph's output.
+        outputs: names of what the module returns.
     Raises:
         GraphError: as `export_fp`.
     """
     import torch
 
     inner, example = module.get_submodule("module"), (torch.from_numpy(feed[1]),)
-    return _export(module.eval(), inner, example, [feed[0]], output, name, variadic=False)
+    return _export(module.eval(), inner, example, [feed[0]], outputs, name, variadic=False)
 
 
 def _export(
@@ -88,7 +88,7 @@ def _export(
     inner: torch.nn.Module,
     example: tuple[torch.Tensor, ...],
     names: list[str],
-    output: str,
+    outputs: Sequence[str],
     what: str,
     *,
     variadic: bool,
@@ -113,16 +113,16 @@ def _export(
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=names,
-                output_names=[output],
+                output_names=list(outputs),
                 dynamic_shapes=dynamic,
                 verbose=False,
             )
     except Exception as error:  # the exporter passes on whatever the module or one of its passes raises
         raise GraphError(f"{what} cannot be exported to ONNX: {first_line(error)}") from error
-    if program is None or len(program.model.graph.outputs) != 1:
+    if program is None or len(program.model.graph.outputs) != len(outputs):
         raise GraphError(
-            f"{what} cannot be exported to ONNX: expected a module that returns one tensor, the raw "
-            "network output"
+            f"{what} cannot be exported to ONNX: expected a module that returns "
+            + ("one tensor, the raw network output" if len(outputs) == 1 else f"{len(outputs)} tensors")
         )
     model = program.model
     _check_batch(model, names, what)

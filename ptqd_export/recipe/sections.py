@@ -167,10 +167,13 @@ class PipelineSpec:
 
     `text`: text encoder and tokenizer, so that a run takes prompts.
     `decoder`: the first stage's decoder, so that a run of a latent model yields pictures.
+    `tokenizer`: a folder with CLIP's vocab.json and merges.txt, for the text encoder of a checkpoint in one
+        file, which has none.
     `weights`: how theirs are stored: "fp32", or "w8a16": layers' weights as 8-bit integers, a scale per
         channel.
     """
 
     text: bool = True
     decoder: bool = True
+    tokenizer: str = ""
     weights: Literal["fp32", "w8a16"] = "fp32"

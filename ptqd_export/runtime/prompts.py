@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..backends import open_engine
 from ..bundle.bundle import Bundle
-from ..bundle.pipeline import INPUT_IDS, STATES, TextEncoder, graph_file
+from ..bundle.pipeline import INPUT_IDS, TextEncoder, graph_file
 from ..bundle.tokenizer import MERGES, VOCABULARY, Tokenizer, check_prompt
 from ..core.backend import ORT_CPU
 from ..core.engine import Array
@@ -33,7 +33,8 @@ class Prompted:
 
     Attributes:
         prompts: sample i gets prompt i modulo their number.
-        negative: what stands for no condition; None is the empty prompt.
+        negative: what stands for no condition; None is the empty prompt, or nothing where the bundle says so
+            (`Pipeline.force_zeros`).
         conditions: (P, *shape) by input, a row per prompt.
         null: (shape) by input, of `negative`; empty without one.
         notes: what a user should know, such as a prompt that was cut.
@@ -94,11 +95,12 @@ def encode_prompts(bundle: Bundle, prompts: Sequence[str], negative: str | None 
     notes: list[str] = []
     for encoder in m.pipeline.encoders:
         found, cut = _encode(bundle, encoder, distinct)
-        states.setdefault(encoder.input, []).append(found)
+        for name, value in found.items():
+            states.setdefault(name, []).append(value)
         notes += [_note(text, n, encoder) for text, n in zip(distinct, cut, strict=True) if n]
     bundle.check_unchanged()
     tables = {name: np.concatenate(parts, axis=-1) for name, parts in states.items()}
-    _check(model.null, {name: table[0] for name, table in tables.items()})
+    _check(bundle.tables.null, {name: table[0] for name, table in tables.items()})
     place = {text: i for i, text in enumerate(distinct)}
     rows = [place[text] for text in prompts]
     return Prompted(
@@ -110,8 +112,10 @@ def encode_prompts(bundle: Bundle, prompts: Sequence[str], negative: str | None 
     )
 
 
-def _encode(bundle: Bundle, encoder: TextEncoder, texts: Sequence[str]) -> tuple[F32, tuple[int, ...]]:
-    """States (N, tokens, width), and how many tokens of each text were cut off."""
+def _encode(
+    bundle: Bundle, encoder: TextEncoder, texts: Sequence[str]
+) -> tuple[dict[str, F32], tuple[int, ...]]:
+    """Conditions (N, *shape) by the network's input, and how many tokens of each text were cut off."""
     folder = encoder.tokenizer
     tokenizer = Tokenizer.parse(
         bundle.read(f"{folder}/{VOCABULARY}"),
@@ -122,8 +126,12 @@ def _encode(bundle: Bundle, encoder: TextEncoder, texts: Sequence[str]) -> tuple
     )
     ids, cut = tokenizer(texts)
     with contextlib.closing(open_engine(ORT_CPU, bundle.file(graph_file(encoder)))) as engine:
-        parts = [engine({INPUT_IDS: ids[i : i + AT_ONCE]})[STATES] for i in range(0, len(ids), AT_ONCE)]
-    return np.concatenate(parts).astype(np.float32, copy=False), cut
+        parts = [engine({INPUT_IDS: ids[i : i + AT_ONCE]}) for i in range(0, len(ids), AT_ONCE)]
+    made = {
+        name: np.concatenate([part[output] for part in parts]).astype(np.float32, copy=False)
+        for name, output in encoder.made.items()
+    }
+    return made, cut
 
 
 def _note(text: str, cut: int, encoder: TextEncoder) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -167,8 +168,9 @@ def test_what_is_refused(texts: Built, guided: Built, own: Built) -> None:
 def test_another_encoder_is_found(texts: Built) -> None:
     """Another result for the empty prompt than where the bundle was built."""
     bundle = texts.bundle
-    null = {"encoder_hidden_states": bundle.manifest.sampling.model.null["encoder_hidden_states"] * 1.01}
-    object.__setattr__(bundle.manifest.sampling.model, "null", null)
+    name = "null.encoder_hidden_states"
+    tables = replace(bundle.tables, arrays={**bundle.tables.arrays, name: bundle.tables.arrays[name] * 1.01})
+    bundle = replace(bundle, tables=tables)
     with pytest.raises(ParityError, match="text encoder computes something else"):
         encode_prompts(bundle, ["cat"])
 
