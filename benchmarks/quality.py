@@ -16,21 +16,27 @@ import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from report import OUT, REFERENCE_MODEL, machine, table, write_section
 from safetensors.numpy import save_file
 
 from ptqd_export.assemble.assemble import assemble
+from ptqd_export.assemble.timing import time_calls
 from ptqd_export.bundle.bundle import Bundle
+from ptqd_export.core.backend import ORT_CPU
+from ptqd_export.core.engine import SAMPLE, STEP, TIMESTEP, Engine
 from ptqd_export.core.plan import parse_plan
-from ptqd_export.core.precision import FP32
+from ptqd_export.core.precision import FP32, Precision
 from ptqd_export.errors import PTQDError
 from ptqd_export.evaluate import Candidate, evaluate
 from ptqd_export.evaluate.report import Report, Row, show
 from ptqd_export.recipe import Recipe
+from ptqd_export.runtime.open import open_artifact
 
 FIRST: Mapping[str, object] = {"input_grids": "symmetric", "conv_outputs": "tensor", "smoothing": 0.0}
 """Quantization as this package first did it."""
@@ -66,13 +72,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that stand together, all at one eta and number of steps."""
+    """Rows that stand together, all at one eta and number of steps; `timed` adds sizes and measured times."""
 
     title: str
     lines: Sequence[Line]
     precisions: tuple[str, ...]
     eta: float = 0.0
     n_steps: int = 20
+    timed: bool = False
 
 
 def paper_plan(n: int) -> str:
@@ -98,7 +105,7 @@ def tables() -> dict[str, list[Table]]:
             Line("ours", paper_plan(20), label="ours, the paper's plan"),
             Line("ours", "w4a8", label="ours, w4a8"),
         ]
-        found["paper"].append(Table(f"eta {eta:g}, 20 steps", of, ("fp32", "w4a8", "w4a4"), eta))
+        found["paper"].append(Table(f"eta {eta:g}, 20 steps", of, ("fp32", "w4a8", "w4a4"), eta, timed=True))
     return found
 
 
@@ -112,7 +119,11 @@ def bundle_of(line: Line, of: Table, args: argparse.Namespace) -> Bundle:
         sampler={"eta": of.eta, "n_steps": of.n_steps},
         calibration={"size": args.calib_size, "held_out": max(2, args.calib_size // 2)},
         quantization={"precisions": precisions, **CONFIGURATIONS[line.configuration]},
-        plan={"rule": "fixed", "steps": (precisions[1],), "sensitivity": "uniform"},
+        plan={
+            "rule": "fixed",
+            "steps": (precisions[1],),
+            "sensitivity": "measured" if line.configuration == "ours" else "uniform",
+        },
     )
     with contextlib.suppress(PTQDError):
         bundle = Bundle.open(path)
@@ -162,6 +173,43 @@ def measured(of: Table, args: argparse.Namespace) -> list[tuple[Line, Row, Repor
     return found
 
 
+def weight_bytes(files: Sequence[Path]) -> int:
+    """Bytes of the weights that some graphs of a bundle refer to."""
+    places = set()
+    for file in files:
+        for tensor in onnx.load(file, load_external_data=False).graph.initializer:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            places |= {(entries["offset"], int(entries["length"]))} if entries else set()
+    return sum(length for _, length in places)
+
+
+def costs(plans: Mapping[tuple[Path, str], Bundle], n_steps: int) -> dict[tuple[Path, str], tuple[str, str]]:
+    """(MB of the weights of a plan's engines, ms of a step for one sample with both branches of guidance).
+
+    Engines of all bundles take turns.
+    """
+    engines: dict[tuple[Path, Precision], Engine] = {}
+    feeds: dict[str, Any] = {}
+    sizes = {}
+    for (path, text), bundle in plans.items():
+        info = bundle.manifest.sampling.model
+        feeds = {SAMPLE: np.zeros((2, *info.sample_shape), np.float32), TIMESTEP: np.full(2, 500)}
+        feeds |= {STEP: np.array(0), **info.conditions(None, 2)}
+        used = sorted(set(parse_plan(text, n_steps).steps), key=str)
+        names = {bundle.manifest.artifact(p, ORT_CPU).file for p in used}
+        sizes[path, text] = weight_bytes([bundle.file(name) for name in names]) / 1e6
+        for p in used:
+            artifact = bundle.manifest.artifact(p, ORT_CPU)
+            engines.setdefault((path, p), open_artifact(bundle, artifact, None))
+    calls = {name: partial(e, {key: feeds[key] for key in e.inputs}) for name, e in engines.items()}
+    seconds = time_calls(calls, repeats=200)
+    found = {}
+    for (path, text), size in sizes.items():
+        steps = parse_plan(text, n_steps).steps
+        found[path, text] = f"{size:.1f}", f"{1e3 * np.mean([seconds[path, p] for p in steps]):.2f}"
+    return found
+
+
 def text_of(of: Table, args: argparse.Namespace) -> str:
     found = measured(of, args)
     order = {line: i for i, line in enumerate(of.lines)}
@@ -207,6 +255,12 @@ def text_of(of: Table, args: argparse.Namespace) -> str:
         ]
 
     rows = [cells(None, report.rows[0], bundle), *(cells(line, row, b) for line, row, _, b in found)]
+    if of.timed:
+        first = (bundle.path, report.rows[0].plan)
+        keys = [first, *((b.path, line.plan) for line, _, _, b in found)]
+        taken = costs(dict(zip(keys, [bundle, *(b for *_, b in found)], strict=True)), of.n_steps)
+        head += ["weights, MB", "ms per step"]
+        rows = [[*row, *taken[key]] for row, key in zip(rows, keys, strict=True)]
     note = (
         f"{report.model}, {report.steps} steps, guidance {report.guidance_scale:g}, {report.backend}; "
         f"{report.samples} samples of seed {report.seed}, 95 % intervals."
@@ -214,7 +268,7 @@ def text_of(of: Table, args: argparse.Namespace) -> str:
     return f"**{of.title}**\n\n{table(head, rows)}\n\n{note}"
 
 
-SECTIONS = {"headline": "quality-headline", "ablation": "quality-ablation"}
+SECTIONS = {"headline": "quality-headline", "ablation": "quality-ablation", "paper": "quality-paper"}
 """Where tables stand."""
 
 
@@ -235,7 +289,7 @@ def main() -> None:
     for name in args.only:
         text = "\n\n".join([*(text_of(of, args) for of in every[name]), f"{machine()}."])
         print(text)
-        if args.write and name in SECTIONS:
+        if args.write:
             write_section(SECTIONS[name], text)
 
 

@@ -23,6 +23,8 @@ WORDINGS = (
     "a blurry photo of {a} {}",
     "a photograph of one {}",
 )
+PLAIN = 3
+"""The wording that samples are judged in."""
 MAX_LENGTH = 16
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -31,6 +33,13 @@ def caption(label: int, wording: int) -> str:
     """The caption of a class in one of the wordings."""
     name = CLASSES[label]
     return WORDINGS[wording].format(name, a="an" if name[0] in "aeiou" else "a")
+
+
+def write_prompts(file: Path) -> None:
+    """Write the captions of calibration: every class in every wording, plain ones first."""
+    order = sorted(range(len(WORDINGS)), key=lambda wording: (wording != PLAIN, wording))
+    lines = [caption(label, wording) for wording in order for label in range(len(CLASSES))]
+    file.write_text("\n".join(lines) + "\n", "utf-8")
 
 
 def _alphabet() -> list[str]:

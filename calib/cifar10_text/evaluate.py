@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from captions import caption
+from captions import PLAIN, caption
 from classifier import Features, load_features
 from data import CLASSES, load
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -26,7 +26,6 @@ from ptqd_export.evaluate.metrics import feature_stats, frechet_distance
 from ptqd_export.pictures import encode_png, image_grid
 
 HERE = Path(__file__).parent
-WORDING = 3
 GUIDANCE = (1.0, 3.0, 7.5)
 STEPS = (20, 50)
 GRID_COLUMNS, GRID_GUIDANCE, GRID_STEPS = 12, 3.0, 50
@@ -54,7 +53,7 @@ def draw(
             torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed((seed << 32) + i)) for i in batch
         ]
         images = pipeline(
-            [caption(i % len(CLASSES), WORDING) for i in batch],
+            [caption(i % len(CLASSES), PLAIN) for i in batch],
             latents=torch.cat(noise),
             num_inference_steps=steps,
             guidance_scale=guidance,

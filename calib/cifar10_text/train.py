@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from captions import MAX_LENGTH, WORDINGS, caption, write_tokenizer
+from captions import MAX_LENGTH, WORDINGS, caption, write_prompts, write_tokenizer
 from data import CLASSES, load
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from loop import Ema, Loop, parse
@@ -107,6 +107,7 @@ def main() -> None:
     mean, std = latents(vae, torch.from_numpy(images), args.work)
     truth = torch.from_numpy(labels)
     write_tokenizer(args.out / "tokenizer")
+    write_prompts(args.out / "prompts.txt")
     tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
     ids = caption_ids(tokenizer)
     abar = make_scheduler().alphas_cumprod

@@ -41,10 +41,10 @@ def estimate(recipe: Recipe, out: Path) -> Estimate:
     """What building a recipe at `out` will do and take; it reads no weights and writes nothing.
 
     Raises:
-        PTQDError: see `assemble.estimate.estimate`.
+        PTQDError: see `assemble.forecast.estimate`.
     """
     try:
-        from .estimate import estimate as of
+        from .forecast import estimate as of
     except ImportError as error:
         raise _missing(error) from error
     return of(recipe, out)

@@ -73,6 +73,7 @@ def evaluate(
     device: int = 0,
     tensors: Mapping[str, Array] | None = None,
     prompted: Prompted | None = None,
+    asked: Sequence[int] | None = None,
     classifier: Path | None = None,
     data: Path | None = None,
     resamples: int = RESAMPLES,
@@ -89,6 +90,7 @@ def evaluate(
         backend: None is the best that works here.
         tensors: float conditions, one row per sample.
         prompted: prompts and their conditions; samples of a latent model are compared as pictures.
+        asked: the classifier's class of each prompt, for models without class labels.
         classifier: an ONNX file, see `features.Classifier`; without it there are no distances and classes.
         data: a safetensors file, see `features.Data`.
         resamples: of the bootstrap; 0 gives no intervals.
@@ -102,6 +104,11 @@ def evaluate(
     reference = Candidate(full_precision(bundle)) if against is None else against
     candidates = [candidate for candidate in candidates if candidate != reference]
     _check(bundle, [reference, *candidates], num_samples, resamples, data, classifier)
+    if asked is not None and len(asked) != (0 if prompted is None else len(prompted.prompts)):
+        raise RecipeError(f"{len(asked)} classes were asked for: expected one for each prompt")
+    labels = m.sampling.model.labels_in_turn(range(num_samples))
+    if asked is not None:
+        labels = [asked[i % len(asked)] for i in range(num_samples)]
     if tensors:
         m.sampling.model.conditions(None, num_samples, tensors)
     with contextlib.ExitStack() as stack:
@@ -131,7 +138,7 @@ def evaluate(
             found.append(_measure(candidate, x, exact, judge, judged, known, counts))
     drawn({one.candidate.name: one.psnr for one in found if one.psnr is not None})
     rows = tuple(
-        _row(one, setting, found[0], None if found_gaps is None else found_gaps[i])
+        _row(one, setting, found[0], labels, None if found_gaps is None else found_gaps[i])
         for i, one in enumerate(found)
     )
     return Report(
@@ -231,7 +238,9 @@ def _in_parts(metric: Callable[[F32, F32], F64], x: F32, exact: F32) -> F64:
     return np.concatenate([metric(x[i : i + PART], exact[i : i + PART]) for i in range(0, len(x), PART)])
 
 
-def _row(one: _Measured, setting: Setting, reference: _Measured, gap: Gap | None) -> Row:
+def _row(
+    one: _Measured, setting: Setting, reference: _Measured, labels: Sequence[int] | None, gap: Gap | None
+) -> Row:
     m, plan, values = setting.bundle.manifest, one.candidate.plan, one.values
 
     def distances(where: str) -> Distances | None:
@@ -256,7 +265,6 @@ def _row(one: _Measured, setting: Setting, reference: _Measured, gap: Gap | None
         assert reference.judged is not None and reference.judged.classes is not None
         if one is not reference:
             same = share(one.judged.classes == reference.judged.classes)
-        labels = m.sampling.model.labels_in_turn(range(setting.num_samples))
         if labels is not None:
             right = share(one.judged.classes == np.array(labels))
     return Row(

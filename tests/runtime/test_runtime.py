@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from ptqd_export.backends import OrtEngine, open_engine
 from ptqd_export.bundle import Bundle, write_manifest
+from ptqd_export.bundle.bundle import WEIGHTS
 from ptqd_export.bundle.tables import QUANTIZATION
 from ptqd_export.core.backend import Emission
 from ptqd_export.core.engine import EPSILON, SAMPLE, STEP, TIMESTEP, Array, Engine, FakeEngine, Feeds
@@ -338,10 +339,10 @@ def test_quantization_of_another_network_is_refused(own: Built, tmp_path: Path) 
     text = scales["codes"].tobytes()
     layer, (tensor, layout) = next(iter(json.loads(text)["w8a8"].items()))
     own_place = f'"{layer}":["{tensor}","{layout}"]'.encode()
-    other = next(place for place in json.loads(text)["w8a8"].values() if place[0] != tensor)
+    floats = next(k for k, v in sorted(load_file(bundle.file(WEIGHTS)).items()) if v.dtype == np.float32)
     assert own_place in text
     for changed in (
-        moved(text.replace(own_place, f'"{layer}":{json.dumps(other)}'.encode())),
+        moved(text.replace(own_place, f'"{layer}":["{tensor}","diagonal"]'.encode())),
         moved(text.replace(own_place, b'"nothing":' + own_place.partition(b":")[2])),
         {key: value for key, value in scales.items() if key != "codes"},
         {f"{key}x": value for key, value in scales.items()} | {"w8a8/nothing/bits": np.array([8, 8])},
@@ -350,6 +351,8 @@ def test_quantization_of_another_network_is_refused(own: Built, tmp_path: Path) 
         refused(r"does not hold the layers of .*rebuild the bundle")
     save_file(moved(text.replace(tensor.encode(), b"nothing")), file)
     refused(r"weights.safetensors has no tensor 'nothing'.*rebuild the bundle")
+    save_file(moved(text.replace(tensor.encode(), floats.encode())), file)
+    refused(r"weights.safetensors is damaged .*F32.*rebuild the bundle")
     file.write_bytes(b"nothing")
     refused(r"quantization.safetensors is damaged .*rebuild the bundle")
 

@@ -12,7 +12,7 @@ from models import recipe_of, save_pipeline
 from safetensors.torch import load_file, save_file
 
 from ptqd_export.assemble import estimate
-from ptqd_export.assemble.estimate import count_evaluations
+from ptqd_export.assemble.forecast import count_evaluations
 from ptqd_export.calibrate.intake import open_source
 from ptqd_export.calibrate.observe import outline
 from ptqd_export.calibrate.quantize import layer_precisions
