@@ -15,14 +15,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
-from report import OUT, machine, table, write_section
+from report import OUT, command_cost, machine, table, write_section
 
 SIZES = {"small": (64, 128, 128), "middle": (128, 256, 384), "large": (256, 512, 640)}
 """Channels of the levels."""
@@ -38,13 +37,14 @@ HEADER = (
 )
 
 
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "ptqd_export", "build", *words]
-
-
 def expected(words: Sequence[str]) -> dict[str, Any]:
     """What --dry-run says."""
-    done = subprocess.run(command(*words, "--dry-run", "--json"), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "ptqd_export", "build", *words, "--dry-run", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return dict(json.loads(done.stdout))
 
 
@@ -62,18 +62,13 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
     short = ["--calib-size", str(options.calib_size), "--n-steps", str(options.n_steps)]
     words = [str(folder / "model"), "--out", str(folder / "bundle")]
     usual, said = expected(words), expected([*words, *short])
-    started = time.monotonic()
-    process = subprocess.Popen(command(*words, *short), stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(process.returncode)
+    seconds, peak = command_cost(["build", *words, *short])
     row = [
         f"{said['parameters'] / 1e6:.1f} M",
         f"{said['macs'] / 1e9:.1f} G",
-        f"{(time.monotonic() - started) / 60:.1f}",
+        f"{seconds / 60:.1f}",
         f"{said['seconds'] / 60:.1f}",
-        f"{usage.ru_maxrss * 1024 / 1e9:.1f}",
+        f"{peak / 1e9:.1f}",
         f"{sum(said['memory_bytes'].values()) / 1e9:.1f}",
         f"{usual['seconds'] / 60:.0f}",
     ]

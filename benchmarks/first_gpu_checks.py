@@ -22,10 +22,10 @@ from report import REFERENCE_MODEL
 
 from ptqd_export import backends
 from ptqd_export.assemble.engines import rebuild
-from ptqd_export.assemble.timing import time_calls
 from ptqd_export.backends import cuda
 from ptqd_export.bundle.bundle import Bundle
 from ptqd_export.core.backend import RUNNABLE
+from ptqd_export.core.timing import time_calls
 from ptqd_export.errors import BackendUnavailable, PTQDError
 from ptqd_export.files import replacing
 from ptqd_export.recipe import Recipe

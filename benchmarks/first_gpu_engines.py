@@ -15,13 +15,13 @@ from first_gpu_checks import MIB, Problems, free_mib, host_mib, needs
 from first_gpu_process import Failed, Job, Skipped, Tell, require
 
 from ptqd_export import backends
-from ptqd_export.assemble.timing import launcher, time_calls, time_engines
 from ptqd_export.backends import trt
 from ptqd_export.backends.trt.library import shared
 from ptqd_export.bundle.bundle import Bundle
 from ptqd_export.core.backend import BACKENDS
 from ptqd_export.core.engine import EPSILON, Device, DeviceEngine, Engine, Feeds
 from ptqd_export.core.precision import Precision
+from ptqd_export.core.timing import launcher, time_calls, time_engines
 from ptqd_export.parity import compare, polygraphy
 from ptqd_export.runtime import Runtime, check_probe, check_update, open_artifact, open_update, probe
 

@@ -12,27 +12,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from report import OUT, ROOT, machine, table, write_section
+from report import OUT, ROOT, command_cost, machine, table, write_section
 
-from ptqd_export.assemble.timing import time_calls
 from ptqd_export.bundle.bundle import Bundle
 from ptqd_export.calibrate import open_source, set_threads
 from ptqd_export.core.backend import ORT_CPU
 from ptqd_export.core.engine import EPSILON, SAMPLE, STEP, TIMESTEP
 from ptqd_export.core.figures import relative_rms
 from ptqd_export.core.precision import FP32, Precision
+from ptqd_export.core.timing import time_calls
 from ptqd_export.recipe import Recipe
 from ptqd_export.runtime.open import open_artifact
 
@@ -59,22 +56,6 @@ RECIPE = """
 checkpoint = "model.ckpt"
 ldm_config = "config.yaml"
 """
-
-
-def child(words: Sequence[str], log: Path) -> tuple[float, float]:
-    """Run ptqd-export: (seconds, GB at the peak).
-
-    Raises:
-        SystemExit: it failed.
-    """
-    started = time.monotonic()
-    with open(log, "w", encoding="utf-8") as sink:
-        process = subprocess.Popen([sys.executable, "-m", "ptqd_export", *words], stdout=sink, stderr=sink)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"ptqd-export {' '.join(words)}:\n{log.read_text('utf-8')[-2000:]}")
-    return time.monotonic() - started, usage.ru_maxrss * 1024 / GIGA
 
 
 def bytes_of(folder: Path) -> int:
@@ -132,8 +113,8 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
     words += ["--precision", options.precision, "--plan", f"fp32,{options.precision}*{n - 1}"]
     words += ["--n-steps", str(n), "--calib-size", str(options.calib_size)]
     words += ["--guidance-scale", "3" if conditional else "1"]
-    build = child(words, folder / "build.log")
-    run = child(["run", str(bundle), "--out", str(folder / "out"), "--num-samples", "1"], folder / "run.log")
+    build = command_cost(words)
+    run = command_cost(["run", str(bundle), "--out", str(folder / "out"), "--num-samples", "1"])
     off, seconds = engines(folder, Bundle.open(bundle), Precision.parse(options.precision))
     size = bytes_of(bundle)
     return {
@@ -141,11 +122,11 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
             name,
             f"{parameters / 1e6:.1f} M",
             f"{build[0] / 60:.1f}",
-            f"{build[1]:.1f}",
+            f"{build[1] / GIGA:.1f}",
             f"{size / GIGA:.2f}",
             f"{size / (4 * (parameters + rest)):.2f}",
             f"{run[0]:.0f}",
-            f"{run[1]:.1f}",
+            f"{run[1] / GIGA:.1f}",
         ],
         "times": [
             name,

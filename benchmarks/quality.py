@@ -26,12 +26,12 @@ from report import OUT, REFERENCE_MODEL, machine, table, write_section
 from safetensors.numpy import save_file
 
 from ptqd_export.assemble.assemble import assemble
-from ptqd_export.assemble.timing import time_calls
 from ptqd_export.bundle.bundle import Bundle
 from ptqd_export.core.backend import ORT_CPU
 from ptqd_export.core.engine import SAMPLE, STEP, TIMESTEP, Engine
 from ptqd_export.core.plan import parse_plan
 from ptqd_export.core.precision import FP32, Precision
+from ptqd_export.core.timing import time_calls
 from ptqd_export.errors import PTQDError
 from ptqd_export.evaluate import Candidate, evaluate
 from ptqd_export.evaluate.report import Report, Row, show

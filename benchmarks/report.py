@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -97,3 +99,29 @@ def _split(name: str) -> tuple[str, str, str]:
             f"{SECTIONS[name]} has no section {name}: put `{begin.strip()}` and `{end}` where it belongs"
         )
     return before + begin, text.strip(), end + after
+
+
+_CHILD = """
+import os, subprocess, sys, time
+begin = time.monotonic()
+process = subprocess.Popen(sys.argv[1:], stdout=sys.stderr)
+_, status, usage = os.wait4(process.pid, 0)
+print(time.monotonic() - begin, usage.ru_maxrss * 1024)
+sys.exit(os.waitstatus_to_exitcode(status) != 0)
+"""
+
+
+def command_cost(words: Sequence[str]) -> tuple[float, float]:
+    """Run ptqd-export: (seconds, bytes at the peak).
+
+    Started by a small process of its own, as Linux counts what the parent had for the child too.
+
+    Raises:
+        SystemExit: it failed; says what it printed.
+    """
+    command = [sys.executable, "-c", _CHILD, sys.executable, "-m", "ptqd_export", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"ptqd-export {' '.join(words)}:\n{done.stderr[-2000:]}")
+    seconds, peak = done.stdout.split()
+    return float(seconds), float(peak)

@@ -61,10 +61,10 @@ def measure(
     """Seconds per evaluation by batch and engine."""
     import torch
 
-    from ptqd_export.assemble.timing import time_engines
     from ptqd_export.backends import OrtEngine, set_threads
     from ptqd_export.bundle.bundle import Bundle
     from ptqd_export.calibrate import TorchEngine, open_model
+    from ptqd_export.core.timing import time_engines
     from ptqd_export.recipe import Recipe
 
     set_threads(threads)

@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 from report import REFERENCE_BUNDLE, machine, table, write_section
 
-from ptqd_export.assemble.timing import launcher
 from ptqd_export.backends import available, open_device
 from ptqd_export.bundle.bundle import Bundle
 from ptqd_export.core.backend import BACKENDS, ENGINE_BACKENDS, RUNNABLE
 from ptqd_export.core.plan import Plan
 from ptqd_export.core.precision import Precision
+from ptqd_export.core.timing import launcher
 from ptqd_export.runtime import Runtime, open_artifact
 
 WARMUP, RUNS = 3, 5

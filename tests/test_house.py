@@ -38,6 +38,7 @@ FLOORS = {
     "assemble": 7,
     "evaluate": 7,
     "dropin": 7,
+    "bench": 7,
     "pictures": 7,
     "cli": 9,
     "__main__": 10,
@@ -45,12 +46,12 @@ FLOORS = {
 """Of folders and of the modules beside them; the package's own face, `ptqd_export/__init__.py`, stands at
 8."""
 FACE = 8
-APART = ({"calibrate", "export", "backends"}, {"assemble", "evaluate", "dropin", "pictures"})
+APART = ({"calibrate", "export", "backends"}, {"assemble", "evaluate", "dropin", "bench", "pictures"})
 """Rooms of one floor that never import one another: they exchange values of the core."""
 HEAVY = {
     "torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "onnxruntime", "tensorrt",
     "tensorrt_rtx", "cuda", "polygraphy", "scipy", "matplotlib", "skimage", "PIL",
-    "cryptography", "transformers", "tokenizers",
+    "cryptography", "transformers", "tokenizers", "openvino", "nncf",
 }  # fmt: skip
 ALLOWED = {
     "calibrate": {"torch", "diffusers", "transformers"},
@@ -60,6 +61,7 @@ ALLOWED = {
     "parity": {"scipy", "polygraphy"},
     "evaluate": {"matplotlib", "scipy", "skimage"},
     "assemble": {"onnx_ir"},
+    "bench": {"onnxruntime", "openvino", "nncf", "matplotlib"},
     "bundle": {"cryptography", "tokenizers"},
     "pictures": {"PIL"},
 }

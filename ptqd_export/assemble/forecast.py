@@ -37,10 +37,10 @@ from ..core.precision import FLOAT_BITS, HALF_BITS, Precision
 from ..core.quant import bit_operations
 from ..core.sampling import Sampling
 from ..core.sensitivity import step_groups
+from ..core.timing import REPEATS, WARM_UP
 from ..recipe import Recipe
 from .choose import check_plan
 from .engines import check_builder
-from .timing import REPEATS, WARM_UP
 
 COPIES = 4
 """Float32 copies of the weights when there are most: the network, its export, and the simulated network,

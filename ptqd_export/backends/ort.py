@@ -81,12 +81,14 @@ class OrtEngine:
         device: OrtDevice | None = None,
         optimised_path: Path | None = None,
         optimise: bool = True,
+        profile: Path | None = None,
     ) -> None:
         """Load `path` (its external weights beside it).
 
         Args:
             device: where to run; the CPU if None.
             optimised_path: also save the graph as ONNX Runtime runs it, weights inside.
+            profile: begin of the name of a file of times, which `session.end_profiling` writes.
             optimise: False runs the graph node by node as it stands in the file: the reference for fused
                 kernels.
         Raises:
@@ -97,7 +99,7 @@ class OrtEngine:
         device = OrtDevice() if device is None else device
         self.path, self.kind, self.index, self._optimise = path, device.kind, device.index, optimise
         self.captures = False
-        self._session: Any = self._load(device.ort, optimised_path)
+        self._session: Any = self._load(device.ort, optimised_path, profile)
         self.specs, self.output_specs = (
             _specs(self._session.get_inputs()),
             _specs(self._session.get_outputs()),
@@ -139,7 +141,7 @@ class OrtEngine:
             raise BackendUnavailable(f"the engine of {self.path} is closed: open it again")
         return self._session
 
-    def _load(self, ort: Any, optimised_path: Path | None) -> Any:
+    def _load(self, ort: Any, optimised_path: Path | None, profile: Path | None) -> Any:
         if not self.path.is_file():
             raise GraphError(f"{self.path} does not exist: give an ONNX file")
         if optimised_path is not None and not optimised_path.parent.is_dir():
@@ -154,6 +156,8 @@ class OrtEngine:
         options.graph_optimization_level = level.ORT_ENABLE_ALL if self._optimise else level.ORT_DISABLE_ALL
         if optimised_path is not None:
             options.optimized_model_filepath = str(optimised_path)
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
         try:
             session = self._open(ort, options)
         except Exception as error:

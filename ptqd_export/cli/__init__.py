@@ -1,4 +1,4 @@
-"""The command line: build, run, eval, plan, inspect, verify, sign.
+"""The command line: build, run, eval, bench, plan, inspect, verify, sign.
 
 It composes the other parts and holds no numerics. Heavy modules are imported inside the commands.
 """
@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from .. import __version__
+from .bench import bench
 from .build import build
 from .common import fail, in_one_line
 from .eval import evaluate
@@ -41,7 +42,7 @@ def cli() -> None:
     """Quantize a diffusion UNet, correct it (PTQD), and sample from it with an engine per bitwidth."""
 
 
-for _command in (build, run, evaluate, plan, inspect, verify, sign):
+for _command in (build, run, evaluate, bench, plan, inspect, verify, sign):
     cli.add_command(_command)
 
 

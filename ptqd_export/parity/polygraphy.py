@@ -151,7 +151,7 @@ def _runner(name: str, source: Source, feed: Feeds) -> Any:
             return metadata
 
         def infer_impl(self, feed_dict: Feeds) -> dict[str, Array]:
-            self.inference_time = 0.0  # Polygraphy requires one; `assemble.timing` does the measuring
+            self.inference_time = 0.0  # Polygraphy requires one; `core.timing` does the measuring
             return self.engine(feed_dict)
 
         def deactivate_impl(self) -> None:

@@ -1,90 +1,19 @@
-"""Times that can be compared: what is called when, what is counted, and on which backend."""
+"""Times of a build's engines: on which backend."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from helpers import Built
 
 from ptqd_export import backends
 from ptqd_export.assemble import timing
-from ptqd_export.assemble.timing import (
-    REPEATABILITY,
-    launcher,
-    median_error,
-    time_backends,
-    time_calls,
-    time_engines,
-)
-from ptqd_export.backends import OrtDevice, OrtEngine, registry
+from ptqd_export.assemble.timing import time_backends
+from ptqd_export.backends import registry
 from ptqd_export.core.backend import Emission
-from ptqd_export.core.engine import FakeEngine
-from ptqd_export.core.precision import FP32
+from ptqd_export.core.timing import REPEATABILITY
 from ptqd_export.errors import BackendUnavailable
-
-
-class Clock:
-    """time.perf_counter, moved by hand."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
-        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
-
-
-def test_calls_take_turns_and_medians_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first rounds are not counted, and an outlier is not either."""
-    clock, order = Clock(monkeypatch), list[str]()
-    times = {"a": [100.0, 1.0, 2.0, 3.0, 90.0, 3.0], "b": [100.0, 5.0, 5.0, 5.0, 5.0, 5.0]}
-    left = {name: iter(values) for name, values in times.items()}
-
-    def call(name: str) -> None:
-        order.append(name)
-        clock.now += next(left[name])
-
-    found = time_calls({n: lambda n=n: call(n) for n in times}, repeats=5, warmup=1)
-    assert order == ["a", "b"] * 6 and found == {"a": 3.0, "b": 5.0}
-
-
-def test_the_error_of_a_median(rng: np.random.Generator) -> None:
-    """That of many medians of normal values, whatever single slow calls take; never below what another
-    process finds."""
-    draws = 100 + 20 * rng.standard_normal((2000, 25))
-    spread = np.median(draws, axis=1).std()
-    found = np.array([median_error(row) for row in draws])
-    assert 0.85 * spread < np.sqrt(np.median(found) ** 2 - 1) < 1.15 * spread
-    slow = np.concatenate([draws[0], [1e6]])
-    assert median_error(slow) < 1.5 * median_error(draws[0])
-    assert median_error([2.0] * 20) == pytest.approx(2.0 * REPEATABILITY)
-
-
-def test_engines_get_the_same_feeds() -> None:
-    feeds = {"sample": np.ones((1, 1, 2, 2), np.float32), "timestep": np.zeros(1, np.int64)}
-    seen = []
-    engines = {name: FakeEngine(lambda f: seen.append(f) or f["sample"]) for name in ("a", "b")}
-    assert set(time_engines(engines, feeds, repeats=2, warmup=1)) == {"a", "b"}
-    assert len(seen) == 6 and all(f is feeds for f in seen)
-    assert {engine.calls for engine in engines.values()} == {3}
-
-
-def test_a_launch_copies_nothing(rgb: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is timed is the engine, on buffers that were filled before."""
-    m = rgb.bundle.manifest
-    device = OrtDevice()
-    copies: list[str] = []
-    for name in ("write", "read"):
-        real = getattr(OrtDevice, name)
-        monkeypatch.setattr(
-            OrtDevice, name, lambda self, *a, name=name, real=real: copies.append(name) or real(self, *a)
-        )
-    feeds = m.sampling.feeds(np.zeros((1, *m.sampling.model.sample_shape)), 0, {})
-    with OrtEngine(rgb.bundle.file(m.graph(FP32, Emission.ORT_CPU).file), device=device) as engine:
-        call = launcher(engine, device, feeds)
-        assert copies == ["write"] * len(engine.inputs)
-        call()
-        call()
-    assert copies == ["write"] * len(engine.inputs)
 
 
 def test_the_best_of_the_wanted_backends_that_works(rgb: Built, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ import time
 
 import numpy as np
 
-from ptqd_export.assemble.timing import time_engines
 from ptqd_export.core.engine import EPSILON, Engine, FakeEngine
+from ptqd_export.core.timing import time_engines
 
 
 def test_fake_engine_is_an_engine() -> None:

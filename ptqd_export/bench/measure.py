@@ -1,0 +1,168 @@
+"""bench: every subject in a process of its own, and all of them in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import TypeVar
+
+from .. import backends
+from ..bundle.bundle import Bundle
+from ..core.backend import BACKENDS, ENGINE_BACKENDS, RUNNABLE
+from ..core.plan import Plan
+from ..errors import BackendUnavailable, PTQDError, RecipeError
+from ..progress import progress
+from . import subject as child
+from .report import Bench, RunRow, row_of, versions
+from .subject import Place, Subject
+
+OPERATOR_CALLS = 5
+Say = Callable[[str], None]
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a bench is done.
+
+    Attributes:
+        backends: of the bundle's engines; empty is every one that works here.
+        batch: rows of a call, and samples of a run.
+        threads: CPU threads of everything.
+        rounds: calls of each subject; 5 at least.
+        runs: whole sampling runs of each plan; 0 for none.
+        device: index of the GPU.
+    """
+
+    backends: tuple[str, ...] = ()
+    batch: int = 4
+    threads: int = 1
+    rounds: int = 20
+    runs: int = 3
+    device: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.threads < 1 or self.rounds < 5 or self.runs < 0:
+            raise RecipeError(
+                f"{self.batch} rows, {self.threads} threads, {self.rounds} rounds and {self.runs} runs: give "
+                "at least 1, 1, 5 and 0"
+            )
+
+
+class _Process:
+    """A subject in its process."""
+
+    def __init__(self, subject: Subject, place: Place) -> None:
+        self.subject = subject
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(1, context, child.start, (place.threads,))
+        self.seconds_to_open = self.ask(child.open_subject, subject, place)
+
+    def ask(self, what: Callable[..., Answer], *args: object) -> Answer:
+        """The answer of a function of `subject` in the process.
+
+        Raises:
+            PTQDError: as the function; BackendUnavailable where the process has ended.
+        """
+        try:
+            return self._pool.submit(what, *args).result()
+        except BrokenProcessPool as error:
+            raise BackendUnavailable(
+                f"the process of {self.subject.name} ended, most likely because memory ran out: end other "
+                "programs, or bench fewer things"
+            ) from error
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def bench(
+    bundle: Bundle, settings: Settings, others: Sequence[Subject] = (), say: Say = lambda text: None
+) -> Bench:
+    """Time a bundle's engines, whole runs of its plan, and others beside them.
+
+    Args:
+        others: `make_baselines`, of the same model.
+        say: called with a line for each thing that is left out.
+    Raises:
+        RecipeError: nothing of it works here, or the settings do not fit.
+        BundleError: the bundle is damaged.
+    """
+    m = bundle.manifest
+    names = _backends(bundle, settings.backends, say)
+    engines = [
+        Subject(f"{precision} on {name}", "engine", str(precision), name)
+        for name in names
+        for precision in m.bops
+    ]
+    place = Place(bundle.path, settings.batch, settings.threads, settings.device)
+    with contextlib.ExitStack() as stack:
+        opened = []
+        for one in (*others, *engines):
+            try:
+                opened.append(_Process(one, place))
+            except PTQDError as error:
+                say(f"{one.name} is left out: {error}")
+                continue
+            stack.callback(opened[-1].close)
+        if not any(process.subject.kind == "engine" for process in opened):
+            raise RecipeError(f"none of the bundle's engines runs here, on {', '.join(names)}")
+        seconds: dict[str, list[float]] = {process.subject.name: [] for process in opened}
+        with progress(settings.rounds, "timing, all in turn", "round") as bar:
+            for turn in range(settings.rounds + 1):
+                for process in opened:
+                    found = process.ask(child.timed)
+                    if turn:
+                        seconds[process.subject.name] += found
+                bar.update(1 if turn else 0)
+        rows = [
+            row_of(p.subject, seconds[p.subject.name], p.seconds_to_open, p.ask(child.peak_bytes))
+            for p in opened
+        ]
+        shares = {}
+        for process in opened:
+            operators = process.ask(child.operators, OPERATOR_CALLS)
+            if operators:
+                shares[process.subject.name] = operators
+    runs = [_run(bundle, name, m.plan, place, settings) for name in names] if settings.runs else []
+    return Bench(
+        model=m.sampling.model.name,
+        bundle=bundle.seal,
+        batch=settings.batch,
+        threads=settings.threads,
+        rounds=settings.rounds,
+        rows=tuple(rows),
+        operators=shares,
+        runs=tuple(runs),
+        versions=versions(),
+    )
+
+
+def _backends(bundle: Bundle, wanted: Sequence[str], say: Say) -> list[str]:
+    """Backends that work here and that the bundle has engines for."""
+    found = []
+    for name, state in backends.available().items():
+        if name not in RUNNABLE or (wanted and name not in wanted):
+            continue
+        if state == "ok" and name in ENGINE_BACKENDS and name not in bundle.manifest.backends:
+            state = "the bundle has no engines for it"
+        if state != "ok":
+            if name in wanted:
+                say(f"{name} is left out: {state}")
+            continue
+        found.append(name)
+    if not found:
+        raise RecipeError(f"no backend works here of {', '.join(wanted or BACKENDS)}: see the lines above")
+    return found
+
+
+def _run(bundle: Bundle, backend: str, plan: Plan, place: Place, settings: Settings) -> RunRow:
+    """Whole runs of a plan, beside the calls of its engines."""
+    with contextlib.closing(_Process(Subject("run", "run", str(plan), backend), place)) as process:
+        whole = process.ask(child.timed, settings.runs)
+        switch, calls = process.ask(child.switch_seconds, settings.rounds)
+    return RunRow.of(str(plan), backend, whole, calls, switch)

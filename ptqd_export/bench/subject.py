@@ -1,0 +1,250 @@
+"""Subject: one thing that is timed, and what its process does: open it, call it, say what it took."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..backends import OrtEngine, open_device, set_threads
+from ..backends.ort_profile import operator_seconds
+from ..bundle.bundle import Bundle
+from ..core.backend import ORT_CPU
+from ..core.engine import Array
+from ..core.plan import parse_plan
+from ..core.precision import Precision
+from ..core.timing import launcher
+from ..errors import BackendUnavailable
+from ..runtime import Runtime, open_artifact
+
+Kind = Literal["engine", "run", "onnx", "openvino", "torch"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is timed.
+
+    Attributes:
+        name: in tables.
+        kind: "engine" of the bundle, "run" of it, an "onnx" file on ONNX Runtime, an "openvino" model, or the
+            module in "torch".
+        detail: the engine's precision, the run's plan, OpenVINO's INFERENCE_PRECISION_HINT, or torch's mode,
+            of TORCH_MODES.
+        backend: of an engine or a run.
+        file: of a model or a recipe; None for what the bundle holds.
+    """
+
+    name: str
+    kind: Kind
+    detail: str = ""
+    backend: str = ""
+    file: Path | None = None
+
+
+TORCH_MODES: Mapping[str, Mapping[str, bool]] = {
+    "eager": {},
+    "channels_last bfloat16": {"half": True},
+    "compile": {"compiled": True},
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where all subjects are timed: a bundle, rows of a call, CPU threads, and the device's index."""
+
+    bundle: Path
+    batch: int
+    threads: int
+    device: int = 0
+
+
+@dataclass
+class _Open:
+    """What this process has opened."""
+
+    subject: Subject
+    place: Place
+    call: Callable[[], object]
+    feeds: dict[str, Array] = field(default_factory=dict)
+    kept: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+
+_opened: list[_Open] = []
+
+
+def start(threads: int) -> None:
+    """Give this process as many CPUs as it has threads, before any library counts them.
+
+    What it prints goes to stderr.
+    """
+    os.dup2(2, 1)
+    if hasattr(os, "sched_setaffinity"):
+        cpus = sorted(os.sched_getaffinity(0))
+        if threads < len(cpus):
+            os.sched_setaffinity(0, cpus[:threads])
+    # Threads that wait by turning would take the CPUs from whoever is timed next.
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+    set_threads(threads)
+
+
+def open_subject(subject: Subject, place: Place) -> float:
+    """Open it and call it once; seconds of both.
+
+    Raises:
+        BackendUnavailable, BundleError, GraphError, ModelError: it does not run here.
+    """
+    begin = time.perf_counter()
+    bundle = Bundle.open(place.bundle)
+    opened = _Open(subject, place, lambda: None, _feeds(bundle, place.batch))
+    opener = {
+        "engine": _open_engine,
+        "run": _open_run,
+        "onnx": _open_onnx,
+        "openvino": _open_openvino,
+        "torch": _open_torch,
+    }[subject.kind]
+    opened.call = opener(opened, bundle)
+    opened.call()
+    _opened.append(opened)
+    return time.perf_counter() - begin
+
+
+def timed(calls: int = 1) -> list[float]:
+    """Seconds of some calls, one after the other."""
+    found = []
+    for _ in range(calls):
+        begin = time.perf_counter()
+        _opened[-1].call()
+        found.append(time.perf_counter() - begin)
+    return found
+
+
+def peak_bytes() -> int | None:
+    """The most memory that this process has taken; None where no one counts it.
+
+    Not by getrusage, which counts what the parent had when it started this process.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text("utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return None
+
+
+def operators(calls: int) -> dict[str, float] | None:
+    """Seconds per kind of operator in a call, of a graph on ONNX Runtime's CPU kernels; None of others."""
+    opened = _opened[-1]
+    file = opened.subject.file
+    if opened.subject.kind == "engine":
+        if opened.subject.backend != ORT_CPU:
+            return None
+        bundle = Bundle.open(opened.place.bundle)
+        precision = Precision.parse(opened.subject.detail)
+        file = bundle.file(bundle.manifest.artifact(precision, ORT_CPU).file)
+    elif opened.subject.kind != "onnx":
+        return None
+    assert file is not None  # of an ONNX file
+    return operator_seconds(file, opened.feeds, calls)
+
+
+def switch_seconds(rounds: int) -> tuple[float, float]:
+    """Of a run's subject, in seconds: (what a call takes longer right after another engine's, the sum of the
+    calls of its steps), both from medians and without the sampler."""
+    opened = _opened[-1]
+    bundle = Bundle.open(opened.place.bundle)
+    backend = opened.subject.backend
+    plan = parse_plan(opened.subject.detail, len(bundle.manifest.sampling))
+    precisions = list(dict.fromkeys(plan.steps))
+    feeds = _run_feeds(bundle, opened.place.batch)
+    with contextlib.ExitStack() as stack:
+        device = stack.enter_context(contextlib.closing(open_device(backend)))
+        calls = {}
+        for p in precisions:
+            engine = stack.enter_context(open_artifact(bundle, bundle.manifest.artifact(p, backend), device))
+            calls[p] = launcher(engine, device, feeds)
+        alone: dict[Precision, list[float]] = {p: [] for p in precisions}
+        more: list[float] = []
+        for turn in range(rounds + 1):
+            for p, other in zip(precisions, [*precisions[1:], precisions[0]], strict=True):
+                calls[p]()
+                own = _seconds(calls[p])
+                calls[other]()
+                switched = _seconds(calls[p])
+                if turn:
+                    alone[p].append(own)
+                    more.append(switched - own)
+    step = {p: float(np.median(alone[p])) for p in precisions}
+    return float(np.median(more)), sum(step[p] for p in plan.steps)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def _feeds(bundle: Bundle, rows: int) -> dict[str, Array]:
+    """One evaluation of `rows` rows in the middle of sampling."""
+    sampling = bundle.manifest.sampling
+    x = np.random.default_rng(0).standard_normal((rows, *sampling.model.sample_shape))
+    return sampling.conditional.feeds(x, len(sampling) // 2, sampling.model.conditions(None, rows))
+
+
+def _run_feeds(bundle: Bundle, samples: int) -> dict[str, Array]:
+    sampling = bundle.manifest.sampling
+    x = np.random.default_rng(0).standard_normal((samples, *sampling.model.sample_shape))
+    return sampling.feeds(x, 0, sampling.model.conditions(None, samples))
+
+
+def _open_engine(opened: _Open, bundle: Bundle) -> Callable[[], object]:
+    precision, backend = opened.subject.detail, opened.subject.backend
+    device = opened.kept.enter_context(contextlib.closing(open_device(backend, opened.place.device)))
+    artifact = bundle.manifest.artifact(Precision.parse(precision), backend)
+    engine = open_artifact(bundle, artifact, device, opened.place.device)
+    return launcher(opened.kept.enter_context(engine), device, opened.feeds)
+
+
+def _open_run(opened: _Open, bundle: Bundle) -> Callable[[], object]:
+    plan = parse_plan(opened.subject.detail, len(bundle.manifest.sampling))
+    about = opened.subject.backend, plan
+    runtime = opened.kept.enter_context(Runtime(bundle, *about, device=opened.place.device))
+    return partial(runtime.sample, range(opened.place.batch))
+
+
+def _open_onnx(opened: _Open, bundle: Bundle) -> Callable[[], object]:
+    assert opened.subject.file is not None
+    engine = opened.kept.enter_context(OrtEngine(opened.subject.file))
+    return partial(engine, {name: opened.feeds[name] for name in engine.inputs})
+
+
+def _open_openvino(opened: _Open, bundle: Bundle) -> Callable[[], object]:
+    try:
+        import openvino
+    except ImportError as error:
+        raise BackendUnavailable(f"{opened.subject.name} needs openvino ({error})") from error
+    core = openvino.Core()
+    about = {
+        "INFERENCE_NUM_THREADS": opened.place.threads,
+        "INFERENCE_PRECISION_HINT": opened.subject.detail,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    model: Any = core.compile_model(core.read_model(str(opened.subject.file)), "CPU", about)
+    request = model.create_infer_request()
+    names = [next(iter(value.get_names())) for value in model.inputs]
+    return partial(request.infer, {name: opened.feeds[name] for name in names})
+
+
+def _open_torch(opened: _Open, bundle: Bundle) -> Callable[[], object]:
+    from ..calibrate.eager import eager_call
+    from ..recipe import Recipe
+
+    assert opened.subject.file is not None
+    mode = TORCH_MODES[opened.subject.detail]
+    return eager_call(Recipe.load(opened.subject.file), opened.feeds, opened.place.threads, **mode)
