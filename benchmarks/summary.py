@@ -14,8 +14,8 @@ from pathlib import Path
 from report import REFERENCE_BUNDLE, read_section, read_tables, table, write_section
 
 SHOWN = ("fp32", "w8a8", "w4a8", "w4a4+")
-ENGINE = {"fp32": "ORT fp32, rewritten"}
-"""What step_time.py calls a precision where it does not use its name."""
+ENGINE = "{} on ort-cpu"
+"""What step_time.py calls a precision's engine."""
 CALL = "batch 4, 1 thread"
 FOLDED = "folded"
 
@@ -59,7 +59,7 @@ def summary(weights: str, step_time: str, quality: str) -> str:
                 bits,
                 f"{float(sizes[name]['weights, MB']):.1f}",
                 f"{of_fp32:.0%}" if of_fp32 > 0.1 else f"{of_fp32:.1%}",
-                times[ENGINE.get(name, name)].partition(" ")[0],
+                times[ENGINE.format(name)].partition(" ")[0],
                 row["PSNR to fp32, dB"].partition(" ")[0],
                 row["Frechet to data"].partition(" ")[0],
             ]
