@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "out"
 """What the scripts keep between runs; git ignores it."""
 REFERENCE_MODEL = ROOT / "calib" / "fashion_mnist"
+TEXT_MODEL = ROOT / "calib" / "cifar10_text"
 REFERENCE_BUNDLE = ROOT / "engines" / "fashion_mnist"
 
 _README, _BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"

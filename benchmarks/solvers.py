@@ -1,9 +1,9 @@
 """Every solver against diffusers' own scheduler, step by step: largest difference of what the network sees.
 
-    python benchmarks/solvers.py [--model calib/fashion_mnist] [--write]
+    python benchmarks/solvers.py [--model MODEL ...] [--write]
 
 Both loops start from the same noise and draw the same noise; each calls the network at its own states.
-Diffusers computes in float32. The network is a smooth function of x and t, or the reference model.
+Diffusers computes in float32. The network is a smooth function of x and t, or a trained model.
 Differences are those of the network's input at every evaluation, and of the last state relative to its
 largest value or 1.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
-from report import REFERENCE_MODEL, machine, table, write_section
+from report import REFERENCE_MODEL, TEXT_MODEL, machine, table, write_section
 
 from ptqd_export.core.model import ModelInfo
 from ptqd_export.core.sampling import Sampling, State
@@ -41,6 +41,7 @@ STEPS = (10, 20, 50)
 LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 """Stable Diffusion's betas."""
 ZERO_SNR = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+PROMPT = "a photo of a horse"
 Network = Callable[[np.ndarray, float], np.ndarray]
 
 
@@ -156,28 +157,30 @@ def smooth(x: np.ndarray, t: float) -> np.ndarray:
     return np.asarray(np.tanh(mixed + 0.3 * np.sin(t / 150)) + 0.5 * x)
 
 
-def reference(folder: Path) -> tuple[Network, tuple[int, ...], dict[str, Any]]:
-    """The reference model for one class, its shape and its betas."""
-    from ptqd_export.calibrate import open_model
+def trained(folder: Path) -> tuple[Network, tuple[int, ...], dict[str, Any]]:
+    """A trained model for one class or prompt, its shape and its betas."""
+    from ptqd_export.calibrate import open_parts, open_source
     from ptqd_export.recipe import Recipe
 
-    found = open_model(Recipe.load(folder))
-    (spec,) = found.info.inputs
+    recipe = Recipe.load(folder)
+    source = open_source(recipe)
+    found = source.network
+    conditions = found.info.conditions([3] if found.info.labels else None, 1)
+    conditions |= open_parts(recipe, source).encode([PROMPT])
 
     def network(x: np.ndarray, t: float) -> np.ndarray:
-        labels = torch.full((len(x),), 3)
+        own = {name: torch.from_numpy(np.repeat(value, len(x), 0)) for name, value in conditions.items()}
         sample = torch.from_numpy(np.asarray(x, np.float32))
         with torch.inference_mode():
-            return found.module(sample, torch.full((len(x),), t), **{spec.name: labels}).double().numpy()
+            return found.module(sample, torch.full((len(x),), t), **own).double().numpy()
 
     keys = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
     return network, found.info.sample_shape, {k: v for k, v in found.scheduler_config.items() if k in keys}
 
 
-def section(folder: Path | None) -> str:
+def section(folders: Sequence[Path]) -> str:
     networks: dict[str, tuple[Any, ...]] = {"smooth function": (smooth,)}
-    if folder is not None:
-        networks["reference model"] = (*reference(folder), 1)
+    networks |= {folder.name: (*trained(folder), 1) for folder in folders}
     rows = []
     for case in CASES:
         row = [case.name]
@@ -196,7 +199,7 @@ def section(folder: Path | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=REFERENCE_MODEL)
+    parser.add_argument("--model", type=Path, nargs="*", default=[REFERENCE_MODEL, TEXT_MODEL])
     parser.add_argument("--write", action="store_true", help="write the section of docs/solvers.md")
     args = parser.parse_args()
     torch.set_num_threads(1)

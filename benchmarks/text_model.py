@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import sys
 
-from report import OUT, ROOT, machine, table, write_section
+from report import OUT, TEXT_MODEL, machine, table, write_section
 
 from ptqd_export.assemble.assemble import assemble
 from ptqd_export.bundle.bundle import Bundle
@@ -24,7 +24,6 @@ from ptqd_export.evaluate.report import Row, show
 from ptqd_export.recipe import Recipe
 from ptqd_export.runtime import encode_prompts
 
-MODEL = ROOT / "calib" / "cifar10_text"
 PRECISIONS = ("fp32", "w8a8", "w4a8")
 HEADER = (
     "guidance",
@@ -47,7 +46,7 @@ def plans(n: int) -> tuple[str, ...]:
 def bundle_of(guidance: float) -> Bundle:
     """The bundle of a scale, built unless it is there."""
     path = OUT / f"text-{guidance:g}"
-    recipe = Recipe.load(MODEL).override(
+    recipe = Recipe.load(TEXT_MODEL).override(
         sampler={"guidance_scale": guidance},
         quantization={"precisions": PRECISIONS},
         plan={"rule": "fixed", "steps": ("w8a8",), "sensitivity": "uniform"},
@@ -83,7 +82,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     args = parser.parse_args()
-    sys.path.insert(0, str(MODEL))
+    sys.path.insert(0, str(TEXT_MODEL))
     from captions import CLASSES, PLAIN, caption
 
     prompts = [caption(label, PLAIN) for label in range(len(CLASSES))]
@@ -100,7 +99,7 @@ def main() -> None:
             workers=args.workers,
             prompted=encode_prompts(bundle, prompts),
             asked=range(len(prompts)),
-            classifier=MODEL / "classifier.onnx",
+            classifier=TEXT_MODEL / "classifier.onnx",
         )
         rows += [cells(guidance, row) for row in report.rows]
         note = (

@@ -45,7 +45,7 @@ from .engines import check_builder
 COPIES = 4
 """Float32 copies of the weights when there are most: the network, its export, and the simulated network,
 which keeps the weights that it replaces."""
-LIBRARIES = 500_000_000
+LIBRARIES = 750_000_000
 """Bytes that Python and the libraries take."""
 GRAPH_BYTES = 4000
 """Bytes of a layer in a graph, and of its scales."""
