@@ -50,6 +50,7 @@ test-gpu: $(INSTALLED_GPU)
 bench: $(INSTALLED)
 	test -d engines/fashion_mnist || $(BIN)/ptqd-export build calib/fashion_mnist --out engines/fashion_mnist
 	$(BIN)/python benchmarks/step_time.py --write
+	$(BIN)/python benchmarks/ort_options.py --write
 	taskset -c 0 $(BIN)/python benchmarks/switching.py --write
 	$(BIN)/python benchmarks/parity.py --write
 	$(BIN)/python benchmarks/false_alarms.py --write

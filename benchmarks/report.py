@@ -20,6 +20,7 @@ _README, _BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 SECTIONS = {
     "summary": _README,
     "step-time": _BENCHMARKS,
+    "ort-options": _BENCHMARKS,
     "parity": _BENCHMARKS,
     "false-alarms": _BENCHMARKS,
     "weights": _BENCHMARKS,

@@ -150,6 +150,8 @@ class OrtEngine:
         options = ort.SessionOptions()
         options.use_per_session_threads = False
         options.log_severity_level = QUIET
+        # Values in buffers of older ones cost the CPU time and even memory (docs/benchmarks.md).
+        options.enable_mem_reuse = self.kind != "cpu"
         # Else weights that alone are quantized make ONNX Runtime quantize their inputs to 8 bits too.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         level = ort.GraphOptimizationLevel
