@@ -1,4 +1,4 @@
-"""Options of ONNX Runtime's CPU sessions: time and memory of calls of a bundle's engines, in turn, one thread.
+"""Options of ONNX Runtime's CPU sessions: time and memory of calls of a bundle's engines.
 
     python benchmarks/ort_options.py [BUNDLE ...] [--batch 1 4] [--rounds 60] [--write]
 
