@@ -92,12 +92,10 @@ def with_offset(model: ir.Model, name: str, offset: float) -> ir.Model:
 def _retable(graph: ir.Graph, schedule: NoiseSchedule, correction: Correction) -> None:
     """Put the numbers of the network's own output into the tables of `fold`."""
     a, b = (row[:, None] for row in schedule.epsilon_coefficients())
-    acts = np.broadcast_to(a != 0, correction.gain.shape)  # at abar = 0 the output says nothing of epsilon
-    safe = np.where(a == 0, 1.0, a)
     tables = {
-        "gain": np.where(acts, correction.gain, 1.0),
-        "offset": np.where(acts, correction.offset / safe, 0.0),
-        "sample_gain": np.where(acts, (correction.gain - 1) * b / safe, 0.0),
+        "gain": correction.gain,
+        "offset": correction.offset / a,  # a is never 0: the network's own output counts where abar is
+        "sample_gain": (correction.gain - 1) * b / a,
     }
     for name, table in tables.items():
         value = graph.initializers.get(f"ptqd.{name}")
