@@ -34,6 +34,8 @@ SECTIONS = {
     "switching": _BENCHMARKS,
     "solvers": ROOT / "docs" / "solvers.md",
     "recipe-keys": ROOT / "docs" / "recipe.md",
+    "stock-pipelines": ROOT / "docs" / "models.md",
+    "coverage": ROOT / "docs" / "models.md",
     "ldm-configurations": ROOT / "docs" / "models.md",
 }
 """{section: the file that it stands in}."""

@@ -208,6 +208,7 @@ def _fill(
             _versions(),
             Machine(platform.machine(), os.cpu_count()),
             0.0,
+            network.scheduler_config,
         ),
         files={},
         pipeline=pipeline,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..core.backend import BACKENDS, RUNNABLE, Emission
@@ -215,14 +215,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a bundle comes from: the recipe as it was read, versions of what built it, machine and
-    duration."""
+    """Where a bundle comes from; `scheduler` is the model's own config, `recipe` as it was read."""
 
     recipe: Mapping[str, Any]
     seed: int
     versions: Mapping[str, str]
     machine: Machine
     seconds: float
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

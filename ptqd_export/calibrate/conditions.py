@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +13,16 @@ from torch import Tensor, nn
 from ..core.model import LABELS, TEXT, InputSpec
 from ..errors import ModelError
 from ..recipe import ModelSpec
+from ..typed import brief
 
 EXTRA, POOLED, SIZES, GUIDANCE = "extra_channels", "text_embeds", "time_ids", "timestep_cond"
-ADDED = (POOLED, SIZES)
+IMAGE, HINT = "image_embeds", "hint"
+ADDED = (POOLED, SIZES, IMAGE, HINT)
+HINT_CHANNELS, HINT_SCALE = 4, 8
+"""Channels that Kandinsky's hint, a picture in pixels, becomes beside the latents; and pixels per latent."""
 CONDITION_UNET = "UNet2DConditionModel"
+ENCODERS = ("text_proj", "text_image_proj", "image_proj")
+ADDITIONS = ("text", "text_time", "text_image", "image", "image_hint")
 LABEL_TABLE = "label_table"
 """Name of the submodule that looks class labels up, where they condition by cross-attention."""
 LCM_GUIDANCE = 8.5
@@ -59,10 +64,13 @@ def declare(
     inputs: list[InputSpec] = []
     if config["_class_name"] == CONDITION_UNET:
         inputs += _of_text(given, config, shape, where, around)
+    more = int(config.get("in_channels", shape[0])) - shape[0]
+    if config.get("addition_embed_type") == "image_hint":
+        more -= HINT_CHANNELS
     labels = _labels(spec, given, config, where)
     if labels is not None:
-        inputs.append(labels)
-    more = int(config.get("in_channels", shape[0])) - shape[0]
+        # Beside a picture, a class is the level of noise in it (SD's x4 upscaler).
+        inputs.append(replace(labels, kept=True) if inputs and more > 0 else labels)
     if more > 0:
         inputs.append(_merge(given, InputSpec(EXTRA, "float32", (more, *shape[1:]), kept=True), where))
     if given:
@@ -80,18 +88,53 @@ def _of_text(
     where: str,
     around: Around,
 ) -> list[InputSpec]:
-    """The inputs of a UNet2DConditionModel: text, and what SDXL and LCM add."""
-    hidden = config.get("encoder_hid_dim_type")
-    if hidden not in (None, "text_proj"):
-        raise ModelError(
-            f"{where} says encoder_hid_dim_type {hidden!r}, which is not supported: load the model by "
-            "file.py:function"
-        )
-    width = config.get("encoder_hid_dim") if hidden else config.get("cross_attention_dim", 1280)
-    if isinstance(width, Sequence) and len(set(width)) == 1:
-        width = width[0]
-    if not isinstance(width, int):
-        raise ModelError(f"{where} says cross_attention_dim {width!r}: expected one integer")
+    """The inputs of a UNet2DConditionModel: text, and what SDXL, LCM and Kandinsky add."""
+    inner, outer = config.get("cross_attention_dim", 1280), config.get("encoder_hid_dim")
+    hidden = config.get("encoder_hid_dim_type") or ("text_proj" if outer else None)
+    added = config.get("addition_embed_type")
+    for name, kind, known in (
+        ("encoder_hid_dim_type", hidden, ENCODERS), ("addition_embed_type", added, ADDITIONS),
+    ):  # fmt: skip
+        if kind is not None and kind not in known:
+            raise ModelError(
+                f"{where} says {name} {brief(kind)}, which is not supported ({', '.join(known)} are): load "
+                "the model by file.py:function"
+            )
+    inputs: list[InputSpec] = []
+    if hidden != "image_proj":
+        inputs.append(_text(given, outer if hidden else inner, where, around))
+    vectors: dict[str, Any] = {}
+    if added == "text_image":
+        vectors = {POOLED: inner, IMAGE: inner}
+    elif added in ("image", "image_hint"):
+        vectors = {IMAGE: outer}
+    if hidden in ("text_image_proj", "image_proj"):
+        vectors.setdefault(IMAGE, inner if hidden == "text_image_proj" else outer)
+    inputs += [_merge(given, InputSpec(n, "float32", (_width(w, where),)), where) for n, w in vectors.items()]
+    if added == "image_hint":
+        pixels = 3, *(size * HINT_SCALE for size in shape[1:])
+        inputs.append(_merge(given, InputSpec(HINT, "float32", pixels, kept=True), where))
+    elif added == "text_time":
+        inputs += [_merge(given, one, where) for one in _text_time(config, shape, where, around)]
+    size = config.get("time_cond_proj_dim")
+    if size is not None:
+        default = _guidance_embedding(LCM_GUIDANCE - 1, int(size))
+        one = InputSpec(GUIDANCE, "float32", (int(size),), default=default, kept=True)
+        inputs.append(_merge(given, one, where))
+    return inputs
+
+
+def _width(value: Any, where: str) -> int:
+    if isinstance(value, Sequence) and len(set(value)) == 1:
+        value = value[0]
+    if not isinstance(value, int):
+        raise ModelError(f"{where} says cross_attention_dim {value!r}: expected one integer")
+    return value
+
+
+def _text(given: dict[str, InputSpec], value: Any, where: str, around: Around) -> InputSpec:
+    """The encoded text, of a width."""
+    width = _width(value, where)
     text = given.pop(TEXT, None)
     if text is None and around.tokens is not None:
         text = InputSpec(TEXT, "float32", (around.tokens, width))
@@ -101,21 +144,7 @@ def _of_text(
             f"input {TEXT} {got}: a {CONDITION_UNET} needs it under model.inputs as float32 with shape "
             f"[tokens, {width}]"
         )
-    inputs = [text]
-    added = config.get("addition_embed_type")
-    if added == "text_time":
-        inputs += [_merge(given, one, where) for one in _text_time(config, shape, where, around)]
-    elif added is not None:
-        raise ModelError(
-            f"{where} says addition_embed_type {added!r}, which is not supported (text_time is, that of "
-            "SDXL): load the model by file.py:function"
-        )
-    size = config.get("time_cond_proj_dim")
-    if size is not None:
-        default = _guidance_embedding(LCM_GUIDANCE - 1, int(size))
-        one = InputSpec(GUIDANCE, "float32", (int(size),), default=default, kept=True)
-        inputs.append(_merge(given, one, where))
-    return inputs
+    return text
 
 
 def _text_time(
@@ -166,7 +195,7 @@ def _labels(
             raise ModelError(f"{where} says num_class_embeds {classes!r}: expected an integer")
         expected = InputSpec(LABELS, "int64", (), classes)
         one = given.pop(LABELS, expected)
-        if dataclasses.replace(one, null_class=None) != expected:
+        if replace(one, null_class=None) != expected:
             raise ModelError(
                 f"model.inputs declares {LABELS} otherwise than {where}: num_class_embeds is {classes}; "
                 "leave it out"
@@ -202,7 +231,7 @@ def with_null(spec: ModelSpec, given: InputSpec) -> InputSpec:
     """A class label's input with the recipe's null class, unless it has its own."""
     if given.num_classes is None or given.null_class is not None:
         return given
-    return dataclasses.replace(given, null_class=spec.null_class)
+    return replace(given, null_class=spec.null_class)
 
 
 def _merge(given: dict[str, InputSpec], expected: InputSpec, where: str) -> InputSpec:
@@ -213,7 +242,7 @@ def _merge(given: dict[str, InputSpec], expected: InputSpec, where: str) -> Inpu
             f"model.inputs declares {expected.name} as {one.dtype} {list(one.shape)}: by {where} it is "
             f"{expected.dtype} {list(expected.shape)}"
         )
-    return dataclasses.replace(
+    return replace(
         expected,
         values=one.values,
         default=one.default or expected.default,
@@ -221,16 +250,20 @@ def _merge(given: dict[str, InputSpec], expected: InputSpec, where: str) -> Inpu
     )
 
 
-def adapted(module: nn.Module, table: nn.Embedding | None = None) -> nn.Module:
-    """Make a UNet's forward take the inputs of `declare` by their names.
+def adapted(module: nn.Module, table: nn.Embedding | None = None, channels: int | None = None) -> nn.Module:
+    """Make a UNet's forward take the inputs of `declare` by their names, and return its prediction alone.
 
-    Extra channels are appended to the sample, SDXL's inputs put into added_cond_kwargs, and class labels
-    looked up in `table`, which becomes a submodule, as one token of cross-attention (LDM's ClassEmbedder).
+    Extra channels are appended to the sample, inputs that SDXL and Kandinsky add put into added_cond_kwargs,
+    and class labels looked up in `table`, which becomes a submodule, as one token of cross-attention (LDM's
+    ClassEmbedder). Of what it returns, the first `channels` count: a learned variance lies behind them.
     The object's class is replaced by a subclass; wrapping the module would change the submodule paths.
     """
     base = type(module)
     if table is not None:
         module.add_module(LABEL_TABLE, table)
+    config: Mapping[str, Any] = getattr(module, "config", {})
+    conditional = base.__name__ == CONDITION_UNET
+    drops = channels is not None and config.get("out_channels") == 2 * channels
 
     def forward(self: nn.Module, sample: Tensor, timestep: Tensor, **given: Tensor) -> Any:
         conditions: dict[str, Any] = dict(given)
@@ -241,7 +274,10 @@ def adapted(module: nn.Module, table: nn.Embedding | None = None) -> nn.Module:
             conditions["added_cond_kwargs"] = added
         if table is not None:
             conditions[TEXT] = self.get_submodule(LABEL_TABLE)(conditions.pop(LABELS))[:, None]
-        return base.forward(self, sample, timestep, **conditions)
+        if conditional:
+            conditions.setdefault(TEXT, None)  # Kandinsky makes it of the picture
+        output = base.forward(self, sample, timestep, **conditions)
+        return output.sample[:, :channels] if drops else output
 
     module.__class__ = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
     return module

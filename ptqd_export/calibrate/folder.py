@@ -11,6 +11,7 @@ from torch import nn
 
 from ..core.model import MAX_ELEMENTS, ModelInfo
 from ..core.schedule import NoiseSchedule
+from ..core.scheduler_config import learns_variance
 from ..errors import ModelError, PTQDError
 from ..recipe import ModelSpec, Recipe
 from ..typed import brief
@@ -64,11 +65,11 @@ def from_folder(recipe: Recipe, folder: Path, weights: bool = True) -> Source:
     where = str(unet / CONFIG)
     check_sizes(config, where)
     scheduler = scheduler_config(recipe, folder)
-    shape = sample_shape(spec, config, where)
+    shape = sample_shape(spec, config, where, learns_variance(scheduler))
     first = next((folder / name for name in FIRST_STAGES if (folder / name / CONFIG).is_file()), None)
     about = {} if first is None else read_json(first / CONFIG)
     inputs = declare(spec, config, shape, where, _around(folder, about))
-    module = bare(adapted(_load(config, unet, weights)))
+    module = bare(adapted(_load(config, unet, weights), channels=shape[0]))
     kept = {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
     info = ModelInfo(recipe.model_name, shape, inputs, weights_sha256(kept, module))
     return Source(
@@ -192,15 +193,24 @@ def scheduler_config(recipe: Recipe, folder: Path) -> dict[str, Any]:
     return config
 
 
-def sample_shape(spec: ModelSpec, config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
+def sample_shape(
+    spec: ModelSpec, config: Mapping[str, Any], where: str, learned: bool = False
+) -> tuple[int, int, int]:
     """(C, H, W) of the samples.
 
-    A UNet that takes more channels than it returns takes the rest as a condition; one that returns more
-    learns a variance.
+    A UNet that takes more channels than it predicts takes the rest as a condition. One that learns a variance
+    returns it behind its prediction, in as many channels.
+
+    Args:
+        learned: the scheduler's config says so; else the channels do, or model.sample_shape.
     """
     takes, returns, size = (config.get(key) for key in ("in_channels", "out_channels", "sample_size"))
-    fewer = isinstance(takes, int) and isinstance(returns, int) and 0 < returns < takes
-    channels = returns if fewer else takes
+    channels = takes
+    if isinstance(takes, int) and isinstance(returns, int) and returns > 0:
+        given = spec.sample_shape[0] if spec.sample_shape else None
+        learned = learned or returns in (2 * takes, 2 * (given or 0))
+        predicts = returns // 2 if learned and returns % 2 == 0 else returns
+        channels = min(takes, predicts)
     shape: tuple[Any, ...]
     if spec.sample_shape:
         shape = spec.sample_shape

@@ -1,4 +1,4 @@
-"""The command line: build, run, eval, bench, plan, inspect, verify, sign.
+"""The command line: build, run, eval, bench, plan, inspect, verify, sign, export-pipeline.
 
 It composes the other parts and holds no numerics. Heavy modules are imported inside the commands.
 """
@@ -21,6 +21,7 @@ from .build import build
 from .common import fail, in_one_line
 from .eval import evaluate
 from .look import inspect, verify
+from .pipeline import export_pipeline
 from .plan import plan
 from .run import run
 from .sign import sign
@@ -42,7 +43,7 @@ def cli() -> None:
     """Quantize a diffusion UNet, correct it (PTQD), and sample from it with an engine per bitwidth."""
 
 
-for _command in (build, run, evaluate, bench, plan, inspect, verify, sign):
+for _command in (build, run, evaluate, bench, plan, inspect, verify, sign, export_pipeline):
     cli.add_command(_command)
 
 

@@ -42,8 +42,8 @@ class InputSpec:
             is given.
         default: for tensors: what a sample gets where nothing is given, here and in calibration, one number
             per element; if empty, zeros, and standard normal noise in calibration.
-        kept: for tensors: the unconditional branch of guidance takes the same value (a mask, a picture's
-            size), not zeros.
+        kept: the unconditional branch of guidance takes the same value (a mask, a picture's size, a level of
+            noise), not zeros or the null class.
     Raises:
         RecipeError: the values contradict each other.
     """
@@ -76,8 +76,8 @@ class InputSpec:
             need(label, f"{said} is int64: a class label needs num_classes >= 1 and shape []")
             need(1 <= (n or 0) <= MAX_CLASSES, f"{said}: num_classes is {brief(n)}: give 1 to {MAX_CLASSES}")
         need(
-            not (self.default or self.kept) or self.dtype == "float32",
-            f"{said} is a class label and has default or kept: only float32 inputs have them",
+            not self.default or self.dtype == "float32",
+            f"{said} is a class label and has a default: only float32 inputs have one",
         )
         need(
             len(self.default) in (0, math.prod(self.shape)) and all(map(math.isfinite, self.default)),
@@ -181,7 +181,7 @@ class ModelInfo:
                 f"guidance_scale is {guidance_scale}, but {self.name} takes no condition: set it to 1"
             )
         spec = self.class_input
-        if spec is not None and spec.null_class is None:
+        if spec is not None and spec.null_class is None and not spec.kept:
             raise RecipeError(
                 f"guidance_scale is {guidance_scale}, but {self.name} has no null class: "
                 "set model.null_class in the recipe, or guidance_scale to 1"

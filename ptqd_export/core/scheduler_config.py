@@ -197,10 +197,10 @@ def _check(config: Config, solver: Solver) -> str:
             f"the scheduler config says prediction_type {brief(prediction_type)}: expected one of "
             f"{', '.join(allowed)}" + (f" with solver {solver}" if len(allowed) < 3 else "")
         )
-    if str(config.get("variance_type") or "fixed_small").startswith("learned"):
+    if solver == "ddpm" and learns_variance(config):
         raise ModelError(
-            "the scheduler config says a learned variance, which is not supported: use a model that "
-            "predicts the noise alone"
+            "the scheduler config says a learned variance, which solver ddpm does not know: give another "
+            "--solver, such as ddim, which needs the mean alone"
         )
     for key, wanted, solvers in (
         ("timestep_type", ("discrete",), ("euler",)),
@@ -227,6 +227,11 @@ def _check(config: Config, solver: Solver) -> str:
                 f"noise alone, and solver {solver} cannot start there: it takes a model of v_prediction"
             )
     return prediction_type
+
+
+def learns_variance(config: Config) -> bool:
+    """Whether the network of a scheduler's config returns a variance beside its prediction."""
+    return str(config.get("variance_type") or "fixed_small").startswith("learned")
 
 
 def _options(config: Config, solver: Solver) -> Options:

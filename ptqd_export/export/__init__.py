@@ -10,11 +10,13 @@ from .lint import lint
 from .lower import lower
 from .save import save
 from .sites import LayerGraph, cut_layers, exported_layers, expose_layers, layer_sites, quantized_nodes
+from .stock import STOCK_OUTPUT, stock_unet, with_offset
 from .structure import Calls, calls, float_convs, op_counts
 from .update import sampler_update
 from .variants import write_variants
 
 __all__ = [
+    "STOCK_OUTPUT",
     "Calls",
     "LayerGraph",
     "calls",
@@ -33,5 +35,7 @@ __all__ = [
     "quantized_nodes",
     "sampler_update",
     "save",
+    "stock_unet",
+    "with_offset",
     "write_variants",
 ]

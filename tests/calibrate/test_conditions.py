@@ -149,6 +149,66 @@ def test_class_embed_types(
     both(text_pipeline(tmp_path / kind, unet), unet, given, **given)
 
 
+def test_upscaling(tmp_path: Path) -> None:
+    """The level of noise of the picture beside the sample is the same in both branches of guidance."""
+    unet = text_unet(in_channels=7, num_class_embeds=20)
+    network = open_model(plain(text_pipeline(tmp_path / "x4", unet)))
+    schedule = NoiseSchedule.from_config(network.scheduler_config, 2, 0.0)
+    rows = Sampling(network.info, schedule, 7.5).condition_rows(network.info.conditions([19], 1), 1)
+    assert rows["class_labels"].tolist() == [19, 19]
+    plain_unet = text_unet(num_class_embeds=20)
+    with pytest.raises(RecipeError, match="has no null class"):
+        Sampling(open_model(plain(text_pipeline(tmp_path / "m", plain_unet))).info, schedule, 7.5)
+
+
+KANDINSKY: list[tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = [
+    (
+        {"encoder_hid_dim": 6, "encoder_hid_dim_type": "image_proj", "addition_embed_type": "image"},
+        {"image_embeds": (6,)},
+    ),
+    (
+        {
+            "encoder_hid_dim": 6,
+            "encoder_hid_dim_type": "image_proj",
+            "addition_embed_type": "image_hint",
+            "in_channels": 8,
+        },
+        {"image_embeds": (6,), "hint": (3, 64, 64)},
+    ),
+    (
+        {
+            "encoder_hid_dim": 6,
+            "encoder_hid_dim_type": "text_image_proj",
+            "addition_embed_type": "text_image",
+        },
+        {"encoder_hidden_states": (5, 6), "text_embeds": (12,), "image_embeds": (12,)},
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "shapes"), KANDINSKY, ids=["2.2", "2.2 hint", "2.1"])
+def test_pictures_as_conditions(
+    tmp_path: Path, settings: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> None:
+    unet = text_unet(**settings)
+    torch.manual_seed(7)
+    given = {name: torch.randn(2, *shape) for name, shape in shapes.items()}
+    added = {name: value for name, value in given.items() if name != "encoder_hidden_states"}
+    text = given.get("encoder_hidden_states")
+    folder = text_pipeline(tmp_path / "m", unet)
+    both(folder, unet, given, encoder_hidden_states=text, added_cond_kwargs=added)
+    assert {s.name: s.shape for s in open_model(plain(folder)).info.inputs} == shapes
+
+
+def test_text_beside_the_timestep(tmp_path: Path) -> None:
+    """DeepFloyd IF, whose older configs leave out encoder_hid_dim_type."""
+    unet = text_unet(encoder_hid_dim=6, addition_embed_type="text", addition_embed_type_num_heads=2)
+    folder = text_pipeline(tmp_path / "if", unet)
+    edit_config(folder, encoder_hid_dim_type=None)
+    text = torch.randn(2, 5, 6)
+    both(folder, unet, {"encoder_hidden_states": text}, encoder_hidden_states=text)
+
+
 def test_guidance_of_distilled_models(tmp_path: Path) -> None:
     """LCM: its default is diffusers' embedding of the guidance, 1000 (8.5 - 1)."""
     from diffusers.models.embeddings import get_timestep_embedding
@@ -187,7 +247,7 @@ def test_what_is_kept_is_the_same_in_both_branches(schedule: NoiseSchedule) -> N
             {"dtype": "float32", "default": (float("nan"),)},
             "default of 1 numbers: expected 1, finite",
         ),
-        ({"num_classes": 3, "kept": True}, "class label and has default or kept"),
+        ({"num_classes": 3, "default": (1.0,)}, "class label and has a default"),
     ],
 )
 def test_defaults_that_do_not_fit(wrong: dict[str, Any], message: str) -> None:
@@ -198,9 +258,9 @@ def test_defaults_that_do_not_fit(wrong: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"addition_embed_type": "image"}, "addition_embed_type 'image', which is not supported"),
+        ({"addition_embed_type": "sound"}, r"addition_embed_type 'sound', which is not supported \(text, "),
         ({"addition_embed_type": "text_time"}, "it is no config of SDXL"),
-        ({"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 3}, "encoder_hid_dim_type 'image_proj'"),
+        ({"encoder_hid_dim_type": "ip_image_proj", "encoder_hid_dim": 3}, "hid_dim_type 'ip_image_proj', w"),
         ({"cross_attention_dim": [12, 16]}, r"cross_attention_dim \[12, 16\]: expected one integer"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -200,9 +201,35 @@ def test_folder_errors(copy: Path, damage: Callable[[Path], None], message: str)
     assert_one_line(recipe_of(copy), message)
 
 
-def test_learned_variance_and_null_class_errors(tmp_path: Path, pipeline: Path) -> None:
-    folder = save_pipeline(tmp_path / "learned", tiny_unet(out_channels=2))
-    assert_one_line(recipe_of(folder), "2 channels for 1: a learned variance is not supported")
+@pytest.mark.parametrize(
+    ("takes", "returns", "scheduler", "given", "channels"),
+    [
+        (1, 2, {}, (), 1),  # twice as many
+        (2, 2, {}, (), 2),
+        (2, 2, {"variance_type": "learned_range"}, (), 1),  # DeepFloyd IF's upscaler: a picture beside
+        (2, 2, {}, (1, 8, 8), 1),
+        (5, 4, {"variance_type": "learned"}, (), 2),  # Kandinsky's inpainting
+        (5, 4, {}, (), 4),
+    ],
+)
+def test_a_learned_variance_is_left_out(
+    tmp_path: Path, takes: int, returns: int, scheduler: dict[str, Any], given: tuple[int, ...], channels: int
+) -> None:
+    unet = tiny_unet(in_channels=takes, out_channels=returns, num_class_embeds=None)
+    folder = save_pipeline(tmp_path / "m", unet)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | scheduler))
+    network = open_model(recipe_of(folder, model={"null_class": None, "sample_shape": list(given)}))
+    assert network.info.sample_shape == (channels, 8, 8)
+    x, rest, t = torch.randn(2, channels, 8, 8), torch.randn(2, takes - channels, 8, 8), torch.tensor([3, 9])
+    more = {"extra_channels": rest} if takes > channels else {}
+    assert [spec.name for spec in network.info.inputs] == [*more]
+    with torch.no_grad():
+        expected = unet(torch.cat([x, rest], 1), t).sample[:, :channels]
+        assert torch.equal(network.module(x, t, **more), expected)
+
+
+def test_null_class_errors(tmp_path: Path, pipeline: Path) -> None:
     assert_one_line(
         recipe_of(pipeline, model={"null_class": 4}),
         r"input 'class_labels': null_class is 4: give one of at least two ids below num_classes \(4\)",

@@ -251,7 +251,7 @@ def test_refuses_steps_and_eta(n_steps: int, eta: float) -> None:
         {"_class_name": "KDPM2DiscreteScheduler"},
         {"_class_name": "FlowMatchEulerDiscreteScheduler"},
         {"prediction_type": "flow"},
-        {"variance_type": "learned_range"},
+        {"variance_type": "learned_range", "_class_name": "DDPMScheduler"},
         {"beta_schedule": "cosine"},
         {"timestep_spacing": "log"},
         {"trained_betas": [0.1, 0.2]},

@@ -1,0 +1,115 @@
+"""A bundle's pictures in other people's pipelines: optimum-onnx, and optimum-intel with OpenVINO.
+
+    python benchmarks/stock_pipelines.py BUNDLE [--optimum PYTHON] [--openvino PYTHON] [--write]
+
+Both are tried in environments of their own, whose interpreters are given: neither goes with the diffusers
+that builds bundles. The pipeline starts from the noise that `ptqd-export run` starts from. Nothing else is
+shared: it has its own tokenizer, guidance and scheduler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from report import OUT, table, write_section
+
+from ptqd_export import Bundle, run
+from ptqd_export.assemble.stock_folder import write_stock
+from ptqd_export.core.backend import ORT_CPU, Emission
+from ptqd_export.core.plan import Plan
+from ptqd_export.core.precision import Precision
+from ptqd_export.core.sampling import NoiseSource
+
+KEPT = OUT / "stock-pipelines.json"
+HEADER = ("pipeline", "network", "PSNR to `ptqd-export run`, dB", "largest difference, of 255", "versions")
+PROMPTS = ("a photo of a cat", "a photo of a dog")
+OPEN = {
+    "optimum": "from optimum.onnxruntime import ORTStableDiffusionPipeline as Stock\n"
+    "pipe = Stock.from_pretrained(folder)\n",
+    "openvino": "from optimum.intel import OVStableDiffusionPipeline as Stock\n"
+    "pipe = Stock.from_pretrained(folder, from_onnx=True, ov_config={'INFERENCE_PRECISION_HINT': 'f32'})\n",
+}
+TITLES = {"optimum": "ORTStableDiffusionPipeline", "openvino": "OVStableDiffusionPipeline"}
+PACKAGES = {
+    "optimum": ("optimum-onnx", "diffusers", "transformers", "onnxruntime"),
+    "openvino": ("optimum-intel", "diffusers", "transformers", "openvino"),
+}
+CHILD = """
+import json, sys
+from importlib.metadata import version
+import numpy as np, torch
+folder, noise, out, call, prompts, packages = json.loads(sys.argv[1])
+{open}
+latents = torch.from_numpy(np.load(noise))
+pictures = pipe(prompt=prompts, latents=latents, output_type="np", **call).images
+np.save(out, np.asarray(pictures))
+print(json.dumps([f"{{name}} {{version(name)}}" for name in packages]))
+"""
+EMISSIONS = {"optimum": Emission.ORT_CPU, "openvino": Emission.PORTABLE}
+
+
+def compare(bundle: Bundle, kind: str, python: Path, precision: Precision, folder: Path) -> list[str]:
+    """A row of the table."""
+    m = bundle.manifest
+    stock = write_stock(bundle, folder / "pipeline", precision, EMISSIONS[kind])
+    plan = Plan((precision,) * len(m.sampling))
+    ours = run(bundle, len(PROMPTS), seed=0, prompts=PROMPTS, plan=plan, backend=ORT_CPU)
+    noise = NoiseSource(0, range(len(PROMPTS)), m.sampling.model.sample_shape).draw()
+    np.save(folder / "noise.npy", noise.astype(np.float32))
+    request = [
+        *(str(folder / name) for name in ("pipeline", "noise.npy", "theirs.npy")),
+        dict(stock.call),
+        PROMPTS,
+        PACKAGES[kind],
+    ]
+    code = CHILD.format(open=OPEN[kind])
+    done = subprocess.run([python, "-c", code, json.dumps(request)], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{python} failed:\n{done.stderr[-2000:]}")
+    versions = json.loads(done.stdout.splitlines()[-1])
+    theirs = np.load(folder / "theirs.npy").transpose(0, 3, 1, 2)
+    off = np.clip(ours / 2 + 0.5, 0, 1) - theirs
+    psnr = -10 * np.log10(np.mean(off**2))
+    row = [f"`{TITLES[kind]}`", f"{precision}, {EMISSIONS[kind]}", f"{psnr:.1f}"]
+    return [*row, f"{255 * np.abs(off).max():.2f}", ", ".join(versions)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--optimum", type=Path, help="interpreter of an environment with optimum-onnx")
+    parser.add_argument("--openvino", type=Path, help="interpreter of one with optimum-intel and openvino")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
+    options = parser.parse_args()
+    bundle = Bundle.open(options.bundle)
+    kept: dict[str, list[list[str]]] = json.loads(KEPT.read_text("utf-8")) if KEPT.is_file() else {}
+    for kind in OPEN:
+        python = getattr(options, kind)
+        if python is None:
+            continue
+        kept[kind] = []
+        for precision in dict.fromkeys(graph.precision for graph in bundle.manifest.graphs):
+            with tempfile.TemporaryDirectory() as folder:
+                kept[kind].append(compare(bundle, kind, python, precision, Path(folder)))
+            print(" ".join(kept[kind][-1]), flush=True)
+    OUT.mkdir(parents=True, exist_ok=True)
+    KEPT.write_text(json.dumps(kept, indent=1), "utf-8")
+    m = bundle.manifest
+    text = (
+        f"{table(HEADER, [row for kind in OPEN for row in kept.get(kind, [])])}\n\n"
+        f"{m.sampling.model.name}, {m.sampling.summary}; {len(PROMPTS)} prompts."
+    )
+    print(text)
+    if options.write:
+        write_section("stock-pipelines", text)
+
+
+if __name__ == "__main__":
+    main()
