@@ -176,9 +176,11 @@ def _remove_probes(parent: Path, name: str) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[Path]:
+def exclusive(folder: Path, what: str = "build") -> Iterator[Path]:
     """`folder`, which exists, for this process alone; the lock goes with the process, however it ends.
 
+    Args:
+        what: another process does with it, in words.
     Raises:
         BundleError: another process has it, or it is a link.
     """
@@ -193,11 +195,11 @@ def exclusive(folder: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BundleError(
-                f"{folder} is in use by another build: wait until that one has ended, or give another --out"
+                f"{folder} is in use by another {what}: wait until that one has ended, or give another --out"
             ) from error
         if not folder.exists() or not os.path.samestat(os.fstat(lock), os.stat(folder)):
             raise BundleError(
-                f"{folder} was removed by another build, which has just ended: run the command again"
+                f"{folder} was removed by another {what}, which has just ended: run the command again"
             )
         yield folder
     finally:

@@ -38,6 +38,7 @@ FLOORS = {
     "assemble": 7,
     "evaluate": 7,
     "dropin": 7,
+    "farm": 7,
     "pictures": 7,
     "cli": 9,
     "__main__": 10,
@@ -45,12 +46,16 @@ FLOORS = {
 """Of folders and of the modules beside them; the package's own face, `ptqd_export/__init__.py`, stands at
 8."""
 FACE = 8
-APART = ({"calibrate", "export", "backends"}, {"assemble", "evaluate", "dropin", "pictures"})
+APART = (
+    {"calibrate", "export", "backends"},
+    {"assemble", "evaluate", "dropin", "pictures"},
+    {"assemble", "evaluate", "dropin", "farm"},
+)
 """Rooms of one floor that never import one another: they exchange values of the core."""
 HEAVY = {
     "torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "onnxruntime", "tensorrt",
     "tensorrt_rtx", "cuda", "polygraphy", "scipy", "matplotlib", "skimage", "PIL",
-    "cryptography", "transformers", "tokenizers",
+    "cryptography", "transformers", "tokenizers", "ray", "pyarrow",
 }  # fmt: skip
 ALLOWED = {
     "calibrate": {"torch", "diffusers", "transformers"},
@@ -59,6 +64,7 @@ ALLOWED = {
     "backends": {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"},
     "parity": {"scipy", "polygraphy"},
     "evaluate": {"matplotlib", "scipy", "skimage"},
+    "farm": {"ray", "pyarrow"},
     "assemble": {"onnx_ir"},
     "bundle": {"cryptography", "tokenizers"},
     "pictures": {"PIL"},
@@ -132,7 +138,7 @@ def test_the_reading_of_imports() -> None:
 
 def test_a_bare_import_loads_nothing_heavy() -> None:
     """The package, its core, and what a deployment imports to read a bundle."""
-    modules = ("cli", "runtime", "parity.machines", "assemble.replan", "cli.plan")
+    modules = ("cli", "farm", "runtime", "parity.machines", "assemble.replan", "cli.plan")
     for module in ("ptqd_export", *(f"ptqd_export.{name}" for name in modules)):
         code = f"import sys, {module}; print(sorted({HEAVY!r} & set(sys.modules)))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
