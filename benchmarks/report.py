@@ -31,6 +31,7 @@ SECTIONS = {
     "solvers": ROOT / "docs" / "solvers.md",
     "recipe-keys": ROOT / "docs" / "recipe.md",
     "ldm-configurations": ROOT / "docs" / "models.md",
+    "ray-sampling": ROOT / "docs" / "many-machines.md",
 }
 """{section: the file that it stands in}."""
 

@@ -55,15 +55,16 @@ def fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing_file(path: Path) -> Iterator[BinaryIO]:
+def writing_file(path: Path, clear: bool = True) -> Iterator[BinaryIO]:
     """A file to fill beside `path`; on success it takes the place of `path`, on failure it goes.
 
-    What killed writers of the same file left is removed.
-
+    Args:
+        clear: what killed writers of the same file left is removed, for which the folder is listed.
     Raises:
         OSError: it cannot be written.
     """
-    _remove_parts(path)
+    if clear:
+        _remove_parts(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.{token_hex(4)}.part")
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:

@@ -65,7 +65,7 @@ class Pool:
                     Sampler,
                     fn_constructor_args=(task,),
                     batch_size=1,
-                    num_cpus=0 if self._gpu else 1,
+                    num_cpus=1,
                     num_gpus=1 if self._gpu else None,
                     compute=data.ActorPoolStrategy(
                         size=min(self.workers, len(shards)), max_tasks_in_flight_per_actor=1

@@ -87,7 +87,7 @@ class Sampler:
             self._runtime = open_worker(self._task.start)
             _check_versions(self._runtime, self._task.order)
         path = self._task.folder / self._task.order.file(shard)
-        with writing_file(path) as file:
+        with writing_file(path, clear=False) as file:  # `open_shards` has cleared
             write_shard(file, self._task.order, self._batches(shard, self._runtime))
         return Done(
             shard.number,

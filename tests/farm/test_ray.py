@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -135,7 +136,7 @@ def test_a_driver_that_is_killed(
         "run", classes.path, "--ray", "--workers", 1, "--out", out, "--num-samples", 24, "--seed", 3,
         "--batch-size", 2, "--shard-size", 4, "--content", "npy", "--backend", "ort-cpu",
     )  # fmt: skip
-    process = launch(*words)
+    process = launch(*words, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
     end = time.monotonic() + 240
     while not (out / JOURNAL).exists() and time.monotonic() < end:
         assert process.poll() is None, process.communicate()

@@ -1,4 +1,4 @@
-"""A worker, in a process of its own without Ray: its shards hold what `run` draws, bit for bit, in every format."""
+"""A worker, in a process of its own without Ray: its shards hold what `run` draws, bit for bit."""
 
 from __future__ import annotations
 
