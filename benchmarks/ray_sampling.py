@@ -39,13 +39,20 @@ PLANNED = (1, 10, 1000)
 MILLION = 1_000_000
 
 
+def stat(pid: str) -> list[str]:
+    """What the kernel says of a process, from its state on: [state, parent, ...]."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
 def actors() -> dict[int, tuple[float, float]]:
-    """{process: (CPU seconds, largest memory in bytes)} of the workers that are there."""
+    """{process: (CPU seconds, largest memory in bytes)} of the workers that are there, of this process's Ray."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if (folder / "cmdline").read_bytes().startswith(b"ray::MapWorker"):
-                times = (folder / "stat").read_text().rpartition(")")[2].split()
+                times = stat(folder.name)
+                if stat(times[1])[1] != str(os.getpid()):  # a worker is a child of the raylet, that is ours
+                    continue
                 status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
                 seconds = (int(times[11]) + int(times[12])) / TICK
                 found[int(folder.name)] = (seconds, float(status["VmHWM"].split()[0]) * 1024)

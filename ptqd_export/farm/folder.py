@@ -117,6 +117,7 @@ def open_shards(out: Path, order: Order, num_samples: int) -> Iterator[Shards]:
                     shards.write()
                 yield shards
             finally:
+                _clear(folder)
                 if shards.done:
                     shards.write()
                 else:
@@ -171,10 +172,15 @@ def _read(folder: Path) -> Index:
     return Index(1, index.order, index.num_samples, index.complete, tuple(found))
 
 
-def _taken_up(folder: Path, order: Order, num_samples: int) -> Shards:
+def _clear(folder: Path) -> None:
+    """Remove what workers that were killed left: nobody is at work here any more, or yet."""
     for file in folder.iterdir():
-        if PART.fullmatch(file.name):  # of workers that were killed: nobody else is at work here
+        if PART.fullmatch(file.name):
             file.unlink(missing_ok=True)
+
+
+def _taken_up(folder: Path, order: Order, num_samples: int) -> Shards:
+    _clear(folder)
     if not (folder / INDEX).exists():
         return Shards(folder, order, num_samples, {})
     held = _read(folder)

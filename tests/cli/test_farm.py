@@ -34,7 +34,10 @@ RAY = ("--ray", "local")
             [*RAY, "--content", "npy", "--format", "webdataset", "--shard-size", "24"],
             "--shard-size 24 is no multiple of --batch-size 16: give one",
         ),
-        ([*RAY, "--content", "npy", "--backend", "tensorrt-rtx"], "no engines for backend 'tensorrt-rtx'"),
+        (
+            [*RAY, "--format", "webdataset", "--content", "npy", "--backend", "tensorrt-rtx"],
+            "no engines for backend 'tensorrt-rtx'",
+        ),
     ],
 )
 def test_wrong_options(refused: Callable[..., str], place: Path, words: list[str], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,6 +145,18 @@ def test_one_process_at_a_time(tmp_path: Path, order: Order) -> None:
         open_shards(tmp_path / "out", order, 8),
     ):
         raise AssertionError
+
+
+def test_what_a_killed_worker_left_goes(tmp_path: Path, order: Order) -> None:
+    """Whether the run that it was of has ended well, or badly."""
+    out = tmp_path / "out"
+    for error in (None, ZeroDivisionError):
+        with contextlib.suppress(ZeroDivisionError), open_shards(out, order, 8) as shards:
+            (out / ".shard-000001.tar.12345.0123abcd.part").write_bytes(b"half")
+            if error is not None:
+                raise error
+            shards.add(write(shards, shards.missing[0]))
+        assert set(content(out)) == {INDEX, "shard-000000.tar"}
 
 
 def test_folders_that_are_not_shared(tmp_path: Path, order: Order) -> None:

@@ -43,16 +43,20 @@ def two() -> Iterator[None]:
         ray.shutdown()
 
 
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def workers() -> list[int]:
-    """Processes of actors that sample."""
+    """Processes of actors that sample, of this process's Ray: children of its raylet."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             name = (folder / "cmdline").read_bytes()
+            if name.startswith(b"ray::MapWorker") and parent(parent(int(folder.name))) == os.getpid():
+                found.append(int(folder.name))
         except OSError:
             continue
-        if name.startswith(b"ray::MapWorker"):
-            found.append(int(folder.name))
     return found
 
 
