@@ -12,6 +12,7 @@ and the seconds until the first shard, with Ray's start. What all of them wrote 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import signal
 import sys
@@ -45,7 +46,7 @@ def stat(pid: str) -> list[str]:
 
 
 def actors() -> dict[int, tuple[float, float]]:
-    """{process: (CPU seconds, largest memory in bytes)} of the workers that are there, of this process's Ray."""
+    """{process: (CPU seconds, largest memory in bytes)} of the workers of this process's Ray."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -81,10 +82,11 @@ class Run:
             os.kill(self.killed, signal.SIGKILL)
 
     def window(self) -> tuple[float, int, float]:
-        """Seconds, samples, and the workers' CPU seconds while all of them were at work."""
+        """Seconds, samples, and the workers' CPU seconds, while all of them, and the same, were at work."""
         most = max(len(found) for _, _, found in self.seen)
-        begin = next(at for at in self.seen if len(at[2]) == most)
-        end = [at for at in self.seen if at[2].keys() >= begin[2].keys()][-1]
+        spans = [list(span) for _, span in itertools.groupby(self.seen, lambda at: at[2].keys())]
+        span = max((span for span in spans if len(span[0][2]) == most), key=len)
+        begin, end = span[0], span[-1]
         if end is begin:
             sys.exit("too few shards to measure: give more --samples")
         cpu = sum(end[2][pid][0] - seconds for pid, (seconds, _) in begin[2].items())
