@@ -1,6 +1,7 @@
 # make demo   build the bundle of the reference model and sample a grid from it
 # make test   lint, type check and run the tests
 # make test-gpu  run the tests that need an NVIDIA GPU, on a machine that has one (in .venv-gpu); they say why where they skip
+# make test-ray  run the tests of sampling on Ray, which the extra `ray` (some 500 MB) is installed for
 # make check  lint and type check alone
 # make bench  measure the tables of docs/benchmarks.md and of the README (several hours)
 # make clean  remove what these commands wrote (.venv and .venv-gpu stay: remove them by hand)
@@ -15,7 +16,7 @@ BIN_GPU := .venv-gpu/bin
 INSTALLED_GPU := .venv-gpu/.installed
 GPU ?= gpu
 
-.PHONY: demo test test-gpu check bench clean
+.PHONY: demo test test-gpu test-ray check bench clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -46,6 +47,10 @@ test: check
 
 test-gpu: $(INSTALLED_GPU)
 	$(BIN_GPU)/pytest -m gpu -rs
+
+test-ray: $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	$(BIN)/pytest tests/farm -rs
 
 bench: $(INSTALLED)
 	test -d engines/fashion_mnist || $(BIN)/ptqd-export build calib/fashion_mnist --out engines/fashion_mnist

@@ -55,15 +55,16 @@ def fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing_file(path: Path) -> Iterator[BinaryIO]:
+def writing_file(path: Path, clear: bool = True) -> Iterator[BinaryIO]:
     """A file to fill beside `path`; on success it takes the place of `path`, on failure it goes.
 
-    What killed writers of the same file left is removed.
-
+    Args:
+        clear: what killed writers of the same file left is removed, for which the folder is listed.
     Raises:
         OSError: it cannot be written.
     """
-    _remove_parts(path)
+    if clear:
+        _remove_parts(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.{token_hex(4)}.part")
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
@@ -176,9 +177,11 @@ def _remove_probes(parent: Path, name: str) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[Path]:
+def exclusive(folder: Path, what: str = "build") -> Iterator[Path]:
     """`folder`, which exists, for this process alone; the lock goes with the process, however it ends.
 
+    Args:
+        what: another process does with it, in words.
     Raises:
         BundleError: another process has it, or it is a link.
     """
@@ -193,11 +196,11 @@ def exclusive(folder: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BundleError(
-                f"{folder} is in use by another build: wait until that one has ended, or give another --out"
+                f"{folder} is in use by another {what}: wait until that one has ended, or give another --out"
             ) from error
         if not folder.exists() or not os.path.samestat(os.fstat(lock), os.stat(folder)):
             raise BundleError(
-                f"{folder} was removed by another build, which has just ended: run the command again"
+                f"{folder} was removed by another {what}, which has just ended: run the command again"
             )
         yield folder
     finally:

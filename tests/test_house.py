@@ -39,6 +39,7 @@ FLOORS = {
     "evaluate": 7,
     "dropin": 7,
     "bench": 7,
+    "farm": 7,
     "pictures": 7,
     "cli": 9,
     "__main__": 10,
@@ -46,12 +47,16 @@ FLOORS = {
 """Of folders and of the modules beside them; the package's own face, `ptqd_export/__init__.py`, stands at
 8."""
 FACE = 8
-APART = ({"calibrate", "export", "backends"}, {"assemble", "evaluate", "dropin", "bench", "pictures"})
+APART = (
+    {"calibrate", "export", "backends"},
+    {"assemble", "evaluate", "dropin", "bench", "pictures"},
+    {"assemble", "evaluate", "dropin", "bench", "farm"},
+)
 """Rooms of one floor that never import one another: they exchange values of the core."""
 HEAVY = {
     "torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "onnxruntime", "tensorrt",
     "tensorrt_rtx", "cuda", "polygraphy", "scipy", "matplotlib", "skimage", "PIL",
-    "cryptography", "transformers", "tokenizers", "openvino", "nncf",
+    "cryptography", "transformers", "tokenizers", "openvino", "nncf", "ray", "pyarrow",
 }  # fmt: skip
 ALLOWED = {
     "calibrate": {"torch", "diffusers", "transformers"},
@@ -60,6 +65,7 @@ ALLOWED = {
     "backends": {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"},
     "parity": {"scipy", "polygraphy"},
     "evaluate": {"matplotlib", "scipy", "skimage"},
+    "farm": {"ray", "pyarrow"},
     "assemble": {"onnx_ir"},
     "bench": {"onnxruntime", "openvino", "nncf", "matplotlib"},
     "bundle": {"cryptography", "tokenizers"},

@@ -94,8 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _fail_interrupted(came: Sequence[int]) -> None:
     number = came[0] if came else signal.SIGINT
     fail(
-        "interrupted: the old files stand, or the new ones, whole; a build or eval takes up where it stopped "
-        "when the same command is given again",
+        "interrupted: the old files stand, or the new ones, whole; a build, eval or run --ray takes up "
+        "where it stopped when the same command is given again",
         128 + number,
     )
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +18,7 @@ from ..core.scheduler_config import SOLVERS
 from ..errors import BackendUnavailable, RecipeError
 from ..progress import progress
 from . import common as options
+from . import farm
 from .common import common, engine_notes, say, show
 
 if TYPE_CHECKING:
@@ -76,11 +75,11 @@ NUM_SAMPLES = 16
 @click.option(
     "--format",
     "file_format",
-    type=click.Choice(["png", "npy", LATENTS]),
-    default="png",
-    show_default=True,
-    help="Pictures, their values in one array, or, of a latent model, what its decoder was not yet given.",
+    type=click.Choice(["png", "npy", LATENTS, *farm.FORMATS]),
+    help="Pictures (the default), their values in one array, or, of a latent model, what its decoder was not "
+    "yet given. With --ray: parquet (the default) or webdataset, a tar.",
 )
+@farm.options
 @click.option("--n-steps", type=int, help="Checked against the bundle.")
 @click.option("--eta", type=float, help="Checked against the bundle.")
 @click.option("--guidance-scale", type=float, help="Checked against the bundle.")
@@ -104,15 +103,24 @@ def run(
     swap_weights: bool,
     rebuild: bool,
     model: Path | None,
-    file_format: str,
+    file_format: str | None,
+    ray: str | None,
+    content: str | None,
+    shard_size: int | None,
+    dataset: Path | None,
     as_json: bool,
     **asked: Any,
 ) -> None:
     """Draw samples from BUNDLE: single images and a grid, or an array and a grid."""
     from .. import pictures
     from ..bundle import Bundle
-    from ..runtime import check_settings, encode_prompts
+    from ..runtime import check_settings, encode_prompts, versions
     from ..runtime import run as run_bundle
+
+    shards = farm.Asked(ray, content, shard_size, dataset)
+    wanted = shards.check_format(file_format)
+    texts = options.read_texts(prompts, prompts_file, None if dataset else negative_prompt)
+    farm.check_alone(shards, rebuild, device, conditions, class_labels is not None or bool(texts))
 
     # Engines that will be built anew may be damaged: that may be the reason for the rebuild.
     bundle = Bundle.open(bundle_dir, without=backend if rebuild else None)
@@ -122,11 +130,32 @@ def run(
     if plan_text is not None:
         plan = parse_plan(plan_text, len(bundle.manifest.sampling))
         bundle.manifest.check_plan(plan)
-    are_pictures = _check_format(bundle, file_format)
-    texts = options.read_texts(prompts, prompts_file, negative_prompt)
+    are_pictures = _check_format(bundle, wanted)
     if num_samples is None:
         num_samples = NUM_SAMPLES if prompts_file is None else len(texts)
-    labels = None if class_labels is None else parse_labels(class_labels, info, num_samples)
+    in_turn = None if class_labels is None else parse_labels(class_labels, info)
+    if ray is not None:
+        farm.sample_on_ray(
+            bundle,
+            shards,
+            out,
+            num_samples,
+            tuple(in_turn or ()),
+            encode_prompts(bundle, texts, negative_prompt) if texts else None,
+            negative_prompt,
+            plan,
+            file_format,
+            workers,
+            as_json,
+            seed=seed,
+            batch_size=batch_size,
+            backend=None if backend == AUTO else backend,
+            model=model,
+            resident=not swap_weights,
+            content=wanted,
+        )
+        return
+    labels = in_turn and [in_turn[i % len(in_turn)] for i in range(num_samples)]
     tensors = read_tensors(conditions)
     folder = pictures.check_folder(out)
     if rebuild:
@@ -156,7 +185,7 @@ def run(
             model=model,
             tensors=tensors,
             prompts=prompted,
-            latents=file_format == LATENTS,
+            latents=wanted == LATENTS,
             device=device,
             resident=not swap_weights,
             advance=advance,
@@ -165,11 +194,10 @@ def run(
     seconds = time.monotonic() - started
     for runtime in used:
         backend, passed_over = runtime.backend, runtime.passed_over
-    files = pictures.encode_images(x) if file_format == "png" else {"samples.npy": pictures.encode_array(x)}
+    files = pictures.encode_images(x) if wanted == "png" else {"samples.npy": pictures.encode_array(x)}
     grid = {}
     if are_pictures:
-        in_turn = 0 if prompted is None else len(prompted.prompts)
-        columns = _columns(info, num_samples, labels, in_turn)
+        columns = _columns(info, num_samples, labels, 0 if prompted is None else len(prompted.prompts))
         grid["grid.png"] = pictures.encode_png(pictures.image_grid(x, columns))
     about = {
         "bundle": bundle.seal,
@@ -180,9 +208,7 @@ def run(
         "conditions": {name: _sha256(value) for name, value in tensors.items()},
         "prompts": None if prompted is None else prompted.prompts,
         "negative_prompt": None if prompted is None else prompted.negative,
-        "versions": _versions(
-            backend, ("onnxruntime", "tokenizers") if bundle.manifest.pipeline.parts else ()
-        ),
+        "versions": {"ptqd-export": __version__} | versions(bundle, backend),
     }
     pictures.write_pictures(folder, files | grid, about)
     result = {
@@ -265,21 +291,12 @@ def _rebuild(bundle: Bundle, backend: str) -> Bundle:
     return bundle
 
 
-def _versions(backend: str, more: Sequence[str]) -> dict[str, str]:
-    """Versions that decide the pictures, besides the bundle."""
-    found = {"ptqd-export": __version__}
-    for name in ("numpy", *BACKENDS[backend].distributions, *more):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
 def _sha256(value: Array) -> str:
     return hashlib.sha256(str((value.dtype.str, value.shape)).encode() + value.tobytes()).hexdigest()
 
 
-def parse_labels(text: str, info: ModelInfo, n: int) -> list[int]:
-    """One class for each of n samples, in turn, from text such as "3", "0,1,2" or "0-9".
+def parse_labels(text: str, info: ModelInfo) -> list[int]:
+    """The classes that samples get in turn, from text such as "3", "0,1,2" or "0-9".
 
     Raises:
         RecipeError: the text holds no numbers, or a number that is no class of the model.
@@ -306,7 +323,7 @@ def parse_labels(text: str, info: ModelInfo, n: int) -> list[int]:
         raise RecipeError(
             f"--class-labels {text[:100]!r} names no class: give numbers, such as 3 or 0,1,2 or 0-9"
         )
-    return [labels[i % len(labels)] for i in range(n)]
+    return labels
 
 
 def read_tensors(conditions: Sequence[str]) -> Mapping[str, Array]:

@@ -33,7 +33,7 @@ F64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class _Start:
+class Start:
     """What a worker opens."""
 
     path: Path
@@ -47,7 +47,7 @@ class _Start:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """A batch: sample indices and their conditions; `decode`: their pictures are wanted."""
 
     indices: range
@@ -175,7 +175,7 @@ def draw(
     if decode:
         backends.check(ORT_CPU)  # it runs the decoder; not known after hours of sampling
 
-    def job_of(batch: range) -> _Job:
+    def job_of(batch: range) -> Job:
         # One at a time: a run of many prompts has more conditions than fit into memory.
         rows: dict[str, Array] = {n: v[batch.start : batch.stop] for n, v in (tensors or {}).items()}
         null: Mapping[str, Array] = {}
@@ -183,26 +183,26 @@ def draw(
             rows |= prompted.of(batch)
             null = prompted.null
         own = None if labels is None else [int(labels[i]) for i in batch]
-        return _Job(batch, own, rows, seed, null, decode)
+        return Job(batch, own, rows, seed, null, decode)
 
     if not batches:
         return
     workers, largest = min(workers, len(batches)), max(map(len, batches))
     if backend is not None:
-        _check_batch(m, backend, largest)
+        check_batch(m, backend, largest)
     with contextlib.ExitStack() as stack:
         if workers == 1 or backend is None:
             runtime = stack.enter_context(Runtime(bundle, backend, plan, model, device, resident, replaced))
-            _check_batch(m, runtime.backend, largest)
+            check_batch(m, runtime.backend, largest)
             backend = runtime.backend
             opened(runtime)
         if workers == 1:
             for job in map(job_of, batches):
                 steps = functools.partial(lambda n, step: advance(n), len(job.indices))
-                yield job.indices, _sample(runtime, job, steps)
+                yield job.indices, sample_job(runtime, job, steps)
             return
     source = None if model is None else Path(model)
-    start = _Start(bundle.path, bundle.seal, backend, plan, source, device, resident, replaced)
+    start = Start(bundle.path, bundle.seal, backend, plan, source, device, resident, replaced)
     for job, x in _in_processes(start, map(job_of, batches), workers):
         advance(len(job.indices) * len(m.sampling))
         yield job.indices, x
@@ -212,18 +212,19 @@ def _batches(n: int, size: int) -> list[range]:
     return [range(i, min(i + size, n)) for i in range(0, n, size)]
 
 
-def _sample(runtime: Runtime, job: _Job, advance: Callable[[int], None]) -> F64:
+def sample_job(runtime: Runtime, job: Job, advance: Callable[[int], None] = lambda step: None) -> F64:
+    """The samples of a batch, decoded where their pictures are wanted; raises as `Runtime.sample`."""
     x = runtime.sample(
         job.indices, job.labels, seed=job.seed, tensors=job.tensors, null=job.null, advance=advance
     )
     return runtime.decode(x) if job.decode else x
 
 
-def _in_processes(start: _Start, jobs: Iterator[_Job], workers: int) -> Iterator[tuple[_Job, F64]]:
+def _in_processes(start: Start, jobs: Iterator[Job], workers: int) -> Iterator[tuple[Job, F64]]:
     """Yield every job with its samples, in the order in which they finish."""
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (start,))
-    running = dict[Future[F64], _Job]()
+    running = dict[Future[F64], Job]()
     try:
         while True:
             # Submit a few at a time: CPython's pool may hang if it breaks while work is submitted.
@@ -248,7 +249,7 @@ def _in_processes(start: _Start, jobs: Iterator[_Job], workers: int) -> Iterator
         pool.shutdown(cancel_futures=True)
 
 
-def _check_batch(manifest: Manifest, backend: str, batch_size: int) -> None:
+def check_batch(manifest: Manifest, backend: str, batch_size: int) -> None:
     """Check that a backend's finished engines take batches of this size.
 
     Raises:
@@ -277,11 +278,11 @@ def _ctrl_c_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-_start: _Start
+_start: Start
 _worker: Runtime | None = None
 
 
-def _start_worker(start: _Start) -> None:
+def _start_worker(start: Start) -> None:
     global _start
     _start = start
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -295,29 +296,33 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(job: _Job) -> F64:
+def _work(job: Job) -> F64:
     global _worker
     if _worker is None:  # opened here, not when the worker starts, so that the parent gets the error itself
-        if _start.backend == TORCH:
-            try:
-                from ..calibrate import set_threads
-            except ImportError as error:
-                raise BACKENDS[TORCH].missing(error) from error
-            set_threads(1)
-        elif _start.backend == ORT_CPU:
-            backends.set_threads(1)
-        bundle = Bundle.open(_start.path)
-        if bundle.seal != _start.seal:
-            raise BundleError(
-                f"{_start.path} was replaced by another bundle during this run: run the command again"
-            )
-        _worker = Runtime(
-            bundle,
-            _start.backend,
-            _start.plan,
-            _start.model,
-            _start.device,
-            _start.resident,
-            _start.replaced,
+        _worker = open_worker(_start)
+    return sample_job(_worker, job)
+
+
+def open_worker(start: Start) -> Runtime:
+    """The runtime of a worker process, with one thread on the CPU.
+
+    Raises:
+        BundleError: another bundle stands there by now than the parent verified.
+        PTQDError: as Runtime.
+    """
+    if start.backend == TORCH:
+        try:
+            from ..calibrate import set_threads
+        except ImportError as error:
+            raise BACKENDS[TORCH].missing(error) from error
+        set_threads(1)
+    elif start.backend == ORT_CPU:
+        backends.set_threads(1)
+    bundle = Bundle.open(start.path)
+    if bundle.seal != start.seal:
+        raise BundleError(
+            f"{start.path} was replaced by another bundle during this run: run the command again"
         )
-    return _sample(_worker, job, lambda step: None)
+    return Runtime(
+        bundle, start.backend, start.plan, start.model, start.device, start.resident, start.replaced
+    )
