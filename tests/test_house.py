@@ -48,15 +48,15 @@ FACE = 8
 APART = ({"calibrate", "export", "backends"}, {"assemble", "evaluate", "dropin", "pictures"})
 """Rooms of one floor that never import one another: they exchange values of the core."""
 HEAVY = {
-    "torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "onnxruntime", "tensorrt",
-    "tensorrt_rtx", "cuda", "polygraphy", "scipy", "matplotlib", "skimage", "PIL",
+    "torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "onnxruntime", "openvino",
+    "tensorrt", "tensorrt_rtx", "cuda", "polygraphy", "scipy", "matplotlib", "skimage", "PIL",
     "cryptography", "transformers", "tokenizers",
 }  # fmt: skip
 ALLOWED = {
     "calibrate": {"torch", "diffusers", "transformers"},
     "dropin": {"torch", "diffusers"},
     "export": {"onnx", "onnx_ir", "onnxscript", "ml_dtypes"},
-    "backends": {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"},
+    "backends": {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda"},
     "parity": {"scipy", "polygraphy"},
     "evaluate": {"matplotlib", "scipy", "skimage"},
     "assemble": {"onnx_ir"},

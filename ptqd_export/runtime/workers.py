@@ -304,7 +304,7 @@ def _work(job: _Job) -> F64:
             except ImportError as error:
                 raise BACKENDS[TORCH].missing(error) from error
             set_threads(1)
-        elif _start.backend == ORT_CPU:
+        elif not BACKENDS[_start.backend].on_device:
             backends.set_threads(1)
         bundle = Bundle.open(_start.path)
         if bundle.seal != _start.seal:
