@@ -36,7 +36,7 @@ from ..typed import to_plain
 from .choose import choose, fixed_plan, sampled
 from .closed_loop import closed_loop, held_out, measure_sensitivity
 from .engines import ENGINES, Builder, KnownEngines, check_builder, graph_artifact, held_engines
-from .graphs import emit, emit_update, figures_of, judge, probes_of
+from .graphs import emit, emit_update, figures_of, judge, judge_backends, probes_of
 from .layers import quantize_all
 from .measure import Measured, key_of, measure_all
 from .parts import emit_parts
@@ -50,6 +50,7 @@ VERSIONS = (
     "onnx-ir",
     "onnxscript",
     "onnxruntime",
+    "openvino",
     "numpy",
     "transformers",
     "tokenizers",
@@ -152,6 +153,9 @@ def _fill(
     measured = measure_all(recipe, network, sampling, paths, quantized, work, key)
     graphs = emit(base, sampling, quantized, measured, folder)
     verdicts = judge(graphs, folder, sampling, paths, quantized, measured, network, say)
+    compiled = judge_backends(
+        recipe.backends, graphs, verdicts, folder, sampling, paths, quantized, measured, network, say
+    )
 
     settings = recipe.tensorrt.settings(sampling.branches)
     builders = {
@@ -160,7 +164,9 @@ def _fill(
         if BACKENDS[name].builds_engines
     }
     artifacts = [
-        builders[name].network(graph, folder) if name in builders else graph_artifact(name, graph)
+        builders[name].network(graph, folder)
+        if name in builders
+        else graph_artifact(name, graph, compiled.get((name, graph.precision)))
         for name in recipe.backends
         for graph in graphs
         if graph.emission is BACKENDS[name].emission
@@ -199,7 +205,7 @@ def _fill(
         correction=CorrectionRecord(
             spec.correction, spec.clamp_k, {f"{p}.{e}": m.record() for (p, e), m in measured.items()}
         ),
-        parity=figures_of(graphs, verdicts),
+        parity=figures_of(graphs, verdicts, compiled),
         bops={p: net.bops for p, net in quantized.items()},
         half_bops={p: net.bops_at(HALF_BITS) for p, net in quantized.items()},
         layers={p: _layer_bits(net) for p, net in quantized.items() if not p.is_float},

@@ -66,6 +66,8 @@ class Backend:
         eight_bit: it has 8-bit kernels for quantized layers.
         floats: what networks are computed in between quantized layers, and at fewer than 32 bits,
             where the machine has it.
+        compiles: it compiles graphs itself when they are loaded, and tells which layers run in 8 bits
+            (`core.engine_build.Compiled`).
     """
 
     name: str
@@ -76,6 +78,7 @@ class Backend:
     on_device: bool = False
     eight_bit: bool = True
     floats: Floats = "float32"
+    compiles: bool = False
 
     @property
     def state(self) -> str:
@@ -144,8 +147,8 @@ BACKENDS: Mapping[str, Backend] = {
             eight_bit=False,
             floats="float16",
         ),
-        Backend(OPENVINO, Emission.PORTABLE, "openvino", ("openvino",), floats="bfloat16"),
-        Backend(OPENVINO_FP32, Emission.PORTABLE, "openvino", ("openvino",)),
+        Backend(OPENVINO, Emission.PORTABLE, "openvino", ("openvino",), floats="bfloat16", compiles=True),
+        Backend(OPENVINO_FP32, Emission.PORTABLE, "openvino", ("openvino",), compiles=True),
         Backend(ORT_CPU, Emission.ORT_CPU, "cpu", ("onnxruntime", "onnxruntime-gpu")),
         Backend(TORCH, Emission.ORT_CPU, "build", ("torch", "diffusers")),
     )
@@ -154,6 +157,8 @@ BACKENDS: Mapping[str, Backend] = {
 
 RUNNABLE = tuple(name for name in BACKENDS if name != TORCH)
 """Backends that run a bundle's own files; the torch backend simulates any bundle from the original model."""
+AUTOMATIC = tuple(name for name in RUNNABLE if name != OPENVINO_FP32)
+"""Backends that a run chooses between by itself: OPENVINO computes in float32 too where it must."""
 ENGINE_BACKENDS = tuple(name for name, backend in BACKENDS.items() if backend.builds_engines)
 """Backends that run finished engines."""
 

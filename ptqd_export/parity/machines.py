@@ -11,6 +11,8 @@ from ..bundle.bundle import Bundle
 from ..bundle.manifest import UPDATE, Graph
 from ..core.backend import BACKENDS, ENGINE_BACKENDS, ORT_CPU, RUNNABLE, Emission
 from ..core.engine import SAMPLE, STEP, TIMESTEP
+from ..core.engine_build import Compiled
+from ..core.precision import Precision
 from ..errors import BackendUnavailable, ParityError
 from ..runtime import PictureDecoder, check_probe, check_update, encode_prompts, open_artifact, open_update
 
@@ -41,6 +43,11 @@ def verify_engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
         _verify_parts(bundle, names, left_out)
     else:
         left_out[f"{len(m.graphs) + 1} graphs"] = states[ORT_CPU]
+    for backend in (name for name in RUNNABLE if BACKENDS[name].compiles):
+        if states[backend] == OK:
+            names += [_verify_compiled(bundle, p, backend) for p in m.bops]
+        elif backend in m.backends:
+            left_out[f"{len(m.bops)} graphs on {backend}"] = states[backend]
     for backend in (name for name in ENGINE_BACKENDS if name in m.backends):
         if states[backend] == OK:
             names += _verify_engines_of(bundle, backend)
@@ -62,6 +69,21 @@ def _verify_graph(bundle: Bundle, graph: Graph) -> str:
             )
         check_probe(bundle, graph.precision, graph.emission, engine)
     return graph.name
+
+
+def _verify_compiled(bundle: Bundle, precision: Precision, backend: str) -> str:
+    """Evaluate a graph on a backend that compiles it; returns its name, and how much of it runs in 8 bits."""
+    m, emission = bundle.manifest, BACKENDS[backend].emission
+    artifact, quantized = m.artifact(precision, backend), m.graph(precision, emission).quantized
+    feeds = m.sampling.conditional.feeds(
+        np.zeros((1, *m.sampling.model.sample_shape)), 0, m.sampling.model.conditions(None, 1)
+    )
+    with open_artifact(bundle, artifact, None) as engine:
+        check_probe(bundle, precision, emission, engine)
+        if not quantized or not isinstance(engine, Compiled):
+            return artifact.name
+        plan = engine.report(quantized, feeds)
+        return f"{artifact.name} ({plan.taken} of {plan.meant} layers in 8 bits)"
 
 
 def _verify_update(bundle: Bundle) -> str:

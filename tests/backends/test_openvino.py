@@ -114,15 +114,15 @@ def test_unknown_operator(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def narrow(guided: Built) -> tuple[Path, Path, Feeds, dict[str, str]]:
+def narrow(rgb: Built) -> tuple[Path, Path, Feeds, dict[str, str]]:
     """A w8a8 graph, its fp32 one, feeds at a timestep that bfloat16 does not hold, the 8-bit layers."""
-    m = guided.bundle.manifest
+    m = rgb.bundle.manifest
     graph = m.graph(Precision(8, 8), Emission.PORTABLE)
     full = m.graph(Precision(32, 32), Emission.PORTABLE)
     x = np.random.default_rng(0).standard_normal((2, *m.sampling.model.sample_shape))
     feeds = m.sampling.conditional.feeds(x, 0, m.sampling.model.conditions(None, 2))
     feeds = {**feeds, "timestep": np.full(2, 999)}
-    return guided.path / graph.file, guided.path / full.file, feeds, dict(graph.quantized)
+    return rgb.path / graph.file, rgb.path / full.file, feeds, dict(graph.quantized)
 
 
 def test_layers_in_8_bits(narrow: tuple[Path, Path, Feeds, dict[str, str]]) -> None:
