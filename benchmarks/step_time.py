@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from report import REFERENCE_BUNDLE, REFERENCE_MODEL, machine, table, write_section
 
-from ptqd_export.core.backend import ORT_CPU
+from ptqd_export.core.backend import OPENVINO, OPENVINO_FP32, ORT_CPU
 from ptqd_export.core.engine import SAMPLE, STEP, TIMESTEP, Engine
 
 BASELINE = "ORT fp32, as exported"
@@ -62,7 +62,7 @@ def measure(
     import torch
 
     from ptqd_export.assemble.timing import time_engines
-    from ptqd_export.backends import OrtEngine, set_threads
+    from ptqd_export.backends import OrtEngine, available, open_engine, set_threads
     from ptqd_export.bundle.bundle import Bundle
     from ptqd_export.calibrate import TorchEngine, open_model
     from ptqd_export.recipe import Recipe
@@ -76,9 +76,15 @@ def measure(
         "onnxruntime quantize_static, defaults": OrtEngine(folder / STATIC),
     }
     eager = {"PyTorch eager fp32": TorchEngine(open_model(Recipe.load(model)).module, sampling)}
+    states = available()
     for precision in m.bops:
         name = "ORT fp32, rewritten" if precision.is_float else f"{precision}"
         engines[name] = OrtEngine(bundle.file(m.artifact(precision, ORT_CPU).file))
+        for other in (OPENVINO, OPENVINO_FP32):
+            if states[other] == "ok":
+                engines[f"{precision}, {other}"] = open_engine(
+                    other, bundle.file(m.artifact(precision, other).file)
+                )
     step = len(sampling) // 2
     found, feeds_of = {}, {}
     for n in batches:
