@@ -22,7 +22,7 @@ from ..bundle.bundle import Bundle, check_target, in_the_way, write_manifest
 from ..bundle.manifest import Choice, CorrectionRecord, Machine, Manifest, Provenance
 from ..bundle.tables import Key, write_layers, write_tables
 from ..calibrate import Network, Parts, Trajectories, collect, observe, open_parts, open_source, prompts_of
-from ..core.backend import BACKENDS
+from ..core.backend import BACKENDS, OPENVINO
 from ..core.engine import Array
 from ..core.plan import Plan, by_paper
 from ..core.precision import FP32, HALF_BITS, Precision
@@ -50,7 +50,7 @@ VERSIONS = (
     "onnx-ir",
     "onnxscript",
     "onnxruntime",
-    "openvino",
+    *BACKENDS[OPENVINO].distributions,
     "numpy",
     "transformers",
     "tokenizers",

@@ -44,7 +44,7 @@ def by_speed(bundle: Bundle, plan: Plan, names: Sequence[str]) -> tuple[list[str
     missing = [p for p in plan.precisions if str(p) not in known]
     known |= {str(p): _measure(bundle, p, names) for p in missing}
     if missing and file is not None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, PTQDError):
             file.parent.mkdir(exist_ok=True)
             write_file(file, json.dumps(known).encode())
     mean = {

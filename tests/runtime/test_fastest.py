@@ -11,7 +11,7 @@ import pytest
 from helpers import Built, Invoke, with_plan
 
 from ptqd_export.backends import registry
-from ptqd_export.core.backend import OPENVINO, OPENVINO_FP32, ORT_CPU
+from ptqd_export.core.backend import AUTOMATIC, OPENVINO, OPENVINO_FP32, ORT_CPU
 from ptqd_export.core.precision import FP32, Precision
 from ptqd_export.errors import BackendUnavailable
 from ptqd_export.runtime import Runtime, fastest
@@ -26,6 +26,7 @@ def both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     openers = dict(registry.OPENERS)
     openers[OPENVINO] = openers[ORT_CPU]
     monkeypatch.setattr(registry, "OPENERS", openers)
+    monkeypatch.setattr("ptqd_export.runtime.runtime.AUTOMATIC", AUTOMATIC)
     registry._own_device.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     yield tmp_path / "ptqd-export" / fastest.FOLDER
