@@ -299,10 +299,10 @@ class OpenVinoEngine:
         return GraphError(f"{self.path} failed to run on OpenVINO: {text}")
 
     def report(self, meant: Mapping[str, str], feeds: Feeds) -> PlanReport:
-        """Which of the layers that are meant to run in 8 bits do, compiled for the shapes of `feeds`.
+        """Which of the layers that are meant to run in 8-bit integers do, compiled for the shapes of `feeds`.
 
         Args:
-            meant: names of nodes of the graph.
+            meant: names of nodes of the graph, "int8" or "fp8", which is emulated.
         Raises:
             BackendUnavailable, GraphError: as a call.
         """
@@ -320,11 +320,14 @@ class OpenVinoEngine:
                     known.setdefault(name, set()).add(number)
         followers = _followers(self._model)
         fell_back = {}
-        for name in meant:
+        integers = [name for name, number in meant.items() if number == "int8"]
+        for name in integers:
             found = next((known[n] for n in followers.get(name, (name,)) if n in known), {NOT_FOUND})
             if not found <= {"i8", "u8"}:
                 fell_back[name] = ", ".join(sorted(found - {"i8", "u8"}))
-        return PlanReport(len(meant), len(meant) - len(fell_back), fell_back, types.total(), dict(types))
+        return PlanReport(
+            len(integers), len(integers) - len(fell_back), fell_back, types.total(), dict(types)
+        )
 
     def close(self) -> None:
         """Free the models; a second call does nothing."""

@@ -23,8 +23,9 @@ def verify_engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
     """Evaluate once every graph of the bundle, and every finished engine that runs here.
 
     Graphs run on ONNX Runtime's CPU provider: it optimises those of its own emission, and runs the others as
-    they are written. Networks are compared with their probes, the sampler's update with the schedule,
-    text encoders with the bundle's states of the empty prompt.
+    they are written. Backends that compile graphs run them too, where the bundle was built for them. Networks
+    are compared with their probes, the sampler's update with the schedule, text encoders with the bundle's
+    states of the empty prompt.
 
     Returns:
         names of what was evaluated; {name of what could not be evaluated: why}.
@@ -43,10 +44,14 @@ def verify_engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
         _verify_parts(bundle, names, left_out)
     else:
         left_out[f"{len(m.graphs) + 1} graphs"] = states[ORT_CPU]
-    for backend in (name for name in RUNNABLE if BACKENDS[name].compiles):
+    for backend in (name for name in m.backends if BACKENDS[name].compiles):
         if states[backend] == OK:
-            names += [_verify_compiled(bundle, p, backend) for p in m.bops]
-        elif backend in m.backends:
+            for precision in m.bops:
+                try:
+                    names.append(_verify_compiled(bundle, precision, backend))
+                except BackendUnavailable as error:
+                    left_out[f"{precision}.{backend}"] = str(error)
+        else:
             left_out[f"{len(m.bops)} graphs on {backend}"] = states[backend]
     for backend in (name for name in ENGINE_BACKENDS if name in m.backends):
         if states[backend] == OK:
@@ -80,10 +85,10 @@ def _verify_compiled(bundle: Bundle, precision: Precision, backend: str) -> str:
     )
     with open_artifact(bundle, artifact, None) as engine:
         check_probe(bundle, precision, emission, engine)
-        if not quantized or not isinstance(engine, Compiled):
-            return artifact.name
-        plan = engine.report(quantized, feeds)
-        return f"{artifact.name} ({plan.taken} of {plan.meant} layers in 8 bits)"
+        plan = engine.report(quantized, feeds) if isinstance(engine, Compiled) else None
+        return artifact.name + (
+            f" ({plan.taken} of {plan.meant} layers in 8 bits)" if plan and plan.meant else ""
+        )
 
 
 def _verify_update(bundle: Bundle) -> str:

@@ -136,7 +136,7 @@ def test_layers_in_8_bits(narrow: tuple[Path, Path, Feeds, dict[str, str]]) -> N
         with OpenVinoEngine(path, floats=floats) as engine:  # type: ignore[arg-type]
             report = engine.report(meant, feeds)
             assert (report.meant, report.taken, dict(report.fell_back)) == (len(meant), len(meant), {})
-            other = engine.report({**meant, "nowhere": "int8"}, feeds)
+            other = engine.report({**meant, "nowhere": "int8", "emulated": "fp8"}, feeds)
             assert dict(other.fell_back) == {"nowhere": NOT_FOUND}
             report = engine.report(dict.fromkeys(others, "int8"), feeds)
             assert report.taken == 0 and report.is_float

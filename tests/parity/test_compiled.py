@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers import Built, reseal
 
 pytest.importorskip("openvino")
 
 from ptqd_export.backends import openvino
+from ptqd_export.bundle import Bundle
 from ptqd_export.calibrate import TorchEngine, measure, simulate
 from ptqd_export.core.backend import OPENVINO, OPENVINO_FP32, Emission
 from ptqd_export.core.engine import EPSILON
 from ptqd_export.core.figures import LayerFigures, NoiseFigures, QuantizedFigures
-from ptqd_export.errors import ParityError
+from ptqd_export.errors import BackendUnavailable, ParityError
 from ptqd_export.parity import gate
 from ptqd_export.parity.gate import BackendVerdict, judge_compiled
+from ptqd_export.parity.machines import verify_engines
 
 Case = Any
 """That of conftest."""
@@ -69,3 +73,32 @@ def test_a_wrong_one(case: Case, judged: gate.Case, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(openvino.OpenVinoEngine, "__call__", wrong)
     with pytest.raises(ParityError, match=r"w4a4\.openvino: (k|bias|var|mse) at step . is"):
         judge(case, judged, OPENVINO)
+
+
+def test_verify_runs_what_the_bundle_was_built_for(
+    spoilt: Path, own: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each graph is compared with its probe, its layers in 8 bits are counted; what cannot run is said."""
+    assert not any(OPENVINO in name for name in verify_engines(own.bundle)[0])
+
+    def built(data: Any) -> None:
+        data["artifacts"] += [
+            a | {"backend": OPENVINO, "file": a["file"].replace("ort-cpu", "portable")}
+            for a in data["artifacts"]
+            if a["precision"] != "fp32"
+        ]
+
+    reseal(spoilt, built)
+    bundle = Bundle.open(spoilt)
+    names, left_out = verify_engines(bundle)
+    quantized = [p for p in bundle.manifest.bops if not p.is_float]
+    n = len(bundle.manifest.graph(quantized[0], Emission.PORTABLE).quantized)
+    assert {f"{p}.{OPENVINO} ({n} of {n} layers in 8 bits)" for p in quantized} <= set(names)
+    assert f"fp32.{OPENVINO}" in names and left_out == {}
+
+    def fails() -> Any:
+        raise BackendUnavailable("not here")
+
+    monkeypatch.setattr(openvino, "runtime", fails)
+    names, left_out = verify_engines(bundle)
+    assert left_out == {f"{len(bundle.manifest.bops)} graphs on {OPENVINO}": "not here"}
