@@ -128,13 +128,13 @@ def check_parity(job: Job, tell: Tell) -> str:
     needs(lambda: backends.check(job.backend))
     needs(polygraphy.load)
     bundle, problems = Bundle.open(job.bundle), Problems()
-    m, emission = bundle.manifest, BACKENDS[job.backend].emission
+    m, entry = bundle.manifest, BACKENDS[job.backend]
     points = compare.sampled_feeds(bundle)
     feeds = compare.layer_feeds(m.sampling, points)
     compared = 0
     with backends.open_device(job.backend) as device:
         for precision in precisions_of(bundle, job.backend):
-            graph, artifact = m.graph(precision, emission), m.artifact(precision, job.backend)
+            graph, artifact = m.graph(precision, entry.emission), m.artifact(precision, job.backend)
             name = f"{job.backend} at {precision}"
 
             def opened(path: Any) -> Engine:
@@ -142,7 +142,9 @@ def check_parity(job: Job, tell: Tell) -> str:
 
             if artifact.build is None and not precision.is_float:
                 with problems.of("layers"):
-                    layers = compare.compare_layers(name, bundle.file(graph.file), opened, emission, feeds)
+                    layers = compare.compare_layers(
+                        name, bundle.file(graph.file), opened, entry.floats, feeds
+                    )
                     compared += len(layers)
                     worst = min(layers, key=lambda path: layers[path].snr)
                     about = {"compared": len(layers), "worst": worst, "worst_snr_db": layers[worst].snr}

@@ -101,7 +101,7 @@ def main() -> None:
     others = (
         ""
         if set(measured) & {n for n, b in BACKENDS.items() if b.on_device}
-        else "; the others need an NVIDIA GPU"
+        else "; those of GPUs need an NVIDIA GPU"
     )
     how = f"CPU threads: {len(os.sched_getaffinity(0))}; {options.samples} samples per call"
     text = (

@@ -38,6 +38,7 @@ from helpers import (
 
 from ptqd_export import cli
 from ptqd_export.bundle import Bundle
+from ptqd_export.core.backend import AUTOMATIC, OPENVINO
 from ptqd_export.core.model import InputSpec, ModelInfo
 from ptqd_export.core.schedule import NoiseSchedule
 
@@ -45,6 +46,14 @@ from ptqd_export.core.schedule import NoiseSchedule
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20231210)
+
+
+@pytest.fixture(autouse=True)
+def one_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no backend is named, ONNX Runtime is taken, also where OpenVINO is installed: no times decide."""
+    monkeypatch.setattr(
+        "ptqd_export.runtime.runtime.AUTOMATIC", tuple(name for name in AUTOMATIC if name != OPENVINO)
+    )
 
 
 @pytest.fixture

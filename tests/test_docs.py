@@ -230,9 +230,9 @@ def test_readme_is_one_page() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= MOST_LINES
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/gpu.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/cpu.md", "docs/gpu.md"])
 def test_backends_are_those_of_the_table(page: str) -> None:
-    rows = re.findall(r"^\| `([a-z-]+)` \| `([a-z-]+)` \|", (ROOT / page).read_text("utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| `([a-z-]+)` \|", (ROOT / page).read_text("utf-8"), re.MULTILINE)
     known = {name: backend.extra for name, backend in BACKENDS.items()}
     assert {(name, extra) for name, extra in rows} <= {*known.items()}
     assert page != "README.md" or dict(rows) == known

@@ -54,15 +54,15 @@ APART = (
 )
 """Rooms of one floor that never import one another: they exchange values of the core."""
 HEAVY = {
-    "torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "onnxruntime", "tensorrt",
-    "tensorrt_rtx", "cuda", "polygraphy", "scipy", "matplotlib", "skimage", "PIL",
-    "cryptography", "transformers", "tokenizers", "openvino", "nncf", "ray", "pyarrow",
+    "torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "onnxruntime", "openvino", "nncf",
+    "tensorrt", "tensorrt_rtx", "cuda", "polygraphy", "scipy", "matplotlib", "skimage", "PIL",
+    "cryptography", "transformers", "tokenizers", "ray", "pyarrow",
 }  # fmt: skip
 ALLOWED = {
     "calibrate": {"torch", "diffusers", "transformers"},
     "dropin": {"torch", "diffusers"},
     "export": {"onnx", "onnx_ir", "onnxscript", "ml_dtypes"},
-    "backends": {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"},
+    "backends": {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda"},
     "parity": {"scipy", "polygraphy"},
     "evaluate": {"matplotlib", "scipy", "skimage"},
     "farm": {"ray", "pyarrow"},

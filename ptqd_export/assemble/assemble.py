@@ -23,7 +23,7 @@ from ..bundle.layers import write_layers
 from ..bundle.manifest import Choice, CorrectionRecord, Machine, Manifest, Provenance
 from ..bundle.tables import Key, write_tables
 from ..calibrate import Network, Parts, Trajectories, collect, observe, open_parts, open_source, prompts_of
-from ..core.backend import BACKENDS
+from ..core.backend import BACKENDS, OPENVINO
 from ..core.engine import Array
 from ..core.plan import Plan
 from ..core.precision import FP32, HALF_BITS, Precision
@@ -37,7 +37,7 @@ from ..typed import to_plain
 from .choose import check_plan, choose, sampled
 from .closed_loop import closed_loop, held_out, measure_sensitivity
 from .engines import ENGINES, Builder, KnownEngines, check_builder, graph_artifact, held_engines
-from .graphs import emit, emit_update, figures_of, judge, probes_of
+from .graphs import emit, emit_update, figures_of, judge, judge_backends, probes_of
 from .layers import quantize_all
 from .measure import Measured, key_of, measure_all
 from .parts import emit_parts
@@ -51,6 +51,7 @@ VERSIONS = (
     "onnx-ir",
     "onnxscript",
     "onnxruntime",
+    *BACKENDS[OPENVINO].distributions,
     "numpy",
     "transformers",
     "tokenizers",
@@ -150,6 +151,9 @@ def _fill(
     measured = measure_all(recipe, network, sampling, paths, quantized, work, key)
     graphs = emit(base, sampling, quantized, measured, folder)
     verdicts = judge(graphs, folder, sampling, paths, quantized, measured, network, say)
+    compiled = judge_backends(
+        recipe.backends, graphs, verdicts, folder, sampling, paths, quantized, measured, network, say
+    )
 
     settings = recipe.tensorrt.settings(sampling.branches)
     builders = {
@@ -158,7 +162,9 @@ def _fill(
         if BACKENDS[name].builds_engines
     }
     artifacts = [
-        builders[name].network(graph, folder) if name in builders else graph_artifact(name, graph)
+        builders[name].network(graph, folder)
+        if name in builders
+        else graph_artifact(name, graph, compiled.get((name, graph.precision)))
         for name in recipe.backends
         for graph in graphs
         if graph.emission is BACKENDS[name].emission
@@ -197,7 +203,7 @@ def _fill(
         correction=CorrectionRecord(
             spec.correction, spec.clamp_k, {f"{p}.{e}": m.record() for (p, e), m in measured.items()}
         ),
-        parity=figures_of(graphs, verdicts),
+        parity=figures_of(graphs, verdicts, compiled),
         bops={p: net.bops for p, net in quantized.items()},
         half_bops={p: net.bops_at(HALF_BITS) for p, net in quantized.items()},
         layers={p: _layer_bits(net) for p, net in quantized.items() if not p.is_float},

@@ -24,6 +24,7 @@ from ..core.engine_build import EngineBuild, EngineSettings
 from ..core.precision import Precision
 from ..errors import BackendUnavailable, BundleError, PTQDError
 from ..files import cache_folder, link_or_copy, replacing, sha256_file, work_folder
+from ..parity.gate import BackendVerdict
 from ..progress import progress
 from ..typed import read_typed, to_plain
 
@@ -161,12 +162,18 @@ def _finished(engine: Path, report: Path, key: str) -> tuple[Path, EngineBuild] 
     return (engine, build) if whole else None
 
 
-def graph_artifact(backend: str, graph: Graph) -> Artifact:
-    """The artifact of a backend that loads the graph itself."""
+def graph_artifact(backend: str, graph: Graph, compiled: BackendVerdict | None = None) -> Artifact:
+    """The artifact of a backend that loads the graph itself.
+
+    Args:
+        compiled: what the backend made of it here, if it tells that and runs here.
+    """
     entry = BACKENDS[backend]
-    return Artifact(
-        graph.precision, backend, graph.file, entry.lowering(graph.precision), _installed(entry.distributions)
-    )
+    plan = None
+    if compiled is not None:
+        entry, plan = replace(entry, floats=compiled.floats), compiled.plan
+    lowering, runtime = entry.lowering(graph.precision), _installed(entry.distributions)
+    return Artifact(graph.precision, backend, graph.file, lowering, runtime, plan=plan)
 
 
 def _installed(distributions: Sequence[str]) -> str:

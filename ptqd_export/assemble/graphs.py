@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
+from .. import backends
 from ..backends.ort import OrtEngine
 from ..bundle.bundle import WEIGHTS
 from ..bundle.manifest import UPDATE, Graph, UpdateGraph
 from ..bundle.tables import Key, Probe
 from ..calibrate import Network, Trajectories
-from ..core.backend import Emission
+from ..core.backend import BACKENDS, Emission
 from ..core.figures import Figures
 from ..core.noise import Correction
 from ..core.precision import Precision
 from ..core.quant import QuantizedNetwork
 from ..core.sampling import Sampling
+from ..errors import BackendUnavailable
 from ..export import fold, insert_qdq, lint, lower, quantized_nodes, sampler_update, save
-from ..parity.gate import Case, Verdict, judge_graph
+from ..parity.gate import BackendVerdict, Case, Verdict, judge_compiled, judge_graph
 from ..parity.judgement import max_float_error
 from ..runtime import check_update
 from .measure import Measured
 
+OnBackends = Mapping[tuple[str, Precision], BackendVerdict]
+"""What backends that compile graphs themselves made of them, by backend and precision."""
 GRAPH = ".onnx"
 PROBE_FLOOR = 1e-3
 """Share of epsilon's RMS by which correct executions of a float32 or integer network may always differ."""
@@ -107,24 +111,72 @@ def judge(
     for graph in graphs:
         if graph.file in verdicts:
             continue
-        known = measured.get((graph.precision, graph.emission.numerics(graph.precision)))
-        case = Case(
-            graph.name,
-            folder / graph.file,
-            graph.precision,
-            graph.emission,
-            quantized[graph.precision],
-            None if known is None else known.correction,
-            () if known is None else known.held_out,
-        )
+        case = _case(graph, folder, quantized, measured)
         verdicts[graph.file] = judge_graph(case, sampling, trajectories, network)
         say(f"parity {graph.name}: {verdicts[graph.file].figures.summary()}")
     return verdicts
 
 
-def figures_of(graphs: list[Graph], verdicts: Mapping[str, Verdict]) -> dict[str, Figures]:
-    """Figures by graph name."""
-    return {graph.name: verdicts[graph.file].figures for graph in graphs}
+def _case(
+    graph: Graph,
+    folder: Path,
+    quantized: Mapping[Precision, QuantizedNetwork],
+    measured: Mapping[Key, Measured],
+) -> Case:
+    known = measured.get((graph.precision, graph.emission.numerics(graph.precision)))
+    return Case(
+        graph.name,
+        folder / graph.file,
+        graph.precision,
+        graph.emission,
+        quantized[graph.precision],
+        None if known is None else known.correction,
+        () if known is None else known.held_out,
+    )
+
+
+def judge_backends(
+    names: Sequence[str],
+    graphs: list[Graph],
+    verdicts: Mapping[str, Verdict],
+    folder: Path,
+    sampling: Sampling,
+    trajectories: Trajectories,
+    quantized: Mapping[Precision, QuantizedNetwork],
+    measured: Mapping[Key, Measured],
+    network: Network,
+    say: Callable[[str], None],
+) -> OnBackends:
+    """The parity gate's verdicts on what backends that compile graphs themselves make of them.
+
+    Raises:
+        ParityError: a graph does not compute there what was simulated.
+        GraphError: it does not run there.
+    """
+    found: dict[tuple[str, Precision], BackendVerdict] = {}
+    for name in (name for name in names if BACKENDS[name].compiles):
+        try:
+            backends.check(name)
+        except BackendUnavailable as error:
+            say(f"not judged on {name}: {error}")
+            continue
+        for graph in (graph for graph in graphs if graph.emission is BACKENDS[name].emission):
+            case, verdict = _case(graph, folder, quantized, measured), verdicts[graph.file]
+            on = judge_compiled(case, verdict, name, graph.quantized, sampling, trajectories, network)
+            found[name, graph.precision] = on
+            taken = f"; {on.plan.taken} of {on.plan.meant} layers in 8 bits" if on.plan.meant else ""
+            say(f"parity {graph.precision}.{name}: {on.figures.summary()}{taken}, {on.floats} in between")
+            for line in on.plan.complaints():
+                say(f"{graph.precision} on {name}: {line}")
+    return found
+
+
+def figures_of(
+    graphs: list[Graph], verdicts: Mapping[str, Verdict], compiled: OnBackends
+) -> dict[str, Figures]:
+    """Figures by the names of graphs, and by those of what backends compiled of them."""
+    figures = {graph.name: verdicts[graph.file].figures for graph in graphs}
+    return figures | {f"{precision}.{name}": found.figures for (name, precision), found in compiled.items()}
 
 
 def probes_of(

@@ -2,6 +2,7 @@
 
 from ..core.engine import Device, DeviceEngine
 from .ort import OrtDevice, OrtEngine, set_threads
+from .ort_device import threads
 from .registry import available, check, open_device, open_engine
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "open_device",
     "open_engine",
     "set_threads",
+    "threads",
 ]

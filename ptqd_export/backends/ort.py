@@ -25,6 +25,7 @@ from .ort_device import (
     set_threads,
     share_pool,
 )
+from .tensors import check, find
 
 __all__ = ["Kind", "OrtDevice", "OrtEngine", "runtime", "set_threads"]
 
@@ -213,8 +214,8 @@ class OrtEngine:
         """
         session = self.session
         for spec in self.specs:
-            value = self._find(spec, feeds, "input")
-            self._check(spec, value.dtype.name, value.shape)
+            value = find(self.path, spec, feeds, "input")
+            check(self.path, spec, value.dtype.name, value.shape)
         try:
             values = session.run(
                 None, {name: np.ascontiguousarray(feeds[name]) for name in self.inputs}, self._run_options
@@ -235,7 +236,7 @@ class OrtEngine:
             BackendUnavailable: the engine is closed, or memory ran out.
         """
         session = self.session
-        tensors = [self._find(spec, buffers, "buffer") for spec in (*self.specs, *self.output_specs)]
+        tensors = [find(self.path, spec, buffers, "buffer") for spec in (*self.specs, *self.output_specs)]
         key = tuple(map(id, tensors))
         bound = self._bound.get(key)
         if bound is None:
@@ -251,7 +252,7 @@ class OrtEngine:
     def _bind(self, session: Any, tensors: list[Any]) -> _Bound:
         binding = session.io_binding()
         for i, (spec, tensor) in enumerate(zip((*self.specs, *self.output_specs), tensors, strict=True)):
-            self._check(spec, *layout(tensor))
+            check(self.path, spec, *layout(tensor))
             if tensor.device_name() != self.kind:
                 raise GraphError(
                     f"{self.path} runs on {self.kind}: the buffer of {spec.name!r} is on "
@@ -269,20 +270,6 @@ class OrtEngine:
         return _Bound(
             binding, _run_options(self._ort, str(len(self._bound) + 1)) if self.captures else None, tensors
         )
-
-    def _find(self, spec: TensorSpec, values: Mapping[str, Any], what: str) -> Any:
-        value = values.get(spec.name)
-        if value is None:
-            raise GraphError(f"{self.path} needs the {what} {spec.name!r}: got {', '.join(values) or 'none'}")
-        return value
-
-    def _check(self, spec: TensorSpec, dtype: str, got: tuple[int, ...]) -> None:
-        fits = len(got) == len(spec.shape) and all(
-            want in (None, d) for want, d in zip(spec.shape, got, strict=True)
-        )
-        if dtype != spec.dtype or not fits:
-            shape = "(" + ", ".join("any" if d is None else str(d) for d in spec.shape) + ")"
-            raise GraphError(f"{self.path} takes {spec.name!r} as {spec.dtype} {shape}: got {dtype} {got}")
 
     def _failure(self, error: Exception, shapes: Mapping[str, tuple[int, ...]]) -> PTQDError:
         text = one_line(error)

@@ -123,13 +123,19 @@ def _load_cuda(ort: Any, index: int) -> None:
         ) from error
 
 
+def threads() -> int:
+    """The number of CPU threads that engines of this process use."""
+    if _threads is not None:
+        return _threads
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def share_pool(ort: Any) -> None:
     """Create the one thread pool before the first session."""
     global _threads, _pool_exists
     if _pool_exists:
         return
-    if _threads is None:
-        _threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    _threads = threads()
     try:
         ort.set_global_thread_pool_sizes(_threads, 1)
     except Exception as error:

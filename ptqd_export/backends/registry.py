@@ -8,7 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..core.backend import ORT_CPU, ORT_CUDA, TENSORRT, TENSORRT_RTX
+from ..core.backend import BACKENDS, OPENVINO, OPENVINO_FP32, ORT_CPU, ORT_CUDA, TENSORRT, TENSORRT_RTX
 from ..core.engine import Device, DeviceEngine
 from ..errors import BackendUnavailable
 from ..typed import brief
@@ -45,6 +45,25 @@ def _ort(kind: ort.Kind) -> Opener:
     return Opener(partial(ort.OrtDevice, kind), partial(ort.OrtDevice, kind), open_engine)
 
 
+def _openvino(name: str) -> Opener:
+    def check() -> None:
+        from . import openvino
+
+        openvino.runtime()
+
+    def open_device(index: int) -> Device:
+        from .openvino import HostDevice
+
+        return HostDevice(index)
+
+    def open_engine(path: Path, device: Any, **about: object) -> DeviceEngine:
+        from .openvino import OpenVinoEngine
+
+        return OpenVinoEngine(path, floats=BACKENDS[name].floats)
+
+    return Opener(check, open_device, open_engine)
+
+
 def _tensorrt(name: str) -> Opener:
     def check() -> None:
         from . import trt
@@ -70,6 +89,8 @@ OPENERS: Mapping[str, Opener] = {
     TENSORRT: _tensorrt(TENSORRT),
     TENSORRT_RTX: _tensorrt(TENSORRT_RTX),
     ORT_CUDA: _ort("cuda"),
+    OPENVINO: _openvino(OPENVINO),
+    OPENVINO_FP32: _openvino(OPENVINO_FP32),
     ORT_CPU: _ort("cpu"),
 }
 """Of every backend that runs graph or engine files, by its name."""

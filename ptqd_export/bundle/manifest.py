@@ -1,5 +1,4 @@
-"""Manifest: what a bundle says of itself. Dataclasses all the way down; reading one checks every type and
-every range."""
+"""Manifest: what a bundle says of itself, in dataclasses; reading one checks every type and every range."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from typing import Any, Literal
 
 from ..core.backend import BACKENDS, RUNNABLE, Emission
 from ..core.bits import LayerSensitivity
-from ..core.engine_build import EngineBuild, EngineSettings
+from ..core.engine_build import EngineBuild, EngineSettings, PlanReport
 from ..core.figures import Figures
 from ..core.gate import Kept
 from ..core.noise import Mode
@@ -52,8 +51,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class UpdateGraph:
-    """The sampler's step as an ONNX graph (`export.sampler_update`), for backends that keep the state on a
-    device."""
+    """The sampler's step as a graph (`export.sampler_update`), for backends with the state on a device."""
 
     file: str
     digest: str
@@ -68,6 +66,7 @@ class Artifact:
         runtime: name and version of the library that it was built or measured with.
         time_ms: one measured evaluation, or None.
         build: of a finished engine.
+        plan: which layers run in 8 bits, of a backend that compiles the graph itself; None if it did not.
     """
 
     precision: Precision
@@ -77,6 +76,7 @@ class Artifact:
     runtime: str
     time_ms: float | None = None
     build: EngineBuild | None = None
+    plan: PlanReport | None = None
 
     def __post_init__(self) -> None:
         check_backend(self.backend)
@@ -238,7 +238,7 @@ class Manifest:
         artifacts: one per precision and backend that the bundle was built for.
         update_engines: one per backend of those that runs finished engines.
         engine_settings: how its engines were built, or would be.
-        parity: figures of the parity gate by "<precision>.<emission>".
+        parity: figures of the parity gate by "<precision>.<emission>", or by ".<backend>" if it compiles.
         bops: bit operations of one evaluation, float parts at 32 bits.
         half_bops: the same with float parts at 16 bits, as the half emission runs them.
         layers: module paths by their bits ("w4a8", "float"), per precision that is not float.

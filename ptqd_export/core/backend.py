@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from ..errors import BackendUnavailable, RecipeError
 from ..typed import brief
@@ -39,6 +40,15 @@ class Emission(StrEnum):
 
 
 TENSORRT, TENSORRT_RTX, ORT_CUDA, ORT_CPU, TORCH = "tensorrt", "tensorrt-rtx", "ort-cuda", "ort-cpu", "torch"
+OPENVINO, OPENVINO_FP32 = "openvino", "openvino-fp32"
+
+Floats = Literal["float32", "float16", "bfloat16"]
+"""What a network is computed in between its quantized layers."""
+FLOAT_ERROR: Mapping[Floats, float] = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
+"""Largest RMS difference from float32 that a network computed in it may have, relative to the RMS of epsilon.
+
+Roundings (2^-24, 2^-11, 2^-8 of a value at most) add up over some hundred operations.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,10 @@ class Backend:
             the graph itself.
         on_device: the sampler's state stays in GPU memory, in float32; otherwise on the host, in float64.
         eight_bit: it has 8-bit kernels for quantized layers.
+        floats: what networks are computed in between quantized layers, and at fewer than 32 bits,
+            where the machine has it.
+        compiles: it compiles graphs itself when they are loaded, and tells which layers run in 8 bits
+            (`core.engine_build.Compiled`).
     """
 
     name: str
@@ -63,6 +77,8 @@ class Backend:
     builds_engines: bool = False
     on_device: bool = False
     eight_bit: bool = True
+    floats: Floats = "float32"
+    compiles: bool = False
 
     @property
     def state(self) -> str:
@@ -82,22 +98,21 @@ class Backend:
         """
         if precision.weight_bits == 32:
             return "float32"
-        half = self.emission is Emission.HALF
-        floats = "float16" if half else "float32"
+        floats, half = self.floats, self.emission is Emission.HALF
         if precision.is_float:
-            return floats
+            return floats if half else "float32"  # every other emission writes float32
         if precision.weight_only:
             return f"{floats}; weights stored as {'packed INT4' if precision.weight_bits <= 4 else 'INT8'}"
         if not self.eight_bit:
             return "codes dequantized, then float16: this provider has no 8-bit kernels"
         if precision.number == "fp8":
-            return "E4M3 x E4M3 at layer inputs, float16 in between" if half else "E4M3 emulated in float32"
+            return "E4M3 x E4M3 at layer inputs, float16 in between" if half else f"E4M3 emulated in {floats}"
         widths = ((precision.weight_bits, "weights"), (precision.activation_bits, "activations"))
         narrow = ", ".join(f"{bits}-bit {what} on a grid inside INT8" for bits, what in widths if bits < 8)
         kernel = (
-            "S8 x S8 at layer inputs, float16 in between"
-            if half
-            else "QLinearConv: U8 activations (zero_point 128) x S8 weights, conv outputs in 8 bits"
+            "QLinearConv: U8 activations (zero_point 128) x S8 weights, conv outputs in 8 bits"
+            if self.emission is Emission.ORT_CPU
+            else f"S8 x S8 at layer inputs, {floats} in between"
         )
         return f"{kernel}; {narrow or 'full 8-bit range'}"
 
@@ -105,7 +120,15 @@ class Backend:
 BACKENDS: Mapping[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend(TENSORRT, Emission.HALF, "tensorrt", ("tensorrt",), builds_engines=True, on_device=True),
+        Backend(
+            TENSORRT,
+            Emission.HALF,
+            "tensorrt",
+            ("tensorrt",),
+            builds_engines=True,
+            on_device=True,
+            floats="float16",
+        ),
         Backend(
             TENSORRT_RTX,
             Emission.HALF,
@@ -113,8 +136,19 @@ BACKENDS: Mapping[str, Backend] = {
             ("tensorrt-rtx-cu13",),
             builds_engines=True,
             on_device=True,
+            floats="float16",
         ),
-        Backend(ORT_CUDA, Emission.HALF, "gpu", ("onnxruntime-gpu",), on_device=True, eight_bit=False),
+        Backend(
+            ORT_CUDA,
+            Emission.HALF,
+            "gpu",
+            ("onnxruntime-gpu",),
+            on_device=True,
+            eight_bit=False,
+            floats="float16",
+        ),
+        Backend(OPENVINO, Emission.PORTABLE, "openvino", ("openvino",), floats="bfloat16", compiles=True),
+        Backend(OPENVINO_FP32, Emission.PORTABLE, "openvino", ("openvino",), compiles=True),
         Backend(ORT_CPU, Emission.ORT_CPU, "cpu", ("onnxruntime", "onnxruntime-gpu")),
         Backend(TORCH, Emission.ORT_CPU, "build", ("torch", "diffusers")),
     )
@@ -123,6 +157,8 @@ BACKENDS: Mapping[str, Backend] = {
 
 RUNNABLE = tuple(name for name in BACKENDS if name != TORCH)
 """Backends that run a bundle's own files; the torch backend simulates any bundle from the original model."""
+AUTOMATIC = tuple(name for name in RUNNABLE if name != OPENVINO_FP32)
+"""Backends that a run chooses between by itself: OPENVINO computes in float32 too where it must."""
 ENGINE_BACKENDS = tuple(name for name, backend in BACKENDS.items() if backend.builds_engines)
 """Backends that run finished engines."""
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 from ..errors import RecipeError
+from .backend import Floats
+from .engine import Feeds
 
 CAPABILITY = re.compile(r"[0-9]{1,2}\.[0-9]")
 """A compute capability, such as "8.9"."""
@@ -62,7 +65,7 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """Which layers a finished engine's plan runs in 8 bits.
+    """Which layers a compiled graph, such as a finished engine, runs in 8 bits.
 
     Attributes:
         meant: number of layers that were meant to run in 8 bits.
@@ -96,6 +99,19 @@ class PlanReport:
             f"{layer} {unclear.get(kind, f'fell back: it runs in {kind}')}"
             for layer, kind in self.fell_back.items()
         ]
+
+
+@runtime_checkable
+class Compiled(Protocol):
+    """An engine that compiles its graph where it runs, and tells what it made of it.
+
+    `floats` is what it computes in between quantized layers; `report(meant, feeds)` tells which of the nodes
+    meant to run in 8 bits do, at the shapes of these feeds.
+    """
+
+    floats: Floats
+
+    def report(self, meant: Mapping[str, str], feeds: Feeds) -> PlanReport: ...
 
 
 @dataclass(frozen=True)

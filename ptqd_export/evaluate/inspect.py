@@ -148,7 +148,9 @@ def _artifacts(bundle: Bundle) -> list[str]:
     lines = [f"{'engine':<12}{'backend':<14}{'ms/eval':>9}  lowering"]
     for a in bundle.manifest.artifacts:
         ms = "-" if a.time_ms is None else f"{a.time_ms:.2f}"
-        lines.append(f"{a.precision!s:<12}{a.backend:<14}{ms:>9}  {a.lowering}")
+        taken = f"; {a.plan.taken} of {a.plan.meant} layers in 8 bits" if a.plan and a.plan.meant else ""
+        lines.append(f"{a.precision!s:<12}{a.backend:<14}{ms:>9}  {a.lowering}{taken}")
+        lines += [f"    {line}" for line in (a.plan.complaints() if a.plan else ())]
     return lines
 
 

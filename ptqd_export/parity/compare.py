@@ -18,7 +18,7 @@ from .. import backends
 from ..backends import trt
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import Graph, Manifest
-from ..core.backend import BACKENDS, ENGINE_BACKENDS, ORT_CPU, Emission
+from ..core.backend import BACKENDS, ENGINE_BACKENDS, FLOAT_ERROR, ORT_CPU, Backend, Floats
 from ..core.engine import EPSILON, SAMPLE, STEP, Array, Device, Engine, Feeds
 from ..core.sampling import Sampling
 from ..errors import BackendUnavailable, ParityError
@@ -27,8 +27,8 @@ from ..runtime import Runtime, open_artifact
 from . import polygraphy
 from .judgement import (
     FLOAT_TOLERANCE,
-    HALF,
     MAX_SHARE_APART,
+    ROUNDING,
     ROUNDINGS,
     Apart,
     float_tolerance,
@@ -39,6 +39,12 @@ from .machines import OK
 
 MAX_NETWORK_SNR = 60.0
 """Most dB required of a quantized network: float32 kernels may differ by 1e-3 (`bundle.tables.Probe`)."""
+NEXT_CODES = 2.0**-9
+"""Largest difference, relative to a channel's largest output, where a runtime compiles the graph itself.
+
+One that multiplies by 1 / scale and adds the zero point before it rounds gives some inputs in 1e5 the next
+code, and with it moves every output that takes part of them; at 54 dB that is far below 8 bits.
+"""
 
 
 @dataclass(frozen=True)
@@ -141,9 +147,10 @@ def _compare(
     if artifact.build is None and not graph.precision.is_float:
         opened = functools.partial(backends.open_engine, backend, device=device)
         feeds = layer_feeds(bundle.manifest.sampling, points)
-        layers = compare_layers(name, bundle.file(graph.file), opened, graph.emission, feeds)
+        rounding = layer_rounding(BACKENDS[backend])
+        layers = compare_layers(name, bundle.file(graph.file), opened, rounding, feeds)
     network, limits = compare_network(
-        name, bundle, graph, lambda: open_artifact(bundle, artifact, device), points
+        name, bundle, graph, lambda: open_artifact(bundle, artifact, device), points, BACKENDS[backend].floats
     )
     worst = min(layers, key=lambda path: layers[path].snr, default=None)
     total = sum((layer.apart for layer in layers.values()), Apart())
@@ -170,8 +177,13 @@ def _finite(snr: float) -> float | None:
     return round(snr, 2) if np.isfinite(snr) else None
 
 
+def layer_rounding(entry: Backend) -> float:
+    """What roundings may make of a layer on a backend, relative to a channel's largest output."""
+    return max(ROUNDINGS * ROUNDING[entry.floats], NEXT_CODES if entry.compiles else FLOAT_TOLERANCE)
+
+
 def compare_layers(
-    name: str, graph: Path, open_engine: Callable[[Path], Engine], emission: Emission, feeds: Sequence[Feeds]
+    name: str, graph: Path, open_engine: Callable[[Path], Engine], rounding: float, feeds: Sequence[Feeds]
 ) -> dict[str, LayerDifference]:
     """Compare each quantized layer of `graph`, in the engine that `open_engine` makes of it.
 
@@ -179,13 +191,13 @@ def compare_layers(
 
     Args:
         name: name of backend and graph, for errors.
+        rounding: `layer_rounding` of the backend.
         feeds: feeds of the whole graph.
     Returns:
         module path -> how far the layer is from the reference, over all feeds.
     Raises:
         ParityError: a layer differs; names it.
     """
-    rounding = ROUNDINGS * HALF if emission is Emission.HALF else FLOAT_TOLERANCE
     limit = -20 * float(
         np.log10(rounding)
     )  # the rounding that the largest output is allowed, taken as noise on all outputs
@@ -221,7 +233,12 @@ def compare_layers(
 
 
 def compare_network(
-    name: str, bundle: Bundle, graph: Graph, open_engine: Callable[[], Engine], points: Mapping[int, Feeds]
+    name: str,
+    bundle: Bundle,
+    graph: Graph,
+    open_engine: Callable[[], Engine],
+    points: Mapping[int, Feeds],
+    floats: Floats = "float32",
 ) -> tuple[dict[int, float], dict[int, float]]:
     """Compare the guided epsilon of an engine with that of its graph as it is written.
 
@@ -230,7 +247,7 @@ def compare_network(
     Raises:
         ParityError: a step differs; names it.
     """
-    sampling, limits = bundle.manifest.sampling, network_limits(bundle, graph)
+    sampling, limits = bundle.manifest.sampling, network_limits(bundle, graph, floats)
     engines: dict[str, polygraphy.Source] = {
         ORT_CPU: lambda: _Guided(backends.OrtEngine(bundle.file(graph.file), optimise=False), sampling),
         name: lambda: _Guided(open_engine(), sampling),
@@ -249,18 +266,19 @@ def compare_network(
     return found, allowed
 
 
-def network_limits(bundle: Bundle, graph: Graph) -> npt.NDArray[np.float64]:
+def network_limits(bundle: Bundle, graph: Graph, floats: Floats = "float32") -> npt.NDArray[np.float64]:
     """The least SNR that correct executions of a graph have, in dB per step, (T,).
 
     Two independent draws of the quantization noise differ by sqrt(2) times its RMS; twice its RMS is allowed,
-    as for the probe. Where no activation is quantized there is no such noise, only rounding.
+    as for the probe; bfloat16 adds its own. Where no activation is quantized there is only rounding.
     """
     precision = graph.precision
+    rounded = FLOAT_ERROR["bfloat16"] if floats == "bfloat16" and not precision.is_float else 0.0
     if precision.is_float or precision.weight_only:
-        allowed = max_float_error(precision, graph.emission)
+        allowed = max(max_float_error(precision, graph.emission), rounded)
         return np.full(len(bundle.manifest.sampling), -20 * np.log10(allowed))
     snr = np.asarray(bundle.stats(precision, graph.emission).snr)
-    return np.asarray(np.clip(10 * np.log10(snr / 4), 0.0, MAX_NETWORK_SNR))
+    return np.asarray(np.clip(-10 * np.log10(4 / snr + rounded**2), 0.0, MAX_NETWORK_SNR))
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,20 @@ It gives one Verdict per distinct graph; a wrong graph stops the build.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from ..backends import open_engine
 from ..backends.ort import OrtEngine
 from ..calibrate import Network, TorchEngine, Trajectories, measure
-from ..core.backend import Emission
+from ..core.backend import Emission, Floats
 from ..core.engine import EPSILON, STEP, Engine
-from ..core.figures import Figures, FloatFigures, QuantizedFigures
+from ..core.engine_build import Compiled, PlanReport
+from ..core.figures import Figures, FloatFigures, NoiseFigures, QuantizedFigures
 from ..core.noise import Correction, NoiseStats
 from ..core.precision import Precision
 from ..core.quant import QuantizedNetwork
@@ -24,7 +26,7 @@ from ..core.sampling import Sampling
 from ..errors import ParityError
 from ..export import calls, float_convs, op_counts
 from ..runtime.probe import probe
-from .judgement import HALF, max_float_error
+from .judgement import HALF, ROUNDING, max_float_error
 from .layers import check_layers
 from .noise import check_noise
 
@@ -93,6 +95,55 @@ def judge_graph(case: Case, sampling: Sampling, trajectories: Trajectories, netw
             leftover.unlink()
 
 
+@dataclass(frozen=True)
+class BackendVerdict:
+    """What was found about a graph in the runtime that compiles it.
+
+    Attributes:
+        figures: what was measured; those of the layers are of the graph as it is written.
+        plan: which of its layers run in 8 bits.
+        floats: what it is computed in between them on this machine.
+    """
+
+    figures: Figures
+    plan: PlanReport
+    floats: Floats
+
+
+def judge_compiled(
+    case: Case,
+    verdict: Verdict,
+    backend: str,
+    quantized: Mapping[str, str],
+    sampling: Sampling,
+    trajectories: Trajectories,
+    network: Network,
+) -> BackendVerdict:
+    """Judge a graph once more, in a runtime that compiles it itself and tells what it made of its layers.
+
+    Args:
+        verdict: of the graph as it is written.
+        quantized: nodes meant to run in 8 bits.
+    Raises:
+        ParityError: it does not compute there what was simulated; the message says where.
+        BackendUnavailable, GraphError: it does not run there.
+    """
+    _, x, _, conditions = trajectories.first(2)
+    with open_engine(backend, case.file) as engine:
+        if not isinstance(engine, Compiled):
+            raise TypeError(f"{backend} does not tell what it compiles")
+        case = replace(case, name=f"{case.precision}.{backend}")
+        if case.correction is None:
+            figures: Figures = _check_float_case(case, engine, sampling, trajectories, network)
+        else:
+            fold = check_fold(case.name, engine, case.correction, sampling, trajectories)
+            noise = _noise_of(case, case.correction, engine, sampling, trajectories, ROUNDING[engine.floats])
+            assert isinstance(verdict.figures, QuantizedFigures)
+            figures = replace(verdict.figures, fold=fold, noise=noise)
+        plan = engine.report(quantized, sampling.conditional.feeds(x[0], 0, conditions))
+        return BackendVerdict(figures, plan, engine.floats)
+
+
 def _check_float_case(
     case: Case, engine: Engine, sampling: Sampling, trajectories: Trajectories, network: Network
 ) -> FloatFigures:
@@ -110,10 +161,22 @@ def _check_quantized_case(
 ) -> QuantizedFigures:
     fold = check_fold(case.name, engine, correction, sampling, trajectories)
     layers = check_layers(case.name, case.file, case.quantized, case.emission, sampling, trajectories)
+    rounding = HALF if case.emission is Emission.HALF else 0.0
+    noise = _noise_of(case, correction, engine, sampling, trajectories, rounding)
+    return QuantizedFigures(fold, layers, noise)
+
+
+def _noise_of(
+    case: Case,
+    correction: Correction,
+    engine: Engine,
+    sampling: Sampling,
+    trajectories: Trajectories,
+    rounding: float,
+) -> NoiseFigures:
     measured = measure(engine, sampling, trajectories, "held_out")
     simulated = [part.corrected(correction) for part in case.held_out]
-    rounding = HALF if case.emission is Emission.HALF else 0.0
-    return QuantizedFigures(fold, layers, check_noise(case.name, measured, simulated, rounding))
+    return check_noise(case.name, measured, simulated, rounding)
 
 
 def check_fold(

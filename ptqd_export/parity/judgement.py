@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..core.backend import Emission
+from ..core.backend import FLOAT_ERROR, Emission, Floats
 from ..core.engine import Array
 from ..core.precision import FP32, Precision
 
@@ -26,12 +26,13 @@ FLOAT_TOLERANCE = 2e-5
 """Largest difference from float32 accumulation in one layer, relative to a channel's largest output."""
 HALF = 2.0**-11
 """Largest relative error of one rounding to float16."""
+ROUNDING: dict[Floats, float] = {"float32": 0.0, "float16": HALF, "bfloat16": 2.0**-8}
+"""Largest relative error of one rounding; that of float32 is counted in FLOAT_TOLERANCE."""
 ROUNDINGS = 6.0
 """Standard deviations of a sum of roundings that are allowed."""
-MAX_FLOAT_ERROR = 1e-4
-"""Largest RMS difference of an fp32 engine from the torch model, relative to the RMS of epsilon."""
-MAX_HALF_ERROR = 1e-2
-"""Like MAX_FLOAT_ERROR, for fp16: roundings of 2^-11 add up over some hundred operations."""
+MAX_FLOAT_ERROR, MAX_HALF_ERROR = FLOAT_ERROR["float32"], FLOAT_ERROR["float16"]
+"""Largest RMS difference of an fp32 and of an fp16 engine from the torch model, relative to the RMS of
+epsilon."""
 
 
 @dataclass(frozen=True)

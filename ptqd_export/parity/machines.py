@@ -11,6 +11,8 @@ from ..bundle.bundle import Bundle
 from ..bundle.manifest import UPDATE, Graph
 from ..core.backend import BACKENDS, ENGINE_BACKENDS, ORT_CPU, RUNNABLE, Emission
 from ..core.engine import SAMPLE, STEP, TIMESTEP
+from ..core.engine_build import Compiled
+from ..core.precision import Precision
 from ..errors import BackendUnavailable, ParityError
 from ..runtime import PictureDecoder, check_probe, check_update, encode_prompts, open_artifact, open_update
 
@@ -21,8 +23,9 @@ def verify_engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
     """Evaluate once every graph of the bundle, and every finished engine that runs here.
 
     Graphs run on ONNX Runtime's CPU provider: it optimises those of its own emission, and runs the others as
-    they are written. Networks are compared with their probes, the sampler's update with the schedule,
-    text encoders with the bundle's states of the empty prompt.
+    they are written. Backends that compile graphs run them too, where the bundle was built for them. Networks
+    are compared with their probes, the sampler's update with the schedule, text encoders with the bundle's
+    states of the empty prompt.
 
     Returns:
         names of what was evaluated; {name of what could not be evaluated: why}.
@@ -41,6 +44,15 @@ def verify_engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
         _verify_parts(bundle, names, left_out)
     else:
         left_out[f"{len(m.graphs) + 1} graphs"] = states[ORT_CPU]
+    for backend in (name for name in m.backends if BACKENDS[name].compiles):
+        if states[backend] == OK:
+            for precision in m.bops:
+                try:
+                    names.append(_verify_compiled(bundle, precision, backend))
+                except BackendUnavailable as error:
+                    left_out[f"{precision}.{backend}"] = str(error)
+        else:
+            left_out[f"{len(m.bops)} graphs on {backend}"] = states[backend]
     for backend in (name for name in ENGINE_BACKENDS if name in m.backends):
         if states[backend] == OK:
             names += _verify_engines_of(bundle, backend)
@@ -62,6 +74,21 @@ def _verify_graph(bundle: Bundle, graph: Graph) -> str:
             )
         check_probe(bundle, graph.precision, graph.emission, engine)
     return graph.name
+
+
+def _verify_compiled(bundle: Bundle, precision: Precision, backend: str) -> str:
+    """Evaluate a graph on a backend that compiles it; returns its name, and how much of it runs in 8 bits."""
+    m, emission = bundle.manifest, BACKENDS[backend].emission
+    artifact, quantized = m.artifact(precision, backend), m.graph(precision, emission).quantized
+    feeds = m.sampling.conditional.feeds(
+        np.zeros((1, *m.sampling.model.sample_shape)), 0, m.sampling.model.conditions(None, 1)
+    )
+    with open_artifact(bundle, artifact, None) as engine:
+        check_probe(bundle, precision, emission, engine)
+        plan = engine.report(quantized, feeds) if isinstance(engine, Compiled) else None
+        return artifact.name + (
+            f" ({plan.taken} of {plan.meant} layers in 8 bits)" if plan and plan.meant else ""
+        )
 
 
 def _verify_update(bundle: Bundle) -> str:

@@ -39,11 +39,13 @@ def check_probe(bundle: Bundle, precision: Precision, emission: Emission, engine
             "the bundle or this machine computes nonsense; rebuild"
         )
     expected = bundle.probe(precision, emission)
+    rms = float(np.sqrt((expected.epsilon.astype(np.float64) ** 2).mean()))
+    allowed = float(np.hypot(expected.allowed, getattr(engine, "float_error", 0.0) * rms))
     difference = float(np.sqrt(((got - expected.epsilon) ** 2).mean()))
-    if not difference <= expected.allowed:
+    if not difference <= allowed:
         raise ParityError(
             f"{name} computes something else here than where the bundle was built "
-            f"(RMS difference {difference:.3g}, allowed {expected.allowed:.3g}): this processor, or the "
+            f"(RMS difference {difference:.3g}, allowed {allowed:.3g}): this processor, or the "
             "runtime's version, "
             "differs: rebuild the bundle on this machine (finished engines: run with --rebuild)"
         )

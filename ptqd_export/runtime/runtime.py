@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from .. import backends
 from ..bundle.bundle import Bundle
-from ..core.backend import BACKENDS, RUNNABLE, TORCH, backend
+from ..core.backend import AUTOMATIC, BACKENDS, TORCH, backend
 from ..core.engine import Array, Device, Engine
 from ..core.plan import Plan
 from ..core.precision import Precision
@@ -30,6 +30,7 @@ from ..errors import (
 )
 from .decoder import PictureDecoder
 from .device_loop import DeviceSampler, check_update
+from .fastest import by_speed
 from .open import open_artifact, open_update
 from .probe import check_probe
 from .replaced import Replaced, corrected
@@ -80,7 +81,8 @@ class Runtime:
     Args:
         bundle: an opened bundle, or the folder of one.
         backend: one of `core.backend.BACKENDS`. None is the best that the bundle has engines for and that
-            works here: its engines load, and compute what they computed where the bundle was built.
+            works here: its engines load, and compute what they computed where the bundle was built. On the
+            CPU it is the fastest, as `fastest.by_speed` measures it once.
         plan: another plan over the bundle's precisions; None is the bundle's own.
         model: the recipe or model that the bundle was built from; only the torch backend needs it.
         device: index of the GPU; backends on the CPU ignore it.
@@ -90,6 +92,7 @@ class Runtime:
     Attributes:
         backend: the backend that is open.
         passed_over: {better backend: why it is not used}, where no backend was named.
+        why: why this one of several on the CPU is used, where no backend was named: it is the fastest.
     Raises:
         BackendUnavailable, BundleError, GraphError: the bundle does not run here.
         ParityError: an engine computes something else here than where the bundle was built.
@@ -111,6 +114,7 @@ class Runtime:
         self.bundle.manifest.check_plan(self.plan)
         self.engines: dict[Precision, Engine] = {}
         self.passed_over: dict[str, str] = {}
+        self.why = ""
         self._opened = contextlib.ExitStack()  # the device is closed after its engines
         self._on_device: DeviceSampler | None = None
         self._device, self._resident, self._replaced = device, resident, replaced
@@ -124,23 +128,44 @@ class Runtime:
             raise
 
     def _open_best(self) -> str:
-        for name in RUNNABLE:
-            if BACKENDS[name].builds_engines and name not in self.bundle.manifest.backends:
-                continue
-            try:
-                backends.check(name)
-            except BackendUnavailable as error:
-                self.passed_over[name] = str(error)
-                continue
-            try:
-                return self._open(name)
-            except (BackendUnavailable, BundleError, GraphError, ParityError) as error:
-                if name == RUNNABLE[-1]:
-                    raise
-                self.close()
-                self.passed_over[name] = str(error)
+        m = self.bundle.manifest
+        names = [n for n in AUTOMATIC if n in m.backends or not BACKENDS[n].builds_engines]
+        for name in names:
+            if BACKENDS[name].on_device and self._works(name) and self._tried(name):
+                return name
+        on_host = [name for name in names if not BACKENDS[name].on_device and self._works(name)]
+        if on_host:  # only what the bundle was built for is missed
+            missed = {
+                n: why for n, why in self.passed_over.items() if BACKENDS[n].on_device or n in m.backends
+            }
+            self.passed_over = missed
+        if len(on_host) > 1:
+            on_host, self.why = by_speed(self.bundle, self.plan, on_host)
+        for name in on_host[:-1]:
+            if self._tried(name):
+                return name
+        if on_host:
+            return self._open(on_host[-1])
         reasons = "; ".join(f"{name}: {why}" for name, why in self.passed_over.items())
         raise BackendUnavailable(f"no backend works here: {reasons}")
+
+    def _works(self, name: str) -> bool:
+        try:
+            backends.check(name)
+        except BackendUnavailable as error:
+            self.passed_over[name] = str(error)
+            return False
+        return True
+
+    def _tried(self, name: str) -> bool:
+        """Whether the backend could be opened."""
+        try:
+            self._open(name)
+        except (BackendUnavailable, BundleError, GraphError, ParityError) as error:
+            self.close()
+            self.passed_over[name] = str(error)
+            return False
+        return True
 
     def _open(self, name: str) -> str:
         try:

@@ -316,7 +316,7 @@ def open_worker(start: Start) -> Runtime:
         except ImportError as error:
             raise BACKENDS[TORCH].missing(error) from error
         set_threads(1)
-    elif start.backend == ORT_CPU:
+    elif not BACKENDS[start.backend].on_device:
         backends.set_threads(1)
     bundle = Bundle.open(start.path)
     if bundle.seal != start.seal:

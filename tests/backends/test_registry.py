@@ -11,7 +11,16 @@ from fake_cuda import FakeCuda
 from fake_tensorrt import FakeTensorRT
 from onnx_text import save_text
 
-from ptqd_export.backends import OrtEngine, available, check, open_device, open_engine, registry, trt
+from ptqd_export.backends import (
+    OrtEngine,
+    available,
+    check,
+    open_device,
+    open_engine,
+    openvino,
+    registry,
+    trt,
+)
 from ptqd_export.backends.cuda import CudaDevice
 from ptqd_export.core.backend import ENGINE_BACKENDS, ORT_CPU, RUNNABLE, TENSORRT_RTX, TORCH
 from ptqd_export.core.engine import Engine
@@ -46,20 +55,23 @@ def test_available_says_why_not(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_no_runtime_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("onnxruntime", "tensorrt", "tensorrt_rtx"):
+    openvino.runtime.cache_clear()
+    for module in ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, module, None)
     found = available()
     assert {name: reason.rpartition("pip install ")[2] for name, reason in found.items()} == {
         "tensorrt": "'.[tensorrt]'",
         "tensorrt-rtx": "'.[tensorrt-rtx]'",
         "ort-cuda": "'.[gpu]'",
+        "openvino": "'.[openvino]'",
+        "openvino-fp32": "'.[openvino]'",
         "ort-cpu": "'.[cpu]'",
     }
     assert all("in a checkout of ptqd-export: pip install" in reason for reason in found.values())
 
 
 def test_unknown_backend(double: Path) -> None:
-    known = "expected one of tensorrt, tensorrt-rtx, ort-cuda, ort-cpu"
+    known = "expected one of tensorrt, tensorrt-rtx, ort-cuda, openvino, openvino-fp32, ort-cpu"
     for use in (check, open_device, lambda name: open_engine(name, double)):
         with pytest.raises(BackendUnavailable, match=f"'ort-gpu' does not run graph files: {known}"):
             use("ort-gpu")

@@ -13,6 +13,9 @@ import ptqd_export
 from ptqd_export.core.backend import (
     BACKENDS,
     ENGINE_BACKENDS,
+    FLOAT_ERROR,
+    OPENVINO,
+    OPENVINO_FP32,
     ORT_CPU,
     ORT_CUDA,
     RUNNABLE,
@@ -47,16 +50,20 @@ def test_which_numerics_hold_for_an_emission() -> None:
 
 def test_the_table() -> None:
     """Best first: the order in which a run tries them."""
-    assert list(BACKENDS) == ["tensorrt", "tensorrt-rtx", "ort-cuda", "ort-cpu", "torch"]
+    assert list(BACKENDS) == [
+        "tensorrt", "tensorrt-rtx", "ort-cuda", "openvino", "openvino-fp32", "ort-cpu", "torch",
+    ]  # fmt: skip
     assert all(name == entry.name for name, entry in BACKENDS.items())
-    assert tuple(BACKENDS) == (TENSORRT, TENSORRT_RTX, ORT_CUDA, ORT_CPU, TORCH)
-    assert RUNNABLE == (TENSORRT, TENSORRT_RTX, ORT_CUDA, ORT_CPU)
+    assert tuple(BACKENDS) == (*RUNNABLE, TORCH)
+    assert RUNNABLE == (TENSORRT, TENSORRT_RTX, ORT_CUDA, OPENVINO, OPENVINO_FP32, ORT_CPU)
     assert ENGINE_BACKENDS == (TENSORRT, TENSORRT_RTX)
     assert {name for name, entry in BACKENDS.items() if entry.on_device} == {*ENGINE_BACKENDS, ORT_CUDA}
     assert {name for name, entry in BACKENDS.items() if entry.emission is Emission.HALF} == {
         *ENGINE_BACKENDS,
         ORT_CUDA,
     }
+    assert {entry.emission for entry in (backend(OPENVINO), backend(OPENVINO_FP32))} == {Emission.PORTABLE}
+    assert {entry.floats for entry in BACKENDS.values()} <= set(FLOAT_ERROR)
     assert backend(ORT_CUDA).state == "float32 on the device" and not backend(ORT_CUDA).eight_bit
     assert backend(ORT_CPU).state == backend(TORCH).state == "float64 on the host"
 
@@ -108,51 +115,65 @@ def test_what_is_not_installed_is_said_with_its_extra() -> None:
     assert install_hint("gpu") == "in a checkout of ptqd-export: pip install '.[gpu]'"
 
 
+WIDE_KERNEL = "S8 x S8 at layer inputs, bfloat16 in between"
 HALF_KERNEL = "S8 x S8 at layer inputs, float16 in between"
 CPU_KERNEL = "QLinearConv: U8 activations (zero_point 128) x S8 weights, conv outputs in 8 bits"
 NO_KERNEL = "codes dequantized, then float16: this provider has no 8-bit kernels"
 
 
 @pytest.mark.parametrize(
-    ("precision", "cpu", "rtx", "cuda"),
+    ("precision", "cpu", "rtx", "cuda", "openvino"),
     [
-        ("fp32", "float32", "float32", "float32"),
-        ("fp16", "float32", "float16", "float16"),
-        ("w8a8", f"{CPU_KERNEL}; full 8-bit range", f"{HALF_KERNEL}; full 8-bit range", NO_KERNEL),
+        ("fp32", "float32", "float32", "float32", "float32"),
+        ("fp16", "float32", "float16", "float16", "float32"),
+        (
+            "w8a8",
+            f"{CPU_KERNEL}; full 8-bit range",
+            f"{HALF_KERNEL}; full 8-bit range",
+            NO_KERNEL,
+            f"{WIDE_KERNEL}; full 8-bit range",
+        ),
         (
             "w4a8",
             f"{CPU_KERNEL}; 4-bit weights on a grid inside INT8",
             f"{HALF_KERNEL}; 4-bit weights on a grid inside INT8",
             NO_KERNEL,
+            f"{WIDE_KERNEL}; 4-bit weights on a grid inside INT8",
         ),
         (
             "w4a5",
             f"{CPU_KERNEL}; 4-bit weights on a grid inside INT8, 5-bit activations on a grid inside INT8",
             f"{HALF_KERNEL}; 4-bit weights on a grid inside INT8, 5-bit activations on a grid inside INT8",
             NO_KERNEL,
+            f"{WIDE_KERNEL}; 4-bit weights on a grid inside INT8, 5-bit activations on a grid inside INT8",
         ),
         (
             "w4a16",
             "float32; weights stored as packed INT4",
             "float16; weights stored as packed INT4",
             "float16; weights stored as packed INT4",
+            "bfloat16; weights stored as packed INT4",
         ),
         (
             "w8a16",
             "float32; weights stored as INT8",
             "float16; weights stored as INT8",
             "float16; weights stored as INT8",
+            "bfloat16; weights stored as INT8",
         ),
         (
             "w8a8-fp8",
             "E4M3 emulated in float32",
             "E4M3 x E4M3 at layer inputs, float16 in between",
             NO_KERNEL,
+            "E4M3 emulated in bfloat16",
         ),
     ],
 )
-def test_lowering_says_what_is_computed(precision: str, cpu: str, rtx: str, cuda: str) -> None:
+def test_lowering_says_what_is_computed(precision: str, cpu: str, rtx: str, cuda: str, openvino: str) -> None:
     texts = {name: entry.lowering(Precision.parse(precision)) for name, entry in BACKENDS.items()}
     assert texts[ORT_CPU] == texts[TORCH] == cpu
     assert texts[TENSORRT] == texts[TENSORRT_RTX] == rtx
     assert texts[ORT_CUDA] == cuda
+    assert texts[OPENVINO] == openvino
+    assert texts[OPENVINO_FP32] == openvino.replace("bfloat16", "float32")

@@ -16,7 +16,7 @@ from wrong_layers import Open, changed
 from ptqd_export import backends
 from ptqd_export.backends import OrtDevice, OrtEngine
 from ptqd_export.bundle.manifest import Artifact
-from ptqd_export.core.backend import Emission
+from ptqd_export.core.backend import BACKENDS, ORT_CPU, ORT_CUDA, Emission
 from ptqd_export.core.engine import Feeds
 from ptqd_export.core.engine_build import EngineBuild, PlanReport
 from ptqd_export.core.precision import Precision
@@ -28,6 +28,7 @@ from ptqd_export.parity.compare import (
     compare_layers,
     compare_network,
     layer_feeds,
+    layer_rounding,
     network_limits,
     parsers,
     sampled_feeds,
@@ -51,9 +52,10 @@ def feeds(rgb: Built) -> Mapping[int, Feeds]:
 
 
 def check(rgb: Built, feeds: Mapping[int, Feeds], graph: str, opened: Open) -> Mapping[str, LayerDifference]:
-    emission = Emission(graph.split(".")[1])
+    half = Emission(graph.split(".")[1]) is Emission.HALF
+    rounding = layer_rounding(BACKENDS[ORT_CUDA if half else ORT_CPU])
     own = layer_feeds(rgb.bundle.manifest.sampling, feeds)
-    return compare_layers("here", rgb.path / f"{graph}.onnx", opened, emission, own)
+    return compare_layers("here", rgb.path / f"{graph}.onnx", opened, rounding, own)
 
 
 def test_feeds_are_of_the_sampler(rgb: Built, feeds: Mapping[int, Feeds]) -> None:

@@ -14,13 +14,13 @@ from ptqd_export.calibrate import collect, measure, open_model
 from ptqd_export.core.backend import BACKENDS, ENGINE_BACKENDS, RUNNABLE
 from ptqd_export.core.noise import Correction
 from ptqd_export.errors import BackendUnavailable, ParityError
-from ptqd_export.parity.judgement import HALF
+from ptqd_export.parity.judgement import ROUNDING
 from ptqd_export.parity.noise import check_noise, max_standard_errors
 from ptqd_export.recipe import Recipe
 from ptqd_export.runtime import Runtime, run
 from ptqd_export.runtime.open import open_artifact
 
-EVERY = [pytest.param(name, marks=() if name == "ort-cpu" else pytest.mark.gpu) for name in RUNNABLE]
+EVERY = [pytest.param(name, marks=pytest.mark.gpu if BACKENDS[name].on_device else ()) for name in RUNNABLE]
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_noise_is_that_of_the_graph_as_written(
     )
     network = open_model(recipe)
     trajectories = collect(network, m.sampling, recipe, tmp_path / "trajectories")
-    rounding = HALF if BACKENDS[backend].emission == "half" else 0.0
+    rounding = ROUNDING[BACKENDS[backend].floats]
     for precision in m.plan.precisions:
         if precision.is_float:
             continue

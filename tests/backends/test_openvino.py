@@ -1,0 +1,192 @@
+"""OpenVinoEngine: calls, what it refuses, what it computes in, and which layers run in 8 bits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from helpers import Built, environment
+from onnx import numpy_helper
+from onnx_text import save_text
+
+pytest.importorskip("openvino")
+
+from ptqd_export.backends import OrtEngine, openvino
+from ptqd_export.backends.openvino import HostDevice, OpenVinoEngine
+from ptqd_export.core.backend import FLOAT_ERROR, Emission
+from ptqd_export.core.engine import Device, DeviceEngine, Feeds
+from ptqd_export.core.engine_build import NOT_FOUND
+from ptqd_export.core.figures import relative_rms
+from ptqd_export.core.precision import Precision
+from ptqd_export.errors import BackendUnavailable, GraphError
+
+
+def test_runs(affine: Path, feeds: Feeds) -> None:
+    """At any batch, in turn; outputs are the caller's."""
+    with OpenVinoEngine(affine) as engine:
+        assert isinstance(engine, DeviceEngine) and engine.capture_note is None
+        assert engine.inputs == ("sample", "timestep") and engine.outputs == ("epsilon", "doubled")
+        assert engine.specs[0].shape == (None, 2) and engine.specs[1].dtype == "int64"
+        expected = 2 * feeds["sample"] + feeds["timestep"][:, None]
+        first = engine({**feeds, "step": np.array([3])})["epsilon"]
+        for n in (1, 2, 3):
+            own = {name: value[:n] for name, value in feeds.items()}
+            np.testing.assert_array_equal(engine(own)["epsilon"], expected[:n])
+        np.testing.assert_array_equal(first, expected)
+        strided = np.asfortranarray(np.concatenate([feeds["sample"]] * 2, 1))[:, ::2]
+        np.testing.assert_array_equal(engine({**feeds, "sample": strided})["doubled"], 2 * strided)
+        assert len(engine._compiled) == openvino.KEPT
+    engine.close()
+    with pytest.raises(BackendUnavailable, match=r"affine\.onnx is closed"):
+        engine(feeds)
+
+
+def test_launch(affine: Path, feeds: Feeds) -> None:
+    """On the caller's buffers; with new content each time."""
+    with HostDevice() as device, OpenVinoEngine(affine) as engine:
+        assert isinstance(device, Device)
+        buffers = {s.name: device.empty((3, 2), "float32") for s in engine.output_specs}
+        buffers |= {name: device.empty(value.shape, value.dtype.name) for name, value in feeds.items()}
+        for turn in range(2):
+            for name, value in feeds.items():
+                device.write(buffers[name], value + value.dtype.type(turn))
+            engine.launch(buffers)
+            device.synchronize()
+            np.testing.assert_array_equal(
+                device.read(buffers["epsilon"]), 2 * buffers["sample"] + buffers["timestep"][:, None]
+            )
+        with pytest.raises(GraphError, match="needs the buffer 'doubled'"):
+            engine.launch({name: value for name, value in buffers.items() if name != "doubled"})
+        with pytest.raises(GraphError, match=r"holds float32 .* got float64"):
+            device.write(buffers["sample"], np.zeros((3, 2)))
+    with pytest.raises(BackendUnavailable, match="one device, the host: got index 1"):
+        HostDevice(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"timestep": None}, "needs the input 'timestep': got sample"),
+        ({"sample": np.zeros((3, 2))}, r"takes 'sample' as float32 \(any, 2\): got float64 \(3, 2\)"),
+        ({"sample": np.zeros((3, 5), np.float32)}, r"got float32 \(3, 5\)"),
+        ({"timestep": np.zeros(2, np.int64)}, "failed to run on OpenVINO"),
+    ],
+)
+def test_wrong_feeds(
+    affine: Path, feeds: Feeds, change: dict[str, Any], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wrong = {name: value for name, value in {**feeds, **change}.items() if value is not None}
+    with OpenVinoEngine(affine) as engine, pytest.raises(GraphError, match=message) as caught:
+        engine(wrong)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a graph", "truncated", "weights"])
+def test_broken_files(
+    tmp_path: Path, affine: Path, content: bytes | str | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "broken.onnx"
+    if content == "truncated":
+        path.write_bytes(affine.read_bytes()[:-40])
+    elif content == "weights":
+        weights = numpy_helper.from_array(np.ones((2,), np.float32), "w")
+        onnx.external_data_helper.set_external_data(weights, "weights.bin", 0, 8)
+        weights.ClearField("raw_data")
+        save_text(path, "g (float[2] x) => (float[2] y) { y = Mul(x, w) }", weights)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    with pytest.raises(GraphError, match=r"broken\.onnx") as caught:
+        OpenVinoEngine(path)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_unknown_operator(tmp_path: Path) -> None:
+    path = save_text(tmp_path / "bar.onnx", "g (float[2] x) => (float[2] y) { y = Nowhere(x) }")
+    with pytest.raises(BackendUnavailable, match="Nowhere"):
+        OpenVinoEngine(path)
+
+
+@pytest.fixture
+def narrow(rgb: Built) -> tuple[Path, Path, Feeds, dict[str, str]]:
+    """A w8a8 graph, its fp32 one, feeds at a timestep that bfloat16 does not hold, the 8-bit layers."""
+    m = rgb.bundle.manifest
+    graph = m.graph(Precision(8, 8), Emission.PORTABLE)
+    full = m.graph(Precision(32, 32), Emission.PORTABLE)
+    x = np.random.default_rng(0).standard_normal((2, *m.sampling.model.sample_shape))
+    feeds = m.sampling.conditional.feeds(x, 0, m.sampling.model.conditions(None, 2))
+    feeds = {**feeds, "timestep": np.full(2, 999)}
+    return rgb.path / graph.file, rgb.path / full.file, feeds, dict(graph.quantized)
+
+
+def test_layers_in_8_bits(narrow: tuple[Path, Path, Feeds, dict[str, str]]) -> None:
+    """All that are meant to, in both kinds of floats; one that is not there is told, and those that are not
+    meant to do not."""
+    path, _, feeds, meant = narrow
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    others = [n.name for n in nodes if n.op_type in ("Conv", "Gemm") and n.name not in meant]
+    assert len(meant) > 5 and len(others) > 2
+    for floats in ("float32", "bfloat16"):
+        with OpenVinoEngine(path, floats=floats) as engine:  # type: ignore[arg-type]
+            report = engine.report(meant, feeds)
+            assert (report.meant, report.taken, dict(report.fell_back)) == (len(meant), len(meant), {})
+            other = engine.report({**meant, "nowhere": "int8", "emulated": "fp8"}, feeds)
+            assert dict(other.fell_back) == {"nowhere": NOT_FOUND}
+            report = engine.report(dict.fromkeys(others, "int8"), feeds)
+            assert report.taken == 0 and report.is_float
+            assert set(report.fell_back.values()) == {openvino.TYPES[engine.floats]}
+            assert len(report.complaints()) == len(others)
+
+
+def test_what_is_in_between(
+    narrow: tuple[Path, Path, Feeds, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantized graphs: bfloat16, where the CPU has it. Float graphs: float32."""
+    path, full, feeds, _ = narrow
+    monkeypatch.setattr(openvino, "has_bfloat16", lambda: True)
+    with OpenVinoEngine(full) as engine, OrtEngine(full, optimise=False) as reference:
+        expected = reference(feeds)["epsilon"]
+        assert engine.floats == "float32" and engine.float_error == 0
+        assert relative_rms(engine(feeds)["epsilon"], expected) < FLOAT_ERROR["float32"]
+    with OpenVinoEngine(path) as engine:
+        assert engine.floats == "bfloat16" and engine.float_error == FLOAT_ERROR["bfloat16"]
+    monkeypatch.setattr(openvino, "has_bfloat16", lambda: False)
+    with OpenVinoEngine(path) as engine:
+        assert engine.floats == "float32" and engine.float_error == 0
+
+
+def test_timesteps_keep_their_digits(
+    narrow: tuple[Path, Path, Feeds, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """999 is not 1000, which it would be in bfloat16."""
+    if not openvino.has_bfloat16():
+        pytest.skip("this CPU computes in float32 in between")
+    path, _, feeds, _ = narrow
+    with OpenVinoEngine(path, floats="float32") as engine:
+        expected = engine(feeds)["epsilon"]
+    with OpenVinoEngine(path) as engine:
+        assert len(engine._model.outputs) == len(engine.outputs) + 1
+        right = relative_rms(engine(feeds)["epsilon"], expected)
+    monkeypatch.setattr(openvino, "_made_of_timesteps", lambda model: [])
+    with OpenVinoEngine(path) as engine:
+        wrong = relative_rms(engine(feeds)["epsilon"], expected)
+    assert right < FLOAT_ERROR["bfloat16"] and wrong > 1.5 * right, (right, wrong)
+
+
+def test_nothing_is_sent() -> None:
+    """OpenVINO's converter, which reports to its maker that it was imported, is not; others may import it."""
+    code = (
+        "import sys; from ptqd_export.backends import openvino; openvino.runtime();"
+        "print([name for name in sys.modules if 'telemetry' in name or name == 'openvino.tools.ovc'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env=environment(PYTHONPATH=":".join(sys.path)),
+    )  # fmt: skip
+    assert done.stdout.strip() == "[]"

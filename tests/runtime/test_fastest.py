@@ -1,0 +1,145 @@
+"""Which backend on the host is taken where none is named: measured once, remembered, and said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import Built, Invoke, with_plan
+
+from ptqd_export.backends import registry
+from ptqd_export.core.backend import AUTOMATIC, OPENVINO, OPENVINO_FP32, ORT_CPU
+from ptqd_export.core.precision import FP32, Precision
+from ptqd_export.errors import BackendUnavailable
+from ptqd_export.runtime import Runtime, fastest
+
+NAMES = (OPENVINO, ORT_CPU)
+W8A8 = Precision(8, 8)
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Two backends on the host, both on ONNX Runtime, each with graphs of its own; the cache's folder."""
+    openers = dict(registry.OPENERS)
+    openers[OPENVINO] = openers[ORT_CPU]
+    monkeypatch.setattr(registry, "OPENERS", openers)
+    monkeypatch.setattr("ptqd_export.runtime.runtime.AUTOMATIC", AUTOMATIC)
+    registry._own_device.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    yield tmp_path / "ptqd-export" / fastest.FOLDER
+    registry._own_device.cache_clear()
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Precision]:
+    """Times that are made up: openvino is the faster one at fp32, and slower at w8a8."""
+    asked: list[Precision] = []
+
+    def measure(bundle: Any, precision: Precision, names: Any) -> dict[str, float]:
+        asked.append(precision)
+        return {OPENVINO: 1e-3, ORT_CPU: 2e-3 if precision == FP32 else 0.5e-3}
+
+    monkeypatch.setattr(fastest, "_measure", measure)
+    return asked
+
+
+def test_a_plan_is_measured_once(own: Built, both: Path, measured: list[Precision]) -> None:
+    """Per precision; the sum over the plan's steps decides."""
+    bundle = own.bundle
+    mixed, full = (with_plan(bundle, *runs).manifest.plan for runs in (("fp32", "w8a8*3"), ("fp32",)))
+    order, why = fastest.by_speed(bundle, full, NAMES)
+    assert (order, measured) == ([OPENVINO, ORT_CPU], [FP32])
+    assert why == (
+        "openvino is taken: one evaluation of one sample takes openvino 1 ms, ort-cpu 2 ms (measured here "
+        "once)"
+    )
+    order, why = fastest.by_speed(bundle, mixed, NAMES)
+    assert (order, measured) == ([ORT_CPU, OPENVINO], [FP32, W8A8])
+    assert "ort-cpu 0.875 ms, openvino 1 ms (measured" in why
+    order, why = fastest.by_speed(bundle, mixed, NAMES)
+    assert order[0] == ORT_CPU and why.endswith("(remembered)") and len(measured) == 2
+    assert len(list(both.iterdir())) == 1
+
+
+def test_what_is_remembered_is_of_one_bundle_and_machine(
+    own: Built, both: Path, measured: list[Precision], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, full = own.bundle, with_plan(own.bundle, "fp32").manifest.plan
+    fastest.by_speed(bundle, full, NAMES)
+    for change in ("threads", "processor", "bundle", "damaged", "lost", "incomplete"):
+        count, (file,) = len(measured), list(both.iterdir())
+        with monkeypatch.context() as m:
+            other = bundle
+            if change == "threads":
+                m.setattr("ptqd_export.backends.threads", lambda: 77)
+            elif change == "processor":
+                m.setattr(fastest, "_processor", lambda: "another")
+            elif change == "bundle":
+                other = replace(bundle, seal="0" * 64)
+            elif change == "lost":
+                file.unlink()
+            else:
+                file.write_text('{"fp32": {"ort-cpu": 1}}' if change == "incomplete" else "[1")
+            _, why = fastest.by_speed(other, full, NAMES)
+        assert "measured here once" in why and len(measured) == count + 1, change
+        for new in set(both.iterdir()) - {file}:
+            new.unlink()
+        fastest.by_speed(bundle, full, NAMES)
+
+
+def test_without_a_cache(
+    own: Built, both: Path, measured: list[Precision], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is measured each time."""
+    monkeypatch.setattr(fastest, "cache_folder", lambda: None)
+    for n in (1, 2):
+        fastest.by_speed(own.bundle, with_plan(own.bundle, "fp32").manifest.plan, NAMES)
+        assert len(measured) == n
+
+
+def test_real_times(own: Built, both: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both; one that fails has none, and comes last."""
+    plan = with_plan(own.bundle, "fp32").manifest.plan
+    found = fastest._measure(own.bundle, FP32, NAMES)
+    assert set(found) == set(NAMES) and min(found.values()) > 0
+
+    def fails(*_: object, **__: object) -> Any:
+        raise BackendUnavailable("no")
+
+    broken = replace(registry.OPENERS[OPENVINO], open_engine=fails)
+    monkeypatch.setattr(registry, "OPENERS", {**registry.OPENERS, OPENVINO: broken})
+    order, why = fastest.by_speed(own.bundle, plan, NAMES)
+    assert order == [ORT_CPU, OPENVINO] and "openvino fails" in why
+
+
+def test_a_run_takes_the_fastest_and_says_so(
+    classes: Built, both: Path, measured: list[Precision], tmp_path: Path, invoke: Invoke
+) -> None:
+    """On one line of stderr; a backend that is named is taken without a word."""
+    out = ("--out", tmp_path / "out", "--num-samples", 1, "--json")
+    for runs, taken in (("fp32*3", OPENVINO), ("w8a8*3", ORT_CPU)):
+        result = invoke("run", classes.path, *out, "--plan", runs)
+        assert result.json["backend"] == taken and OPENVINO_FP32 not in result.err
+        assert result.err == f"backend: {result.json['why']}\n"
+        assert result.err.startswith(f"backend: {taken} is taken: one evaluation of one sample takes")
+    count = len(measured)
+    result = invoke("run", classes.path, *out, "--backend", ORT_CPU)
+    assert (result.err, result.json["why"], len(measured)) == ("", "", count)
+
+
+def test_the_fastest_must_pass_its_probe(
+    own: Built, both: Path, measured: list[Precision], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next one is taken, and it is said why."""
+    m = with_plan(own.bundle, "fp32")
+    wrong = m.manifest.artifact(Precision(4, 4), OPENVINO)
+    real = type(m.manifest).artifact
+    monkeypatch.setattr(
+        type(m.manifest), "artifact", lambda self, p, n: wrong if n == OPENVINO else real(self, p, n)
+    )
+    with Runtime(m) as runtime:
+        assert runtime.backend == ORT_CPU and runtime.why.startswith("openvino is taken")
+        assert "computes something else here" in runtime.passed_over[OPENVINO]
