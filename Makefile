@@ -16,7 +16,7 @@ BIN_GPU := .venv-gpu/bin
 INSTALLED_GPU := .venv-gpu/.installed
 GPU ?= gpu
 
-.PHONY: demo test test-gpu test-ray check bench clean
+.PHONY: demo test test-builds test-rest test-gpu test-ray check bench clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -42,8 +42,16 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy ptqd_export
 
+# Two halves at once, of one thread each: together they take about as long as the longer one alone.
+HALF := tests/assemble tests/bench tests/cli tests/farm tests/fuzz
 test: check
-	$(BIN)/pytest
+	@$(MAKE) --no-print-directory -j2 test-builds test-rest
+
+test-builds:
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(HALF)
+
+test-rest:
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests $(HALF:%=--ignore=%)
 
 test-gpu: $(INSTALLED_GPU)
 	$(BIN_GPU)/pytest -m gpu -rs
