@@ -130,7 +130,7 @@ def run(
     if plan_text is not None:
         plan = parse_plan(plan_text, len(bundle.manifest.sampling))
         bundle.manifest.check_plan(plan)
-    are_pictures = _check_format(bundle, wanted)
+    are_pictures = _check_format(bundle, wanted, "--format" if ray is None else "--content")
     if num_samples is None:
         num_samples = NUM_SAMPLES if prompts_file is None else len(texts)
     in_turn = None if class_labels is None else parse_labels(class_labels, info)
@@ -245,7 +245,7 @@ def run(
     show(result, as_json, text + "".join(f"\nnote: {note}" for note in notes))
 
 
-def _check_format(bundle: Bundle, file_format: str) -> bool:
+def _check_format(bundle: Bundle, file_format: str, option: str) -> bool:
     """Whether what the run yields are pictures, of which a grid can be made.
 
     Raises:
@@ -253,15 +253,15 @@ def _check_format(bundle: Bundle, file_format: str) -> bool:
     """
     pipeline, info = bundle.manifest.pipeline, bundle.manifest.sampling.model
     if file_format == LATENTS and not pipeline.latent:
-        raise RecipeError(f"{info.name} samples no latents: give --format png or npy")
+        raise RecipeError(f"{info.name} samples no latents: give {option} png or npy")
     if pipeline.latent and pipeline.decoder is None and file_format != LATENTS:
         raise RecipeError(
             f"{info.name} samples latents, and the bundle has no decoder that makes pictures of them: give "
-            "--format latents, or rebuild from a folder with its first stage (vae or vqvae)"
+            f"{option} latents, or rebuild from a folder with its first stage (vae or vqvae)"
         )
     channels = info.channels if file_format == LATENTS else bundle.picture_shape[0]
     if file_format == "png" and channels not in (1, 3):
-        raise RecipeError(f"samples of {channels} channels are no pictures: give --format npy")
+        raise RecipeError(f"samples of {channels} channels are no pictures: give {option} npy")
     return file_format != LATENTS and channels in (1, 3)
 
 

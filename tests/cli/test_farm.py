@@ -26,9 +26,9 @@ RAY = ("--ray", "local")
         ([*RAY, "--device", "1"], "--device 1 was given with --ray, which deals out the GPUs: leave it out"),
         ([*RAY, "--condition", "context=c.npy"], "--condition was given with --ray: give --conditions"),
         ([*RAY, "--conditions", "x.parquet", "--prompt", "a cat"], "leave one of them out"),
-        ([*RAY, "--content", "latents"], "own samples no latents"),
-        ([*RAY, "--content", "png"], "samples of 2 channels are no pictures"),
-        ([*RAY, "--class-labels", "1"], "own has no classes"),
+        ([*RAY, "--content", "latents"], "samples no latents: give --content png or npy"),
+        ([*RAY, "--content", "png"], "samples of 2 channels are no pictures: give --content npy"),
+        ([*RAY, "--content", "npy", "--class-labels", "1"], "has no classes: leave --class-labels out"),
         ([*RAY, "--content", "npy", "--plan", "w2a2"], "w2a2"),
         (
             [*RAY, "--content", "npy", "--format", "webdataset", "--shard-size", "24"],
