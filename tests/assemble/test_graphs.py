@@ -76,7 +76,7 @@ def test_every_distinct_graph_is_judged_once(
     verdicts = judge(emitted, tmp_path, SAMPLING, nothing, quantized, {}, nothing, said.append)
     distinct = {graph.file for graph in emitted}
     assert len(seen) == len(said) == len(distinct) and set(verdicts) == distinct
-    figures = figures_of(emitted, verdicts)
+    figures = figures_of(emitted, verdicts, {})
     assert set(figures) == {graph.name for graph in emitted}
     assert figures["fp32.half"] == figures["fp32.portable"] != figures["w8a8.portable"]
 
