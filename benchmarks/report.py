@@ -28,6 +28,9 @@ SECTIONS = {
     "input-grids": _BENCHMARKS,
     "quality-headline": _BENCHMARKS,
     "quality-ablation": _BENCHMARKS,
+    "quality-paper": _BENCHMARKS,
+    "text-model": _BENCHMARKS,
+    "calibration-cost": _BENCHMARKS,
     "one-step": _BENCHMARKS,
     "plan-ranking": _BENCHMARKS,
     "rounding": _BENCHMARKS,
@@ -37,6 +40,7 @@ SECTIONS = {
     "stock-pipelines": ROOT / "docs" / "models.md",
     "coverage": ROOT / "docs" / "models.md",
     "ldm-configurations": ROOT / "docs" / "models.md",
+    "full-size": ROOT / "docs" / "models.md",
     "ray-sampling": ROOT / "docs" / "many-machines.md",
 }
 """{section: the file that it stands in}."""
