@@ -1,4 +1,5 @@
 # make demo   build the bundle of the reference model and sample a grid from it
+# make demo-text  the same of the small text-to-image model
 # make test   lint, type check and run the tests
 # make test-gpu  run the tests that need an NVIDIA GPU, on a machine that has one (in .venv-gpu); they say why where they skip
 # make test-ray  run the tests of sampling on Ray, which the extra `ray` (some 500 MB) is installed for
@@ -16,7 +17,7 @@ BIN_GPU := .venv-gpu/bin
 INSTALLED_GPU := .venv-gpu/.installed
 GPU ?= gpu
 
-.PHONY: demo test test-builds test-rest test-gpu test-ray check bench clean
+.PHONY: demo demo-text test test-builds test-rest test-gpu test-ray check bench clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -36,6 +37,10 @@ $(INSTALLED_GPU): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/ptqd-export build calib/fashion_mnist --out engines/fashion_mnist
 	$(BIN)/ptqd-export run engines/fashion_mnist --out engines/fashion_mnist_samples --num-samples 80
+
+demo-text: $(INSTALLED)
+	$(BIN)/ptqd-export build calib/cifar10_text --out engines/cifar10_text
+	$(BIN)/ptqd-export run engines/cifar10_text --out engines/cifar10_text_samples --num-samples 16 --prompt "a photo of a horse"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -71,6 +76,10 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/input_grids.py --write
 	$(BIN)/python benchmarks/quality.py --only headline --write
 	$(BIN)/python benchmarks/quality.py --only ablation --samples 512 --write
+	$(BIN)/python benchmarks/quality.py --only paper --samples 256 --write
+	$(BIN)/python benchmarks/text_model.py --write
+	$(BIN)/python benchmarks/calibration_cost.py --write
+	$(BIN)/python benchmarks/full_size.py --write
 	$(BIN)/python benchmarks/one_step.py --write
 	$(BIN)/python benchmarks/plan_ranking.py benchmarks/out/ours-eta0-20-5 --samples 256 --write
 	$(BIN)/python benchmarks/rounding.py --n-steps 5 --calib-size 10 --samples 16 --iterations 200 --write
@@ -79,5 +88,5 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/recipe_reference.py --write
 
 clean:
-	rm -rf engines/fashion_mnist engines/fashion_mnist_samples build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf engines/fashion_mnist engines/fashion_mnist_samples engines/cifar10_text engines/cifar10_text_samples build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -143,7 +143,7 @@ def check_parity(job: Job, tell: Tell) -> str:
             if artifact.build is None and not precision.is_float:
                 with problems.of("layers"):
                     layers = compare.compare_layers(
-                        name, bundle.file(graph.file), opened, entry.floats, feeds
+                        name, bundle.file(graph.file), opened, compare.layer_rounding(entry), feeds
                     )
                     compared += len(layers)
                     worst = min(layers, key=lambda path: layers[path].snr)

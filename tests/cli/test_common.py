@@ -73,7 +73,18 @@ def test_run_needs_no_heavy_package(rgb: Built, tmp_path: Path, launch: Launch, 
     )
     assert "torch is blocked" in blocked.stderr
     for workers in ("1", "2"):
-        words = ("run", rgb.path, "--out", tmp_path / workers, "--num-samples", "4", "--batch-size", "2")
+        words = (
+            "run",
+            rgb.path,
+            "--out",
+            tmp_path / workers,
+            "--num-samples",
+            "4",
+            "--batch-size",
+            "2",
+            "--backend",
+            "ort-cpu",
+        )
         process = launch(*words, "--workers", workers, "--json", PYTHONPATH=no_heavy)
         printed, error = process.communicate(timeout=120)
         assert (process.returncode, error) == (0, "")
@@ -89,7 +100,8 @@ def test_run_imports_no_heavy_package(rgb: Built, tmp_path: Path) -> None:
     code = f"""
 import sys
 from ptqd_export.cli import main
-main(["run", {str(rgb.path)!r}, "--out", {str(tmp_path / "x")!r}, "--num-samples", "1"])
+words = ["--num-samples", "1", "--backend", "ort-cpu"]
+main(["run", {str(rgb.path)!r}, "--out", {str(tmp_path / "x")!r}, *words])
 main(["inspect", {str(rgb.path)!r}])
 main(["verify", {str(rgb.path)!r}])
 print(sorted(set({HEAVY!r}) & set(sys.modules)))

@@ -68,6 +68,8 @@ def test_without_torch(texts: Built, tmp_path: Path) -> None:
         "a cat",
         "--num-samples",
         "2",
+        "--backend",
+        "ort-cpu",
     ]
     done = subprocess.run([sys.executable, "-c", code, *words], env=environment(), capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")

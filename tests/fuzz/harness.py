@@ -118,9 +118,8 @@ def draft_of(base: Base, folder: Path, rng: random.Random) -> Draft:
 
 
 def commands(bundle: Path, order: Sequence[str]) -> list[list[str]]:
-    more = {
-        "run": ["--num-samples", "1", "--format", "npy", "--out", str(bundle.parent / "out" / "pictures")]
-    }
+    out = str(bundle.parent / "out" / "pictures")
+    more = {"run": ["--num-samples", "1", "--format", "npy", "--backend", "ort-cpu", "--out", out]}
     return [[name, str(bundle), *more.get(name, [])] for name in order]
 
 

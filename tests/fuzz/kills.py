@@ -211,7 +211,7 @@ def ground(folder: Path, server: Server) -> tuple[Subject, Subject]:
     bundle = folder / "first" / "bundle"
     builds = [("build", str(model), "--seed", seed, "--out") for seed in "01"]
     samples = [
-        ("run", str(bundle), "--seed", str(seed), "--num-samples", str(n), "--out")
+        ("run", str(bundle), "--seed", str(seed), "--num-samples", str(n), "--backend", "ort-cpu", "--out")
         for seed, n in ((0, 3), (1, 5))
     ]
     subjects = []

@@ -141,7 +141,17 @@ def test_what_the_target_holds_is_judged(world: World, subject: Subject, tmp_pat
 def test_two_runs_into_one_folder(world: World, tmp_path: Path, old: bool) -> None:
     """One wins, whole; the other one wins before it, or says in a line that it did not."""
     run = world.run
-    first = (*run.words[:1], str(run.words[1]), "--seed", "0", "--num-samples", "3", "--out")
+    first = (
+        *run.words[:1],
+        str(run.words[1]),
+        "--seed",
+        "0",
+        "--num-samples",
+        "3",
+        "--backend",
+        "ort-cpu",
+        "--out",
+    )
     for at in points(run.runs[old], "tmp-", f"/{run.target}", "exchange")[:: 1 if POINTS > 9 else 5]:
         place = run.place(tmp_path / f"{old}-{at}", old)
         theirs = others(place, run)
@@ -177,7 +187,7 @@ def test_two_builds_on_one_target(world: World, tmp_path: Path) -> None:
 
 def test_a_bundle_replaced_during_a_run(world: World, tmp_path: Path) -> None:
     """The pictures are those of one bundle, the one whose seal stands beside them; or a line says why not."""
-    server, words = world.server, ["--format", "npy", "--num-samples", "3", "--out"]
+    server, words = world.server, ["--format", "npy", "--num-samples", "3", "--backend", "ort-cpu", "--out"]
     expected = {}
     old, new = world.bundles
     for name, path in (("old", old), ("new", new)):
