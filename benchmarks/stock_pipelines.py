@@ -1,10 +1,11 @@
-"""A bundle's pictures in other people's pipelines: optimum-onnx, and optimum-intel with OpenVINO.
+"""A bundle's pictures in other people's pipelines: diffusers, optimum-onnx, and optimum-intel with OpenVINO.
 
-    python benchmarks/stock_pipelines.py BUNDLE [--optimum PYTHON] [--openvino PYTHON] [--write]
+    python benchmarks/stock_pipelines.py BUNDLE [--model FOLDER] [--optimum PYTHON] [--openvino PYTHON]
 
-Both are tried in environments of their own, whose interpreters are given: neither goes with the diffusers
-that builds bundles. The pipeline starts from the noise that `ptqd-export run` starts from. Nothing else is
-shared: it has its own tokenizer, guidance and scheduler.
+Diffusers draws with the model itself, the folder that the bundle was built from. The others are tried in
+environments of their own, whose interpreters are given: neither goes with the diffusers that builds bundles.
+A pipeline starts from the noise that `ptqd-export run` starts from. Nothing else is shared: it has its own
+tokenizer, guidance and scheduler. `--write` puts the table into docs/models.md.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import subprocess
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from ptqd_export import Bundle, run
 from ptqd_export.assemble.stock_folder import write_stock
 from ptqd_export.core.backend import ORT_CPU, Emission
 from ptqd_export.core.plan import Plan
-from ptqd_export.core.precision import Precision
+from ptqd_export.core.precision import FP32, Precision
 from ptqd_export.core.sampling import NoiseSource
 
 KEPT = OUT / "stock-pipelines.json"
@@ -73,10 +75,35 @@ def compare(bundle: Bundle, kind: str, python: Path, precision: Precision, folde
         raise SystemExit(f"{python} failed:\n{done.stderr[-2000:]}")
     versions = json.loads(done.stdout.splitlines()[-1])
     theirs = np.load(folder / "theirs.npy").transpose(0, 3, 1, 2)
+    return _row(f"`{TITLES[kind]}`", f"{precision}, {EMISSIONS[kind]}", ours, theirs, versions)
+
+
+def compare_model(bundle: Bundle, model: Path) -> list[str]:
+    """The row of diffusers' own pipeline and the model itself, against full precision."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    sampling = bundle.manifest.sampling
+    plan = Plan((FP32,) * len(sampling))
+    ours = run(bundle, len(PROMPTS), seed=0, prompts=PROMPTS, plan=plan, backend=ORT_CPU)
+    noise = NoiseSource(0, range(len(PROMPTS)), sampling.model.sample_shape).draw()
+    pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None, torch_dtype=torch.float32)
+    pictures = pipeline(
+        prompt=list(PROMPTS),
+        latents=torch.from_numpy(noise.astype(np.float32)),
+        num_inference_steps=len(sampling),
+        guidance_scale=sampling.guidance_scale,
+        output_type="np",
+    ).images
+    versions = [f"{name} {version(name)}" for name in ("diffusers", "transformers", "torch")]
+    theirs = np.asarray(pictures).transpose(0, 3, 1, 2)
+    return _row("`StableDiffusionPipeline`", "the model itself, fp32", ours, theirs, versions)
+
+
+def _row(title: str, network: str, ours: np.ndarray, theirs: np.ndarray, versions: list[str]) -> list[str]:
     off = np.clip(ours / 2 + 0.5, 0, 1) - theirs
     psnr = -10 * np.log10(np.mean(off**2))
-    row = [f"`{TITLES[kind]}`", f"{precision}, {EMISSIONS[kind]}", f"{psnr:.1f}"]
-    return [*row, f"{255 * np.abs(off).max():.2f}", ", ".join(versions)]
+    return [title, network, f"{psnr:.1f}", f"{255 * np.abs(off).max():.2f}", ", ".join(versions)]
 
 
 def main() -> None:
@@ -84,12 +111,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundle", type=Path)
+    parser.add_argument("--model", type=Path, help="what the bundle was built from")
     parser.add_argument("--optimum", type=Path, help="interpreter of an environment with optimum-onnx")
     parser.add_argument("--openvino", type=Path, help="interpreter of one with optimum-intel and openvino")
     parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
     options = parser.parse_args()
     bundle = Bundle.open(options.bundle)
     kept: dict[str, list[list[str]]] = json.loads(KEPT.read_text("utf-8")) if KEPT.is_file() else {}
+    if options.model is not None:
+        kept["diffusers"] = [compare_model(bundle, options.model)]
+        print(" ".join(kept["diffusers"][0]), flush=True)
     for kind in OPEN:
         python = getattr(options, kind)
         if python is None:
@@ -103,7 +134,7 @@ def main() -> None:
     KEPT.write_text(json.dumps(kept, indent=1), "utf-8")
     m = bundle.manifest
     text = (
-        f"{table(HEADER, [row for kind in OPEN for row in kept.get(kind, [])])}\n\n"
+        f"{table(HEADER, [row for kind in ('diffusers', *OPEN) for row in kept.get(kind, [])])}\n\n"
         f"{m.sampling.model.name}, {m.sampling.summary}; {len(PROMPTS)} prompts."
     )
     print(text)
