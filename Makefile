@@ -76,7 +76,6 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/input_grids.py --write
 	$(BIN)/python benchmarks/quality.py --only headline --write
 	$(BIN)/python benchmarks/quality.py --only ablation --samples 512 --write
-	$(BIN)/python benchmarks/quality.py --only paper --samples 256 --write
 	$(BIN)/python benchmarks/text_model.py --write
 	$(BIN)/python benchmarks/calibration_cost.py --write
 	$(BIN)/python benchmarks/full_size.py --write

@@ -268,7 +268,7 @@ def text_of(of: Table, args: argparse.Namespace) -> str:
     return f"**{of.title}**\n\n{table(head, rows)}\n\n{note}"
 
 
-SECTIONS = {"headline": "quality-headline", "ablation": "quality-ablation", "paper": "quality-paper"}
+SECTIONS = {"headline": "quality-headline", "ablation": "quality-ablation"}
 """Where tables stand."""
 
 
@@ -289,7 +289,7 @@ def main() -> None:
     for name in args.only:
         text = "\n\n".join([*(text_of(of, args) for of in every[name]), f"{machine()}."])
         print(text)
-        if args.write:
+        if args.write and name in SECTIONS:
             write_section(SECTIONS[name], text)
 
 

@@ -28,7 +28,6 @@ SECTIONS = {
     "input-grids": _BENCHMARKS,
     "quality-headline": _BENCHMARKS,
     "quality-ablation": _BENCHMARKS,
-    "quality-paper": _BENCHMARKS,
     "text-model": _BENCHMARKS,
     "calibration-cost": _BENCHMARKS,
     "one-step": _BENCHMARKS,

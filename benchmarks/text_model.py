@@ -1,6 +1,6 @@
 """Quality of a quantized text-to-image model against its full precision, at several scales of guidance.
 
-    python benchmarks/text_model.py [--samples 500] [--guidance 1 3 7.5] [--write]
+    python benchmarks/text_model.py [--samples 300] [--guidance 1 3 7.5] [--write]
 
 A bundle of calib/cifar10_text for each scale is built into benchmarks/out/. Prompts are "a photo of a ...",
 one class after the other; classes are those that the model's classifier names. Rows of a scale share noise
@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--samples", type=int, default=300)
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0, 7.5])
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
