@@ -35,9 +35,9 @@ def main() -> None:
     parser.add_argument("bundle", nargs="?", type=Path, default=REFERENCE_BUNDLE)
     parser.add_argument("--model", type=Path, default=REFERENCE_MODEL)
     parser.add_argument("--baseline", nargs="+", choices=BASELINES, default=BASELINES)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     args = parser.parse_args()
     bundle, columns = Bundle.open(args.bundle), {}

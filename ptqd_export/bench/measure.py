@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +22,8 @@ from .report import Bench, RunRow, row_of, versions
 from .subject import Place, Subject
 
 OPERATOR_CALLS = 5
+SETTLE = 0.2
+"""Seconds between calls of several threads: those of the last process turn for a while before they sleep."""
 Say = Callable[[str], None]
 Answer = TypeVar("Answer")
 
@@ -115,6 +118,7 @@ def bench(
         with progress(settings.rounds, "timing, all in turn", "round") as bar:
             for turn in range(settings.rounds + 1):
                 for process in opened:
+                    time.sleep(SETTLE * (settings.threads > 1))
                     found = process.ask(child.timed)
                     if turn:
                         seconds[process.subject.name] += found
