@@ -77,8 +77,6 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/quality.py --only headline --write
 	$(BIN)/python benchmarks/quality.py --only ablation --samples 512 --write
 	$(BIN)/python benchmarks/text_model.py --write
-	$(BIN)/python benchmarks/calibration_cost.py --write
-	$(BIN)/python benchmarks/full_size.py --write
 	$(BIN)/python benchmarks/one_step.py --write
 	$(BIN)/python benchmarks/plan_ranking.py benchmarks/out/ours-eta0-20-5 --samples 256 --write
 	$(BIN)/python benchmarks/rounding.py --n-steps 5 --calib-size 10 --samples 16 --iterations 200 --write

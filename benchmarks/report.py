@@ -29,7 +29,6 @@ SECTIONS = {
     "quality-headline": _BENCHMARKS,
     "quality-ablation": _BENCHMARKS,
     "text-model": _BENCHMARKS,
-    "calibration-cost": _BENCHMARKS,
     "one-step": _BENCHMARKS,
     "plan-ranking": _BENCHMARKS,
     "rounding": _BENCHMARKS,
@@ -39,7 +38,6 @@ SECTIONS = {
     "stock-pipelines": ROOT / "docs" / "models.md",
     "coverage": ROOT / "docs" / "models.md",
     "ldm-configurations": ROOT / "docs" / "models.md",
-    "full-size": ROOT / "docs" / "models.md",
     "ray-sampling": ROOT / "docs" / "many-machines.md",
 }
 """{section: the file that it stands in}."""
