@@ -59,6 +59,7 @@ SYSTEM = (
     sys.prefix,
     sys.base_prefix,
     str(ROOT / "ptqd_export"),
+    str(ROOT / "ptqd_export.egg-info"),  # of a package that is installed in place: its version
     "/usr",
     "/lib",
     "/lib64",
