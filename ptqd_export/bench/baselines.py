@@ -15,12 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from ..calibrate import open_model
+from ..core.backend import install_hint
 from ..core.engine import SAMPLE, TIMESTEP, Array
 from ..core.model import ModelInfo
 from ..errors import BackendUnavailable
-from ..export import export_fp, save
-from ..export.graph import first_line
 from ..recipe import Recipe
 from .subject import TORCH_MODES, Subject
 
@@ -44,7 +42,16 @@ def make_baselines(model: Path, folder: Path, wanted: Sequence[str], say: Say) -
         say: called with a line for each that is left out.
     Raises:
         RecipeError, ModelError, GraphError: the model cannot be read or exported.
+        BackendUnavailable: torch, diffusers or onnx is not installed.
     """
+    # Here, as the engines of a bundle are timed without them.
+    try:
+        from ..calibrate import open_model
+        from ..export import export_fp, save
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"--model needs torch, diffusers and onnx ({error}): {install_hint('build')}"
+        ) from error
     network = open_model(Recipe.load(model))
     file = folder / "exported.onnx"
     save({file.stem: export_fp(network.module, network.info)}, folder, "exported.safetensors")
@@ -99,6 +106,8 @@ def _static(file: Path, info: ModelInfo) -> Path:
     """onnxruntime's own quantization with its defaults: QDQ, all operators."""
     import onnxruntime.quantization as ortq
 
+    from ..export.graph import first_line
+
     feeds = _noise(info, 4)
 
     class Reader(ortq.CalibrationDataReader):  # type: ignore[misc]
@@ -122,6 +131,8 @@ def _nncf(file: Path, info: ModelInfo) -> Path:
     _need("nncf", "pip install nncf")
     import nncf
     import openvino
+
+    from ..export.graph import first_line
 
     model = openvino.Core().read_model(str(file))
     data = nncf.Dataset(list(_noise(info, 1)))

@@ -95,6 +95,19 @@ def test_run_needs_no_heavy_package(rgb: Built, tmp_path: Path, launch: Launch, 
     )
 
 
+def test_bench_needs_no_heavy_package(rgb: Built, launch: Launch, no_heavy: str) -> None:
+    """But for what it times beside a bundle's engines."""
+    words = ("bench", rgb.path, "--backend", "ort-cpu", "--batch-size", "1", "--rounds", "5", "--runs", "0")
+    process = launch(*words, "--json", PYTHONPATH=no_heavy)
+    printed, error = process.communicate(timeout=120)
+    assert (process.returncode, error) == (0, "")
+    assert {row["kind"] for row in json.loads(printed)["rows"]} == {"engine"}
+    process = launch(*words, "--model", rgb.recipe, PYTHONPATH=no_heavy)
+    _, error = process.communicate(timeout=120)
+    line = r"Error: --model needs torch, diffusers and onnx \(\w+ is blocked\): in a checkout of .*\n"
+    assert process.returncode == 1 and re.fullmatch(line, error), error
+
+
 def test_run_imports_no_heavy_package(rgb: Built, tmp_path: Path) -> None:
     """Though all of them are there."""
     code = f"""
