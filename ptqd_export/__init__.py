@@ -25,8 +25,7 @@ from .errors import (
 )
 from .recipe import Recipe
 from .runtime import Runtime, run
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "BackendUnavailable",

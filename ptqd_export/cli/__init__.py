@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from .. import __version__
+from ..version import __version__
 from .bench import bench
 from .build import build
 from .common import fail, in_one_line

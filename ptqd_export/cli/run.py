@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import __version__
 from ..core.backend import BACKENDS, ENGINE_BACKENDS
 from ..core.model import ModelInfo
 from ..core.plan import parse_plan
@@ -211,7 +210,7 @@ def run(
         "conditions": {name: _sha256(value) for name, value in tensors.items()},
         "prompts": None if prompted is None else prompted.prompts,
         "negative_prompt": None if prompted is None else prompted.negative,
-        "versions": {"ptqd-export": __version__} | versions(bundle, backend),
+        "versions": versions(bundle, backend),
     }
     pictures.write_pictures(folder, files | grid, about)
     result = {

@@ -59,7 +59,6 @@ SYSTEM = (
     sys.prefix,
     sys.base_prefix,
     str(ROOT / "ptqd_export"),
-    str(ROOT / "ptqd_export.egg-info"),  # of a package that is installed in place: its version
     "/usr",
     "/lib",
     "/lib64",
