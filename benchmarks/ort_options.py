@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from report import REFERENCE_BUNDLE, machine, table, write_section
 from ptqd_export.bundle.bundle import Bundle
 from ptqd_export.core.backend import ORT_CPU
 from ptqd_export.core.precision import FP32, Precision
+from ptqd_export.core.timing import feeds_to_time, time_call
 
 QUIET = 4
 AS_RUN: Mapping[str, Any] = {"enable_mem_reuse": False}
@@ -46,12 +47,6 @@ def session(file: Path, variant: str) -> Any:
     return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
-def feeds(bundle: Bundle, rows: int) -> dict[str, Any]:
-    sampling = bundle.manifest.sampling.conditional
-    x = np.random.default_rng(0).standard_normal((rows, *sampling.model.sample_shape))
-    return sampling.feeds(x, 0, sampling.model.conditions(None, rows))
-
-
 def megabytes(path: Path, file: Path, variant: str, rows: int) -> float:
     """Memory of a few calls, in a process of its own."""
 
@@ -59,7 +54,7 @@ def megabytes(path: Path, file: Path, variant: str, rows: int) -> float:
         lines = Path("/proc/self/status").read_text("utf-8").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
-    own, given = session(file, variant), feeds(Bundle.open(path), rows)
+    own, given = session(file, variant), feeds_to_time(Bundle.open(path).manifest.sampling.conditional, rows)
     given = {value.name: given[value.name] for value in own.get_inputs()}
     before = most()
     for _ in range(3):
@@ -73,15 +68,14 @@ def measure(bundle: Bundle, precision: Precision, batches: list[int], rounds: in
     sessions = {variant: session(file, variant) for variant in VARIANTS}
     rows = {variant: [f"{bundle.manifest.sampling.model.name} {precision}", variant] for variant in VARIANTS}
     for batch in batches:
-        given = feeds(bundle, batch)
+        given = feeds_to_time(bundle.manifest.sampling.conditional, batch)
         seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
         for turn in range(rounds + 3):
             for variant, own in sessions.items():
                 taken = {value.name: given[value.name] for value in own.get_inputs()}
-                begin = time.perf_counter()
-                own.run(None, taken)
+                elapsed = time_call(partial(own.run, None, taken))
                 if turn >= 3:
-                    seconds[variant].append(time.perf_counter() - begin)
+                    seconds[variant].append(elapsed)
         base = float(np.median(seconds["as run"]))
         for variant, found in seconds.items():
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

@@ -14,8 +14,6 @@ import contextlib
 import itertools
 import os
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +23,11 @@ from ptqd_export.backends import available, open_device
 from ptqd_export.bundle.bundle import Bundle
 from ptqd_export.core.backend import BACKENDS, ENGINE_BACKENDS, RUNNABLE
 from ptqd_export.core.plan import Plan
-from ptqd_export.core.precision import Precision
-from ptqd_export.core.timing import launcher
+from ptqd_export.core.timing import feeds_to_time, launcher, time_call, time_switches
 from ptqd_export.runtime import Runtime, open_artifact
 
 WARMUP, RUNS = 3, 5
 HEADER = ("backend", "engine", "ms per call", "ms more after a switch", "run over the sum of its calls")
-
-
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def measure(bundle: Bundle, backend: str, n: int, rounds: int) -> list[list[str]]:
@@ -44,31 +35,20 @@ def measure(bundle: Bundle, backend: str, n: int, rounds: int) -> list[list[str]
     m, sampling = bundle.manifest, bundle.manifest.sampling
     precisions = list(m.bops)
     steps = tuple(itertools.islice(itertools.cycle(precisions), len(sampling)))
-    x = np.random.default_rng(0).standard_normal((n, *sampling.model.sample_shape))
-    feeds = sampling.feeds(x, 0, sampling.model.conditions(None, n))
+    feeds = feeds_to_time(sampling, n)
     with contextlib.ExitStack() as opened:
         device = opened.enter_context(contextlib.closing(open_device(backend)))
         engines = {p: open_artifact(bundle, m.artifact(p, backend), device) for p in precisions}
         for engine in engines.values():
             opened.enter_context(engine)
         calls = {p: launcher(engine, device, feeds) for p, engine in engines.items()}
-        alone: dict[Precision, list[float]] = {p: [] for p in precisions}
-        after: dict[Precision, list[float]] = {p: [] for p in precisions}
-        for turn in range(WARMUP + rounds):
-            for p, other in zip(precisions, [*precisions[1:], precisions[0]], strict=True):
-                calls[p]()
-                own = seconds(calls[p])
-                calls[other]()
-                switched = seconds(calls[p])
-                if turn >= WARMUP:
-                    alone[p].append(own)
-                    after[p].append(switched)
+        alone, after = time_switches(calls, rounds, WARMUP)
     step = {p: float(np.median(alone[p])) for p in precisions}
     switch = {p: float(np.median(np.array(after[p]) - np.array(alone[p]))) for p in precisions}
     found = [[backend, str(p), f"{step[p] * 1e3:.2f}", f"{switch[p] * 1e3:+.2f}", ""] for p in precisions]
     with Runtime(bundle, backend, Plan(steps)) as runtime:
         runtime.sample(range(n))
-        whole = float(np.median([seconds(lambda: runtime.sample(range(n))) for _ in range(RUNS)]))
+        whole = float(np.median([time_call(lambda: runtime.sample(range(n))) for _ in range(RUNS)]))
     more = whole / sum(step[p] for p in steps) - 1
     run = f"run of {len(steps)} steps, all precisions in turn"
     return [*found, [backend, run, f"{whole * 1e3:.1f}", "", f"{more:+.1%}"]]

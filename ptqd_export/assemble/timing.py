@@ -15,7 +15,7 @@ from ..core.backend import BACKENDS, ORT_CPU
 from ..core.engine import Feeds
 from ..core.precision import Precision
 from ..core.sampling import Sampling
-from ..core.timing import launcher, median_error, time_rounds
+from ..core.timing import feeds_to_time, launcher, median_error, time_rounds
 from ..errors import BackendUnavailable, BundleError, GraphError
 
 
@@ -48,8 +48,7 @@ def time_backends(
 
     If none of them works, ORT CPU is timed.
     """
-    x = np.random.default_rng(0).standard_normal((batch_size, *sampling.model.sample_shape))
-    feeds = sampling.feeds(x, 0, sampling.model.conditions(None, batch_size))
+    feeds = feeds_to_time(sampling, batch_size)
     notes: list[str] = []
     for name in (*(b for b in BACKENDS if b in wanted and b != ORT_CPU), ORT_CPU):
         files = files_of(name, artifacts, graphs, folder)

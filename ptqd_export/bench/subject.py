@@ -20,7 +20,7 @@ from ..core.backend import ORT_CPU
 from ..core.engine import Array
 from ..core.plan import parse_plan
 from ..core.precision import Precision
-from ..core.timing import launcher
+from ..core.timing import feeds_to_time, launcher, time_call, time_switches
 from ..runtime import Runtime, open_artifact
 
 Kind = Literal["engine", "run", "onnx", "openvino", "torch"]
@@ -70,6 +70,7 @@ class _Open:
 
     subject: Subject
     place: Place
+    bundle: Bundle
     call: Callable[[], object]
     feeds: dict[str, Array] = field(default_factory=dict)
     kept: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -101,7 +102,7 @@ def open_subject(subject: Subject, place: Place) -> float:
     """
     begin = time.perf_counter()
     bundle = Bundle.open(place.bundle)
-    opened = _Open(subject, place, lambda: None, _feeds(bundle, place.batch))
+    opened = _Open(subject, place, bundle, lambda: None, feeds_of(bundle, place.batch))
     opener = {
         "engine": _open_engine,
         "run": _open_run,
@@ -109,7 +110,7 @@ def open_subject(subject: Subject, place: Place) -> float:
         "openvino": _open_openvino,
         "torch": _open_torch,
     }[subject.kind]
-    opened.call = opener(opened, bundle)
+    opened.call = opener(opened)
     opened.call()
     _opened.append(opened)
     return time.perf_counter() - begin
@@ -117,12 +118,7 @@ def open_subject(subject: Subject, place: Place) -> float:
 
 def timed(calls: int = 1) -> list[float]:
     """Seconds of some calls, one after the other."""
-    found = []
-    for _ in range(calls):
-        begin = time.perf_counter()
-        _opened[-1].call()
-        found.append(time.perf_counter() - begin)
-    return found
+    return [time_call(_opened[-1].call) for _ in range(calls)]
 
 
 def peak_bytes() -> int | None:
@@ -144,7 +140,7 @@ def operators(calls: int) -> dict[str, float] | None:
     if opened.subject.kind == "engine":
         if opened.subject.backend != ORT_CPU:
             return None
-        bundle = Bundle.open(opened.place.bundle)
+        bundle = opened.bundle
         precision = Precision.parse(opened.subject.detail)
         file = bundle.file(bundle.manifest.artifact(precision, ORT_CPU).file)
     elif opened.subject.kind != "onnx":
@@ -157,73 +153,50 @@ def switch_seconds(rounds: int) -> tuple[float, float]:
     """Of a run's subject, in seconds: (what a call takes longer right after another engine's, the sum of the
     calls of its steps), both from medians and without the sampler."""
     opened = _opened[-1]
-    bundle = Bundle.open(opened.place.bundle)
-    backend = opened.subject.backend
+    bundle, backend = opened.bundle, opened.subject.backend
     plan = parse_plan(opened.subject.detail, len(bundle.manifest.sampling))
-    precisions = list(dict.fromkeys(plan.steps))
-    feeds = _run_feeds(bundle, opened.place.batch)
+    feeds, index = feeds_to_time(bundle.manifest.sampling, opened.place.batch), opened.place.device
     with contextlib.ExitStack() as stack:
-        device = stack.enter_context(contextlib.closing(open_device(backend)))
+        device = stack.enter_context(contextlib.closing(open_device(backend, index)))
         calls = {}
-        for p in precisions:
-            engine = stack.enter_context(open_artifact(bundle, bundle.manifest.artifact(p, backend), device))
+        for p in plan.precisions:
+            artifact = bundle.manifest.artifact(p, backend)
+            engine = stack.enter_context(open_artifact(bundle, artifact, device, index))
             calls[p] = launcher(engine, device, feeds)
-        alone: dict[Precision, list[float]] = {p: [] for p in precisions}
-        more: list[float] = []
-        for turn in range(rounds + 1):
-            for p, other in zip(precisions, [*precisions[1:], precisions[0]], strict=True):
-                calls[p]()
-                own = _seconds(calls[p])
-                calls[other]()
-                switched = _seconds(calls[p])
-                if turn:
-                    alone[p].append(own)
-                    more.append(switched - own)
-    step = {p: float(np.median(alone[p])) for p in precisions}
+        alone, after = time_switches(calls, rounds, 1)
+    more = [b - a for p in calls for a, b in zip(alone[p], after[p], strict=True)]
+    step = {p: float(np.median(values)) for p, values in alone.items()}
     return float(np.median(more)), sum(step[p] for p in plan.steps)
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
-
-
-def _feeds(bundle: Bundle, rows: int) -> dict[str, Array]:
+def feeds_of(bundle: Bundle, rows: int) -> dict[str, Array]:
     """One evaluation of `rows` rows in the middle of sampling."""
     sampling = bundle.manifest.sampling
-    x = np.random.default_rng(0).standard_normal((rows, *sampling.model.sample_shape))
-    return sampling.conditional.feeds(x, len(sampling) // 2, sampling.model.conditions(None, rows))
+    return feeds_to_time(sampling.conditional, rows, len(sampling) // 2)
 
 
-def _run_feeds(bundle: Bundle, samples: int) -> dict[str, Array]:
-    sampling = bundle.manifest.sampling
-    x = np.random.default_rng(0).standard_normal((samples, *sampling.model.sample_shape))
-    return sampling.feeds(x, 0, sampling.model.conditions(None, samples))
-
-
-def _open_engine(opened: _Open, bundle: Bundle) -> Callable[[], object]:
+def _open_engine(opened: _Open) -> Callable[[], object]:
     precision, backend = opened.subject.detail, opened.subject.backend
     device = opened.kept.enter_context(contextlib.closing(open_device(backend, opened.place.device)))
-    artifact = bundle.manifest.artifact(Precision.parse(precision), backend)
-    engine = open_artifact(bundle, artifact, device, opened.place.device)
+    artifact = opened.bundle.manifest.artifact(Precision.parse(precision), backend)
+    engine = open_artifact(opened.bundle, artifact, device, opened.place.device)
     return launcher(opened.kept.enter_context(engine), device, opened.feeds)
 
 
-def _open_run(opened: _Open, bundle: Bundle) -> Callable[[], object]:
-    plan = parse_plan(opened.subject.detail, len(bundle.manifest.sampling))
+def _open_run(opened: _Open) -> Callable[[], object]:
+    plan = parse_plan(opened.subject.detail, len(opened.bundle.manifest.sampling))
     about = opened.subject.backend, plan
-    runtime = opened.kept.enter_context(Runtime(bundle, *about, device=opened.place.device))
+    runtime = opened.kept.enter_context(Runtime(opened.bundle, *about, device=opened.place.device))
     return partial(runtime.sample, range(opened.place.batch))
 
 
-def _open_onnx(opened: _Open, bundle: Bundle) -> Callable[[], object]:
+def _open_onnx(opened: _Open) -> Callable[[], object]:
     assert opened.subject.file is not None
     engine = opened.kept.enter_context(OrtEngine(opened.subject.file))
     return partial(engine, {name: opened.feeds[name] for name in engine.inputs})
 
 
-def _open_openvino(opened: _Open, bundle: Bundle) -> Callable[[], object]:
+def _open_openvino(opened: _Open) -> Callable[[], object]:
     """Compiled for the shapes of the call, which is faster than for any."""
     core = openvino.runtime().Core()
     about = {
@@ -238,7 +211,7 @@ def _open_openvino(opened: _Open, bundle: Bundle) -> Callable[[], object]:
     return partial(request.infer, feeds)
 
 
-def _open_torch(opened: _Open, bundle: Bundle) -> Callable[[], object]:
+def _open_torch(opened: _Open) -> Callable[[], object]:
     from ..calibrate.eager import eager_call
     from ..recipe import Recipe
 

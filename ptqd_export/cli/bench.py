@@ -11,6 +11,7 @@ import numpy as np
 from ..core.backend import RUNNABLE
 from ..errors import RecipeError
 from ..typed import to_plain
+from . import common as options
 from .common import common, show
 
 ALL = "all"
@@ -57,7 +58,7 @@ ALL = "all"
     help="Which of them, by a part of their names; repeat for several. All if left out.",
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="A .png file: time against predicted fidelity.")
-@click.option("--device", type=click.IntRange(min=0), default=0, show_default=True, help="Index of the GPU.")
+@options.device
 @common
 def bench(
     bundle_dir: Path,

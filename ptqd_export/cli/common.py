@@ -76,6 +76,9 @@ def read_texts(
 
 
 batch_size = click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
+device = click.option(
+    "--device", type=click.IntRange(min=0), default=0, show_default=True, help="Index of the GPU."
+)
 workers = click.option(
     "--workers",
     type=click.IntRange(min=1),

@@ -75,7 +75,7 @@ REPORT, TABLE, PLOT = "report.json", "report.md", "report.png"
     show_default=True,
     help="auto: the best that works here.",
 )
-@click.option("--device", type=click.IntRange(min=0), default=0, show_default=True, help="Index of the GPU.")
+@options.device
 @common
 def evaluate(
     bundle_dir: Path,

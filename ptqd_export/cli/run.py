@@ -55,7 +55,7 @@ NUM_SAMPLES = 16
     show_default=True,
     help="auto: the best that works here; on the CPU the fastest, which is measured once per bundle.",
 )
-@click.option("--device", type=click.IntRange(min=0), default=0, show_default=True, help="Index of the GPU.")
+@options.device
 @click.option(
     "--swap-weights",
     is_flag=True,

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from .engine import EPSILON, SAMPLE, Device, DeviceEngine, Engine, Feeds
+from .engine import EPSILON, SAMPLE, Array, Device, DeviceEngine, Engine, Feeds
+from .sampling import Sampling
 
 Name = TypeVar("Name")
 REPEATS, WARM_UP = 20, 3
@@ -37,12 +38,42 @@ def time_rounds(
     seconds: dict[Name, list[float]] = {name: [] for name in calls}
     for turn in range(warmup + repeats):
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            elapsed = time.perf_counter() - start
+            elapsed = time_call(call)
             if turn >= warmup:
                 seconds[name].append(elapsed)
     return seconds
+
+
+def time_call(call: Callable[[], object]) -> float:
+    """Wall time of one call, in seconds."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def time_switches(
+    calls: Mapping[Name, Callable[[], object]], repeats: int, warmup: int
+) -> tuple[dict[Name, list[float]], dict[Name, list[float]]]:
+    """Wall times of each call in seconds, one per round: right after itself, and right after another call."""
+    names = list(calls)
+    alone: dict[Name, list[float]] = {name: [] for name in names}
+    after: dict[Name, list[float]] = {name: [] for name in names}
+    for turn in range(warmup + repeats):
+        for name, other in zip(names, [*names[1:], names[0]], strict=True):
+            calls[name]()
+            own = time_call(calls[name])
+            calls[other]()
+            switched = time_call(calls[name])
+            if turn >= warmup:
+                alone[name].append(own)
+                after[name].append(switched)
+    return alone, after
+
+
+def feeds_to_time(sampling: Sampling, n: int, step: int = 0) -> dict[str, Array]:
+    """Feeds of one engine call for n samples of noise, conditions as where the user names none."""
+    x = np.random.default_rng(0).standard_normal((n, *sampling.model.sample_shape))
+    return sampling.feeds(x, step, sampling.model.conditions(None, n))
 
 
 def median_error(values: Sequence[float]) -> float:

@@ -10,6 +10,7 @@ import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ..bundle.bundle import Bundle
 from ..core.backend import BACKENDS
 from ..core.plan import Plan
 from ..core.precision import Precision
+from ..core.timing import time_call
 from ..errors import PTQDError
 from ..files import cache_folder, digest, write_file
 from .open import open_artifact
@@ -106,7 +108,5 @@ def _measure(bundle: Bundle, precision: Precision, names: Sequence[str]) -> dict
             if turn >= ROUNDS.start and time.perf_counter() > until:
                 break
             for name, engine in engines.items():
-                start = time.perf_counter()
-                engine(feeds)
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(time_call(partial(engine, feeds)))
     return {name: float(np.median(values[1:])) for name, values in seconds.items()}

@@ -11,7 +11,7 @@ from helpers import Built
 from ptqd_export.backends import OrtEngine
 from ptqd_export.bench import BASELINES, make_baselines
 from ptqd_export.bench.baselines import EXPORTED, OPENVINO, STATIC
-from ptqd_export.bench.subject import Place, Subject, _feeds
+from ptqd_export.bench.subject import Place, Subject, feeds_of
 from ptqd_export.calibrate.eager import eager_call
 from ptqd_export.recipe import Recipe
 
@@ -28,7 +28,7 @@ def made(rgb: Built, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str
 
 def test_they_compute_the_same(made: tuple[dict[str, Subject], list[str]], rgb: Built) -> None:
     found, _ = made
-    feeds = _feeds(rgb.bundle, 2)
+    feeds = feeds_of(rgb.bundle, 2)
     expected = eager_call(Recipe.load(rgb.recipe), feeds, 1)().numpy()
     half = eager_call(Recipe.load(rgb.recipe), feeds, 1, half=True)().float().numpy()
     results = {"half": half}
@@ -54,5 +54,5 @@ def test_what_is_not_installed_is_told(made: tuple[dict[str, Subject], list[str]
 def test_rows_are_alone(rgb: Built) -> None:
     """Rows of a call, whatever the guidance."""
     place = Place(rgb.path, 3, 1)
-    feeds = _feeds(rgb.bundle, place.batch)
+    feeds = feeds_of(rgb.bundle, place.batch)
     assert feeds["sample"].shape[0] == 3

@@ -11,7 +11,14 @@ from ptqd_export.core import timing
 from ptqd_export.core.backend import Emission
 from ptqd_export.core.engine import FakeEngine
 from ptqd_export.core.precision import FP32
-from ptqd_export.core.timing import REPEATABILITY, launcher, median_error, time_calls, time_engines
+from ptqd_export.core.timing import (
+    REPEATABILITY,
+    launcher,
+    median_error,
+    time_calls,
+    time_engines,
+    time_switches,
+)
 
 
 class Clock:
@@ -34,6 +41,19 @@ def test_calls_take_turns_and_medians_count(monkeypatch: pytest.MonkeyPatch) -> 
 
     found = time_calls({n: lambda n=n: call(n) for n in times}, repeats=5, warmup=1)
     assert order == ["a", "b"] * 6 and found == {"a": 3.0, "b": 5.0}
+
+
+def test_a_switch_follows_another_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call is timed right after itself and right after the next one; the first round is not counted."""
+    clock, order = Clock(monkeypatch), list[str]()
+
+    def call(name: str) -> None:
+        clock.now += 1.0 if order and order[-1] == name else 3.0
+        order.append(name)
+
+    alone, after = time_switches({n: lambda n=n: call(n) for n in ("a", "b", "c")}, 2, 1)
+    assert order == [*"aababbcbccac"] * 3
+    assert [alone[n] for n in "abc"] == [[1.0, 1.0]] * 3 and [after[n] for n in "abc"] == [[3.0, 3.0]] * 3
 
 
 def test_the_error_of_a_median(rng: np.random.Generator) -> None:
