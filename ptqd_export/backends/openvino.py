@@ -26,7 +26,7 @@ from ..core.engine import TIMESTEP, Array, Feeds, TensorSpec
 from ..core.engine_build import NOT_FOUND, PlanReport
 from ..errors import BackendUnavailable, GraphError
 from .ort_device import one_line, threads
-from .tensors import check, find
+from .tensors import check, find, out_of_memory
 
 CPU = "CPU"
 TYPES: Mapping[Floats, str] = {"float32": "f32", "bfloat16": "bf16"}
@@ -291,11 +291,7 @@ class OpenVinoEngine:
     def _failure(self, error: Exception, shapes: tuple[tuple[int, ...], ...]) -> Exception:
         text = one_line(error)
         if isinstance(error, MemoryError) or any(sign in text for sign in MEMORY):
-            got = ", ".join(f"{name} {shape}" for name, shape in zip(self.inputs, shapes, strict=True))
-            return BackendUnavailable(
-                f"memory ran out in {self.path} on {got}: lower the batch size, or end other programs that "
-                "hold it"
-            )
+            return out_of_memory(self.path, dict(zip(self.inputs, shapes, strict=True)))
         return GraphError(f"{self.path} failed to run on OpenVINO: {text}")
 
     def report(self, meant: Mapping[str, str], feeds: Feeds) -> PlanReport:

@@ -25,7 +25,7 @@ from .ort_device import (
     set_threads,
     share_pool,
 )
-from .tensors import check, find
+from .tensors import check, find, out_of_memory
 
 __all__ = ["Kind", "OrtDevice", "OrtEngine", "runtime", "set_threads"]
 
@@ -274,11 +274,7 @@ class OrtEngine:
     def _failure(self, error: Exception, shapes: Mapping[str, tuple[int, ...]]) -> PTQDError:
         text = one_line(error)
         if any(sign in text for sign in MEMORY):
-            got = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "loading"
-            return BackendUnavailable(
-                f"memory ran out in {self.path} on {got}: lower the batch size, or end other programs that "
-                "hold it"
-            )
+            return out_of_memory(self.path, shapes)
         if GPU_FAILURE.match(text):
             return BackendUnavailable(
                 f"the GPU failed in {self.path} ({text}): see whether nvidia-smi answers, and start the "

@@ -1,4 +1,4 @@
-"""What an engine is given: found by name, and checked against what its graph takes."""
+"""What an engine is given: found by name, checked against what its graph takes; and when it is too much."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.engine import TensorSpec
-from ..errors import GraphError
+from ..errors import BackendUnavailable, GraphError
 
 
 def find(path: Path, spec: TensorSpec, values: Mapping[str, Any], what: str) -> Any:
@@ -34,3 +34,11 @@ def check(path: Path, spec: TensorSpec, dtype: str, got: tuple[int, ...]) -> Non
     if dtype != spec.dtype or not fits:
         shape = "(" + ", ".join("any" if d is None else str(d) for d in spec.shape) + ")"
         raise GraphError(f"{path} takes {spec.name!r} as {spec.dtype} {shape}: got {dtype} {got}")
+
+
+def out_of_memory(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> BackendUnavailable:
+    """For an engine whose memory ran out on inputs of these shapes; on none while it was loaded."""
+    got = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "loading"
+    return BackendUnavailable(
+        f"memory ran out in {path} on {got}: lower the batch size, or end other programs that hold it"
+    )
