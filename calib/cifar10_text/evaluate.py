@@ -126,9 +126,10 @@ def card(folder: Path) -> str:
     losses, counts = training["loss_per_100_steps"], training["parameters"]
 
     def effort(of: dict[str, Any]) -> str:
+        machine = f"threads: {of['threads']}" if of["device"] == "cpu" else of["device"]
         return (
             f"{of['steps']:,} of batch {of['batch_size']} ({of['epochs']:g} epochs), "
-            f"{of['minutes']:g} minutes, threads: {of['threads']}"
+            f"{of['minutes']:g} minutes, {machine}"
         )
 
     rows = [

@@ -19,7 +19,8 @@ HERE = Path(__file__).parent
 SAVE_EVERY = 120.0  # seconds
 PRINT_EVERY = 30.0  # seconds
 MINUTES = (
-    "at most, resumed runs together: CPU time over threads, so that a busy machine and a pause do not count"
+    "at most, resumed runs together; on the CPU, CPU time over threads, so that a busy machine and a pause "
+    "do not count"
 )
 
 
@@ -37,6 +38,7 @@ def parse(description: str | None, **defaults: Any) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, help="peak of the schedule: warm-up, then a cosine to zero")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.set_defaults(**defaults)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -59,13 +61,13 @@ class Loop:
         self.name, self._args, self._parts, self._n, self._warmup = name, args, parts, n, warmup
         parameters = [p for part in parts.values() for p in part.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, args.lr, betas=(0.9, 0.99), weight_decay=0.01)
-        self.generator = torch.Generator()
+        self.generator = torch.Generator(args.device)
         self.step, self.seconds, self.losses = 0, 0.0, list[float]()
         self._path = args.work / f"{name}.pt"
-        self._window: list[float] = []
+        self._window: list[Tensor] = []
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
         if self._path.exists():
-            state = torch.load(self._path, weights_only=True)
+            state = torch.load(self._path, weights_only=True, map_location=args.device)
             for key, part in parts.items():
                 part.load_state_dict(state["parts"][key])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -83,15 +85,16 @@ class Loop:
 
     def __iter__(self) -> Iterator[int]:
         last_save = last_print = time.monotonic()
+        clock = self._cpu_time if self._args.device == "cpu" else time.monotonic
         while self.done < 1:
-            began = time.process_time()
+            began = clock()
             self.generator.manual_seed((self._args.seed << 32) + self.step)
             rate = min(1.0, (self.step + 1) / self._warmup) * 0.5 * (1 + math.cos(math.pi * self.done))
             for group in self.optimizer.param_groups:
                 group["lr"] = self._args.lr * rate
             yield self.step
             self.step += 1
-            self.seconds += (time.process_time() - began) / self._args.threads
+            self.seconds += clock() - began
             now = time.monotonic()
             if now - last_print > PRINT_EVERY:
                 last_print = now
@@ -106,13 +109,16 @@ class Loop:
                 self._save()
         self._save()
 
+    def _cpu_time(self) -> float:
+        return time.process_time() / self._args.threads
+
     def batch(self) -> Tensor:
         """Indices int64 (batch,) of this step's examples: every epoch has an order of its own."""
         size = self._args.batch_size
         epoch, at = divmod(self.step, self._n // size)
         if self._order[0] != epoch:
             shuffle = torch.Generator().manual_seed((self._args.seed << 32) + 2**31 + epoch)
-            self._order = (epoch, torch.randperm(self._n, generator=shuffle))
+            self._order = (epoch, torch.randperm(self._n, generator=shuffle).to(self._args.device))
         return self._order[1][at * size : (at + 1) * size]
 
     def descend(self, loss: Tensor) -> None:
@@ -122,9 +128,9 @@ class Loop:
         for group in self.optimizer.param_groups:
             nn.utils.clip_grad_norm_(group["params"], 1.0)
         self.optimizer.step()
-        self._window.append(loss.item())
+        self._window.append(loss.detach())  # its value would wait for the GPU
         if len(self._window) == 100:
-            self.losses.append(round(sum(self._window) / 100, 5))
+            self.losses.append(round(float(torch.stack(self._window).mean()), 5))
             self._window.clear()
 
     @property
@@ -132,7 +138,7 @@ class Loop:
         """The mean loss of the last steps, 100 at most."""
         if not self._window:
             return self.losses[-1] if self.losses else math.nan
-        return sum(self._window) / len(self._window)
+        return float(torch.stack(self._window).mean())
 
     def figures(self) -> dict[str, Any]:
         """What is worth keeping of this training, for a .json file."""
@@ -150,6 +156,7 @@ class Loop:
             "loss_per_100_steps": self.losses,
             "lr": args.lr,
             "threads": args.threads,
+            "device": "cpu" if args.device == "cpu" else torch.cuda.get_device_name(),
             "seed": args.seed,
             "torch": torch.__version__,
         }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -74,18 +75,17 @@ def make_scheduler() -> DDIMScheduler:
 def latents(vae: AutoencoderKL, pixels: Tensor, cache: Path) -> tuple[Tensor, Tensor]:
     """Means and standard deviations, float16 (2, N, 4, 8, 8), of the scaled latents of pictures uint8
     (N, 3, 32, 32) and of their mirror images; computed once for each autoencoder."""
-    weights = b"".join(p.numpy().tobytes() for p in vae.parameters())
+    weights = b"".join(p.cpu().numpy().tobytes() for p in vae.parameters())
     file = cache / f"latents-{hashlib.sha256(weights).hexdigest()[:12]}.safetensors"
     if not file.exists():
         found: dict[str, list[Tensor]] = {"mean": [], "std": []}
         for images in (pixels, pixels.flip(3)):
             for x in images.split(250):
-                with torch.autocast("cpu", torch.bfloat16):
-                    posterior = vae.encode(x.float() / 127.5 - 1).latent_dist
+                with torch.autocast(vae.device.type, torch.bfloat16):
+                    posterior = vae.encode(x.to(vae.device).float() / 127.5 - 1).latent_dist
                 for key, parts in found.items():
-                    parts.append(
-                        (getattr(posterior, key).float() * vae.config.scaling_factor).half().contiguous()
-                    )
+                    scaled = getattr(posterior, key).float() * vae.config.scaling_factor
+                    parts.append(scaled.half().cpu().contiguous())
         shape = (2, len(pixels), 4, 8, 8)
         save_file({key: torch.cat(parts).reshape(shape) for key, parts in found.items()}, file)
     arrays = load_file(file)
@@ -103,43 +103,45 @@ def caption_ids(tokenizer: CLIPTokenizer) -> Tensor:
 def main() -> None:
     args = parse(__doc__, steps=60_000, batch_size=128, lr=1e-3)
     images, labels = load(args.data)
-    vae = AutoencoderKL.from_pretrained(args.out / "vae").eval()
-    mean, std = latents(vae, torch.from_numpy(images), args.work)
-    truth = torch.from_numpy(labels)
+    device = torch.device(args.device)
+    vae = AutoencoderKL.from_pretrained(args.out / "vae").eval().to(device)
+    mean, std = (x.to(device) for x in latents(vae, torch.from_numpy(images), args.work))
+    truth = torch.from_numpy(labels).to(device)
     write_tokenizer(args.out / "tokenizer")
     write_prompts(args.out / "prompts.txt")
     tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
-    ids = caption_ids(tokenizer)
-    abar = make_scheduler().alphas_cumprod
+    ids = caption_ids(tokenizer).to(device)
+    abar = make_scheduler().alphas_cumprod.to(device)
     snr = abar / (1 - abar)
     weight = snr.clamp(max=GAMMA) / snr
 
-    text, unet = make_text_encoder(tokenizer), make_unet().to(memory_format=torch.channels_last)
+    text = make_text_encoder(tokenizer).to(device)
+    unet = make_unet().to(device, memory_format=torch.channels_last)
+    classes = torch.arange(len(CLASSES), device=device)[:, None]
     emas = {"unet": Ema(unet, EMA), "text": Ema(text, EMA)}
     parts = {"unet": unet, "text_encoder": text, "unet_ema": emas["unet"], "text_ema": emas["text"]}
     loop = Loop("diffusion", args, parts, len(truth))
     for step in loop:
-        g, index = loop.generator, loop.batch()
+        index = loop.batch()
         batch = len(index)
-        side = torch.randint(2, (batch,), generator=g)
+        g: Any = {"generator": loop.generator, "device": device}
+        side = torch.randint(2, (batch,), **g)
         z = mean[side, index].float()
-        z = z + std[side, index].float() * torch.randn(z.shape, generator=g)
+        z = z + std[side, index].float() * torch.randn(z.shape, **g)
         # Few wordings a step, so that the text encoder sees few rows: each of them once.
-        wordings = torch.randint(len(WORDINGS), (len(CLASSES), WORDINGS_PER_STEP), generator=g)
+        wordings = torch.randint(len(WORDINGS), (len(CLASSES), WORDINGS_PER_STEP), **g)
         rows = torch.cat(
-            [
-                (wordings + torch.arange(len(CLASSES))[:, None] * len(WORDINGS)).flatten(),
-                ids.new_tensor([len(ids) - 1]),
-            ]
+            [(wordings + classes * len(WORDINGS)).flatten(), torch.tensor([len(ids) - 1], device=device)]
         )
-        row = truth[index] * WORDINGS_PER_STEP + torch.randint(WORDINGS_PER_STEP, (batch,), generator=g)
-        row[torch.rand(batch, generator=g) < P_EMPTY] = len(rows) - 1
+        row = truth[index] * WORDINGS_PER_STEP + torch.randint(WORDINGS_PER_STEP, (batch,), **g)
+        row[torch.rand(batch, **g) < P_EMPTY] = len(rows) - 1
         # Stratified timesteps: one per stratum of [0, 1000), less gradient variance than independent draws.
-        t = ((torch.arange(batch) + torch.rand(batch, generator=g)) / batch * len(abar)).long()
-        noise = torch.randn(z.shape, generator=g)
+        t = (torch.arange(batch, device=device) + torch.rand(batch, **g)) / batch * len(abar)
+        t = t.long().clamp(max=len(abar) - 1)  # the last stratum's end rounds up
+        noise = torch.randn(z.shape, **g)
         a = abar[t].view(-1, 1, 1, 1)
         x = (a.sqrt() * z + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             states = text(ids[rows]).last_hidden_state[row]
             prediction = unet(x, t, states, return_dict=False)[0]
         error = (prediction.float() - noise).square().mean((1, 2, 3))
@@ -148,12 +150,12 @@ def main() -> None:
         emas["text"].update(text, step)
 
     scheduler = make_scheduler()
-    text, unet = emas["text"].average.half(), emas["unet"].average.half()
+    text, unet = emas["text"].average.cpu().half(), emas["unet"].average.cpu().half()
     unet.to(memory_format=torch.contiguous_format).save_pretrained(args.out / "unet")
     text.save_pretrained(args.out / "text_encoder")
     scheduler.save_pretrained(args.out / "scheduler")
     pipeline = StableDiffusionPipeline(
-        vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+        vae.cpu(), text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     )
     pipeline.save_config(args.out)
     figures = {

@@ -52,7 +52,7 @@ class Autoencoding(nn.Module):
 @torch.inference_mode()
 def latent_std(vae: AutoencoderKL, pixels: Tensor) -> float:
     """Standard deviation of the latents of pictures uint8 (N, 3, 32, 32)."""
-    parts = [vae.encode(x.float() / 127.5 - 1).latent_dist.sample() for x in pixels.split(250)]
+    parts = [vae.encode(x.to(vae.device).float() / 127.5 - 1).latent_dist.sample() for x in pixels.split(250)]
     return float(torch.cat(parts).std())
 
 
@@ -68,16 +68,16 @@ def psnr(vae: AutoencoderKL, pixels: Tensor) -> float:
 
 def main() -> None:
     args = parse(__doc__, steps=20_000, batch_size=32, lr=1.5e-3)
-    pixels = torch.from_numpy(load(args.data)[0])
-    model = Autoencoding(make_autoencoder()).to(memory_format=torch.channels_last)
+    pixels = torch.from_numpy(load(args.data)[0]).to(args.device)
+    model = Autoencoding(make_autoencoder()).to(args.device, memory_format=torch.channels_last)
     ema = Ema(model.vae, EMA)
     loop = Loop("autoencoder", args, {"autoencoder": model, "ema": ema}, len(pixels), warmup=100)
     for step in loop:
         x = pixels[loop.batch()].float() / 127.5 - 1
-        x = torch.where(torch.rand(len(x), 1, 1, 1, generator=loop.generator) < 0.5, x.flip(3), x)
-        x = x.contiguous(memory_format=torch.channels_last)
-        noise = torch.randn(len(x), 4, 8, 8, generator=loop.generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        mirrored = torch.rand(len(x), 1, 1, 1, generator=loop.generator, device=args.device) < 0.5
+        x = torch.where(mirrored, x.flip(3), x).contiguous(memory_format=torch.channels_last)
+        noise = torch.randn(len(x), 4, 8, 8, generator=loop.generator, device=args.device)
+        with torch.autocast(args.device, torch.bfloat16):
             out, kl = model(x, noise)
         error = (out - x).abs().mean() + 2 * (out - x).square().mean()
         loop.descend(error + KL * kl.mean())
@@ -85,6 +85,7 @@ def main() -> None:
 
     vae = ema.average.to(memory_format=torch.contiguous_format).eval()
     std = latent_std(vae, pixels[:10_000])
+    vae.cpu()
     vae.register_to_config(scaling_factor=round(1 / std, 5))
     vae.half().save_pretrained(args.out / "vae")
     test = torch.from_numpy(load(args.data, test=True)[0])

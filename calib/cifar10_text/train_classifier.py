@@ -23,22 +23,22 @@ from safetensors.torch import save_file as save_tensors
 def main() -> None:
     args = parse(__doc__, steps=4000, batch_size=128, lr=4e-3)
     images, labels = load(args.data)
-    pixels, truth = torch.from_numpy(images), torch.from_numpy(labels)
-    model = Classifier().to(memory_format=torch.channels_last)
+    pixels, truth = torch.from_numpy(images).to(args.device), torch.from_numpy(labels).to(args.device)
+    model = Classifier().to(args.device, memory_format=torch.channels_last)
     loop = Loop("classifier", args, {"classifier": model}, len(pixels))
     for _ in loop:
         index = loop.batch()
         x = pixels[index].float() / 127.5 - 1
-        x = torch.where(torch.rand(len(x), 1, 1, 1, generator=loop.generator) < 0.5, x.flip(3), x)
-        x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        mirrored = torch.rand(len(x), 1, 1, 1, generator=loop.generator, device=args.device) < 0.5
+        x = torch.where(mirrored, x.flip(3), x).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(args.device, torch.bfloat16):
             logits = model(x)
         loop.descend(torch.nn.functional.cross_entropy(logits.float(), truth[index]))
 
     half = {
         key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()
     }
-    save_tensors({key: value.contiguous() for key, value in half.items()}, args.out / WEIGHTS)
+    save_tensors({key: value.cpu().contiguous() for key, value in half.items()}, args.out / WEIGHTS)
     extract = load_features(args.out)  # judged as it will be used: from float16
     test_images, test_labels = load(args.data, test=True)
     features = extract(test_images)
