@@ -7,7 +7,8 @@ result. Each result goes into FILE, one JSON, as soon as there is one. A run aga
 with the same packages, sources and model, takes up where the last one ended: what succeeded is not repeated.
 What cannot be tried here is skipped, with the reason. Without --bundle the reference model is calibrated on a
 few trajectories, which takes most of the time and needs the extra `build`; --tiny takes a small network with
-random weights instead. `--list` says what the checks are.
+random weights instead. `--list` says what the checks are. `--write` runs none, and puts what FILE holds of
+its last run into docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 import first_gpu_checks as checks
 import first_gpu_engines as engines
 from first_gpu_process import FAILED, OK, SKIPPED, Job, Record, Run, isolated
-from report import OUT, ROOT, table
+from report import OUT, ROOT, table, write_section
 
 from ptqd_export.bundle.bundle import MANIFEST, Bundle
 from ptqd_export.core.backend import BACKENDS
@@ -42,6 +43,8 @@ GPU_BACKENDS = tuple(name for name, backend in reversed(BACKENDS.items()) if bac
 """Easiest first."""
 PACKAGES = ("numpy", "torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "cuda-bindings", "polygraphy")
 """Packages that decide results, besides those of the backends and NVIDIA's."""
+PUBLISHED = ("cuda-bindings", "nvidia-cudnn-cu13", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "python")
+"""Packages whose versions docs/gpu.md names."""
 MINUTES = 10.0
 LEAST_S = 5.0
 """Seconds that a check must have to be started."""
@@ -129,6 +132,17 @@ class Ledger:
         run = self._runs.setdefault(key, {"key": key, "identity": identity, "commit": commit, "checks": {}})
         run["commit"] = commit
         return key
+
+    def last(self) -> tuple[dict[str, Any], dict[str, Record]]:
+        """The identity of the last run, and its records.
+
+        Raises:
+            SystemExit: the file holds none.
+        """
+        if not self._runs:
+            raise SystemExit(f"{self._path} holds no run: run this script without --write")
+        run = list(self._runs.values())[-1]
+        return run["identity"], {name: Record(**record) for name, record in run["checks"].items()}
 
     def found(self, key: str, name: str) -> Record | None:
         """What is known of a check."""
@@ -279,6 +293,15 @@ def summary(records: Mapping[str, Record]) -> str:
     return "\n".join(lines)
 
 
+def published(identity: Mapping[str, Any], records: Mapping[str, Record]) -> str:
+    """What docs/gpu.md says of a run: the machine, what each check that was tried found, step times."""
+    versions_ = {name: version for name, version in identity["versions"].items() if name in PUBLISHED}
+    about = [*identity["machine"]["nvidia_smi"], *(f"{name} {v}" for name, v in versions_.items())]
+    tried = {name: record for name, record in records.items() if record.status != SKIPPED}
+    found = [[name, record.status, record.why] for name, record in tried.items()]
+    return f"{'; '.join(about)}.\n\n{table(('check', '', 'found'), found)}\n{summary(tried)}"
+
+
 def main(arguments: Sequence[str] | None = None, checks_: Sequence[Check] | None = None) -> int:
     """The script; `checks_` instead of all."""
     parser = argparse.ArgumentParser(
@@ -292,6 +315,7 @@ def main(arguments: Sequence[str] | None = None, checks_: Sequence[Check] | None
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="these checks alone")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all checks together")
     parser.add_argument("--list", action="store_true", help="print the checks, run none")
+    parser.add_argument("--write", action="store_true", help="run none: put FILE's last run into docs/gpu.md")
     options = parser.parse_args(arguments)
     every = all_checks() if checks_ is None else checks_
     if unknown := {*options.only} - {check.name for check in every}:
@@ -300,6 +324,9 @@ def main(arguments: Sequence[str] | None = None, checks_: Sequence[Check] | None
         print("\n".join(f"{check.name:<24} {check.limit:4.0f} s  {check.proves}" for check in every))
         return 0
     options.out = options.out.resolve()
+    if options.write:
+        write_section("first-gpu", published(*Ledger(options.out).last()))
+        return 0
     session = Session(options, every)
     try:
         code = session.run()

@@ -143,6 +143,26 @@ def test_list_and_usage(script: Callable[[str], ModuleType], capsys: pytest.Capt
         assert message in capsys.readouterr().err
 
 
+def test_the_last_run_is_published(
+    script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first_gpu, written = script("first_gpu"), dict[str, str]()
+    monkeypatch.setattr(first_gpu, "write_section", written.__setitem__)
+    out = tmp_path / "x.json"
+    with pytest.raises(SystemExit, match=r"x\.json holds no run: run this script without --write"):
+        first_gpu.main(["--out", str(out), "--write"])
+    ledger = first_gpu.Ledger(out)
+    for gpu, why in (("An old one", "seen before"), ("Fake GPU, 1.0, 8.9", "fine")):
+        machine = {"nvidia_smi": [gpu]}
+        key = ledger.open({"machine": machine, "versions": {"python": "3.12", "torch": "2"}}, "abc")
+        ledger.put(key, "machine", first_gpu.Record("ok", why, 1.0))
+        ledger.put(key, "cuda-graphs", first_gpu.Record("skipped", "none here"))
+    assert first_gpu.main(["--out", str(out), "--write"]) == 0
+    text = written.pop("first-gpu")
+    assert text.startswith("Fake GPU, 1.0, 8.9; python 3.12.\n") and "| machine | ok | fine |" in text
+    assert "1 ok, 0 failed, 0 skipped" in text and "none here" not in text and "seen before" not in text
+
+
 def test_every_need_is_met_by_an_earlier_check(script: Callable[[str], ModuleType]) -> None:
     before: set[str] = set()
     for check in script("first_gpu").all_checks():

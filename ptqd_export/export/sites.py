@@ -135,12 +135,15 @@ class LayerGraph:
         step: one quantization step of the output, float64, of the output's rank, with one value per channel.
             For a quantized output it is the step of its codes; otherwise it is the largest change that one
             input code makes. Where only weights are quantized, it is the step of a weight.
+        added: the largest constant that is added to a channel's products (bias and shift, which may cancel
+            most of them), like `step`.
     """
 
     file: Path
     source: str
     target: str
     step: F64
+    added: F64
 
 
 def cut_layers(source: Path, folder: Path) -> tuple[Path, dict[str, LayerGraph]]:
@@ -164,8 +167,9 @@ def cut_layers(source: Path, folder: Path) -> tuple[Path, dict[str, LayerGraph]]
     }
     save({"whole": with_outputs(model, (x for x, _ in sites.values())), **models}, folder, WEIGHTS)
     layers = {
-        name: LayerGraph(folder / f"{file}.onnx", *sites[name], _step(models[file].graph))
+        name: LayerGraph(folder / f"{file}.onnx", *sites[name], step, _added(models[file].graph, step))
         for file, name in parts.items()
+        for step in [_step(models[file].graph)]
     }
     return folder / "whole.onnx", layers
 
@@ -194,6 +198,23 @@ def _step(graph: ir.Graph) -> F64:
         fp8 = codes is not None and codes.dtype is ir.DataType.FLOAT8E4M3FN
         step = np.maximum(largest, 1.0) * scale * _array(quantizer.inputs[1]) * (FP8_SPACING if fp8 else 1)
     return step.reshape((1, -1, 1, 1) if conv else [1] * (_rank(last.outputs[0]) - 1) + [-1])
+
+
+def _added(graph: ir.Graph, step: F64) -> F64:
+    """See LayerGraph.added; `step` is the layer's."""
+    node = next(node for node in graph if LAYER in node.metadata_props)
+    terms = list(node.inputs[2:])
+    while LAYER_OUTPUT not in node.metadata_props:
+        node = node.outputs[0].consumers()[0]
+        terms += node.inputs if node.op_type == "Add" else ()
+    others = tuple(axis for axis, size in enumerate(step.shape) if size == 1)
+    added = np.zeros(step.shape)
+    for constant in (
+        np.abs(_array(term)) for term in terms if term is not None and term.const_value is not None
+    ):
+        whole = constant.ndim == step.ndim  # a map of positions; else one value per channel
+        added += constant.max(axis=others, keepdims=True) if whole else constant.reshape(step.shape)
+    return added
 
 
 def _rank(value: ir.Value) -> int:

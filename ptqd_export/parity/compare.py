@@ -216,7 +216,8 @@ def compare_layers(
             snr = float("inf")
             for result in polygraphy.compare(engines, inputs):
                 expected, got = result.outputs[ORT_CPU][layer.target], result.outputs[name][layer.target]
-                apart += judge(got, expected, layer.step, float_tolerance(expected, layer.step, rounding))
+                tolerance = float_tolerance(expected, layer.step, rounding, layer.added)
+                apart += judge(got, expected, layer.step, tolerance)
                 snr = min(snr, result.snr[layer.target])
             if not (snr >= limit or apart.tolerable):
                 raise ParityError(

@@ -106,6 +106,9 @@ def test_a_cut_layer_computes_what_it_does_within_the_graph(
         layer, value = network.layers[name], values[cut.target]
         assert cut.step.ndim == value.ndim and (cut.step > 0).all()
         assert cut.step.shape[1 if layer.kind == "conv" else -1] == len(layer.weight)
+        assert cut.added.shape == cut.step.shape
+        if layer.bias is not None and emission is Emission.PORTABLE:
+            np.testing.assert_allclose(cut.added.ravel(), np.abs(layer.bias), rtol=0.01, atol=1e-6)
         difference = np.abs(got[cut.target] - value) / cut.step
         fused = emission.numerics(precision) is Emission.ORT_CPU and layer.kind == "conv"
         assert difference.max() < (1.01 if fused else 0.01), name

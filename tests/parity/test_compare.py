@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from helpers import Built
+from onnx.numpy_helper import from_array, to_array
 from wrong_layers import Open, changed
 
 from ptqd_export import backends
@@ -22,6 +24,7 @@ from ptqd_export.core.engine_build import EngineBuild, PlanReport
 from ptqd_export.core.precision import Precision
 from ptqd_export.errors import ParityError
 from ptqd_export.export import cut_layers
+from ptqd_export.parity import compare
 from ptqd_export.parity.compare import (
     LayerDifference,
     compare_backends,
@@ -33,7 +36,7 @@ from ptqd_export.parity.compare import (
     parsers,
     sampled_feeds,
 )
-from ptqd_export.parity.judgement import FLOAT_TOLERANCE, Apart
+from ptqd_export.parity.judgement import FLOAT_TOLERANCE, Apart, float_tolerance
 from ptqd_export.parity.machines import backend_states
 from ptqd_export.runtime import open as opening
 
@@ -98,6 +101,72 @@ def test_a_wrong_scale_of_one_channel_is_named(
     )
     with pytest.raises(ParityError, match=line):
         check(rgb, feeds, graph, opened)
+
+
+def cancelling(path: Path, by: float) -> onnx.ModelProto:
+    """A half graph whose convs add `by` with their bias and take it away with their shift."""
+    model = onnx.load(path)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    convs = {
+        node.output[0]: node for node in model.graph.node if node.op_type == "Conv" and len(node.input) == 3
+    }
+    for node in model.graph.node:
+        if node.op_type == "Add" and node.input[0] in convs and node.input[1].endswith(".shift.half"):
+            for name, more in ((convs[node.input[0]].input[2], by), (node.input[1], -by)):
+                moved = to_array(constants[name]) + np.float16(more)
+                constants[name].CopyFrom(from_array(moved, name))
+    return model
+
+
+class BiasLast:
+    """An engine of one conv that rounds to float16 its products, what the bias makes of them, and what the
+    shift makes of that, as cuDNN and CUDA kernels do one after the other."""
+
+    def __init__(self, file: Path) -> None:
+        model = onnx.load(file)
+        (conv,) = (node for node in model.graph.node if node.op_type == "Conv")
+        constants = {tensor.name: to_array(tensor) for tensor in model.graph.initializer}
+        self.terms = [constants[conv.input.pop()].reshape(-1, 1, 1)] if len(conv.input) == 3 else []
+        self.terms += [constants[node.input[1]] for node in model.graph.node if node.op_type == "Add"]
+        (output,) = model.graph.output
+        self.outputs = (output.name,)
+        output.name = conv.output[0]
+        nodes = [node for node in model.graph.node if node.op_type != "Add"]
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        onnx.save(model, file.with_suffix(".products.onnx"))
+        self.engine = OrtEngine(file.with_suffix(".products.onnx"))
+        self.inputs = self.engine.inputs
+
+    def __call__(self, feeds: Feeds) -> dict[str, Any]:
+        ((_, value),) = self.engine(feeds).items()
+        for term in self.terms:
+            value = value + term
+            assert value.dtype == np.float16
+        return {self.outputs[0]: value}
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def bias_last(file: Path) -> Any:
+    convs = [node for node in onnx.load(file, load_external_data=False).graph.node if node.op_type == "Conv"]
+    return BiasLast(file) if convs else OrtEngine(file)
+
+
+def test_products_may_be_rounded_before_the_bias_is_added(
+    rgb: Built, feeds: Mapping[int, Feeds], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float16 that is as right as one rounding at the end, however much of the products cancels."""
+    path = tmp_path / "x.onnx"
+    onnx.save(cancelling(rgb.path / "w8a8.half.onnx", 30.0), path)
+    rounding = layer_rounding(BACKENDS[ORT_CUDA])
+    own = layer_feeds(rgb.bundle.manifest.sampling, feeds)
+    found = compare_layers("here", path, bias_last, rounding, own)
+    assert sum((f.apart for f in found.values()), Apart()).share < 1e-3
+    monkeypatch.setattr(compare, "float_tolerance", lambda *arguments: float_tolerance(*arguments[:3]))
+    with pytest.raises(ParityError, match="differs from"):
+        compare_layers("here", path, bias_last, rounding, own)
 
 
 def test_saturated_products_are_named(rgb: Built, feeds: Mapping[int, Feeds]) -> None:

@@ -76,6 +76,12 @@ def test_a_tolerance_per_channel_along_the_last_axis() -> None:
     np.testing.assert_allclose(float_tolerance(expected, np.array([[0.1, 8.0]]), 0.5), [[1.0, 4.0]])
 
 
+def test_a_tolerance_of_what_was_added() -> None:
+    """A bias of 10 that leaves outputs of 1 was added to products of up to 11."""
+    expected, added = np.array([[1.0, -4.0], [0.5, 3.0]]), np.array([[10.0, 0.0]])
+    np.testing.assert_allclose(float_tolerance(expected, np.full((1, 2), 0.1), 0.5, added), [[5.5, 2.0]])
+
+
 def test_two_sets_are_pooled() -> None:
     total = Apart(100, 1, 1.0) + Apart(300, 2, 0.5)
     assert total == Apart(400, 3, 1.0) and total.share == 3 / 400
