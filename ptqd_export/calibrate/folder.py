@@ -29,6 +29,8 @@ AUTOENCODERS = ("AutoencoderKL", "VQModel")
 FIRST_STAGES = ("vae", "vqvae")
 OTHER_NETWORKS, CONTROL = ("transformer", "dit", "prior", "unet_2"), "controlnet"
 """Folders of networks that are no UNet, and of one that works on a UNet."""
+PRECONDITIONED = ("StableDiffusionLatentUpscalePipeline",)
+"""Pipelines that scale what their UNet takes and gives by the noise level, and give it that as a timestep."""
 MAX_TOKENS = 4096
 """More tokens than any text encoder takes; a tokenizer that says more says nothing."""
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -56,6 +58,12 @@ def from_folder(recipe: Recipe, folder: Path, weights: bool = True) -> Source:
             f"{folder} holds {CONTROL}/, which steers the UNet and is not supported: give the folder of the "
             "UNet alone, or load both by file.py:function"
         )
+    pipeline = _pipeline(folder)
+    if pipeline in PRECONDITIONED:
+        raise ModelError(
+            f"{folder} is a {pipeline}, which scales its UNet's inputs and outputs by the noise level: that "
+            "is not supported; wrap the UNet in that and load it by file.py:function"
+        )
     config = read_json(unet / CONFIG)
     if config.get("_class_name") not in CLASSES:
         raise ModelError(
@@ -82,10 +90,15 @@ def from_folder(recipe: Recipe, folder: Path, weights: bool = True) -> Source:
     )
 
 
+def _pipeline(folder: Path) -> Any:
+    """The class that the folder's index names, or None."""
+    index = folder / MODEL_INDEX
+    return read_json(index).get("_class_name") if index.is_file() else None
+
+
 def _without_unet(folder: Path) -> str:
     """Why a folder cannot be read, by what it holds instead of a UNet."""
-    index = folder / MODEL_INDEX
-    pipeline = read_json(index).get("_class_name") if index.is_file() else None
+    pipeline = _pipeline(folder)
     other = next((name for name in OTHER_NETWORKS if (folder / name / CONFIG).is_file()), None)
     if other is not None or pipeline is not None:
         network = read_json(folder / other / CONFIG).get("_class_name") if other else None

@@ -293,6 +293,12 @@ def test_pipelines_that_are_refused(tmp_path: Path, files: dict[str, str], messa
     assert_one_line(plain(tmp_path), message)
 
 
+def test_a_pipeline_that_scales_around_its_unet_is_refused(tmp_path: Path) -> None:
+    folder = text_pipeline(tmp_path / "m", text_unet())
+    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionLatentUpscalePipeline"}')
+    assert_one_line(plain(folder), "StableDiffusionLatentUpscalePipeline, which scales its UNet's inputs and")
+
+
 def test_parts_of_a_latent_pipeline(tmp_path: Path) -> None:
     """The autoencoder is read when asked for, and decodes as diffusers' own does."""
     from diffusers import AutoencoderKL
