@@ -39,6 +39,7 @@ class Settings:
         rounds: calls of each subject; 5 at least.
         runs: whole sampling runs of each plan; 0 for none.
         device: index of the GPU.
+        plans: what the runs go by; the bundle's plan if empty.
     """
 
     backends: tuple[str, ...] = ()
@@ -47,6 +48,7 @@ class Settings:
     rounds: int = 20
     runs: int = 3
     device: int = 0
+    plans: tuple[Plan, ...] = ()
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.threads < 1 or self.rounds < 5 or self.runs < 0:
@@ -132,7 +134,8 @@ def bench(
             operators = process.ask(child.operators, OPERATOR_CALLS)
             if operators:
                 shares[process.subject.name] = operators
-    runs = [_run(bundle, name, m.plan, place, settings) for name in names] if settings.runs else []
+    plans = settings.plans or (m.plan,)
+    runs = _runs([(name, plan) for name in names for plan in plans], place, settings) if settings.runs else []
     return Bench(
         model=m.sampling.model.name,
         bundle=bundle.seal,
@@ -164,9 +167,21 @@ def _backends(bundle: Bundle, wanted: Sequence[str], say: Say) -> list[str]:
     return found
 
 
-def _run(bundle: Bundle, backend: str, plan: Plan, place: Place, settings: Settings) -> RunRow:
-    """Whole runs of a plan, beside the calls of its engines."""
-    with contextlib.closing(_Process(Subject("run", "run", str(plan), backend), place)) as process:
-        whole = process.ask(child.timed, settings.runs)
-        switch, calls = process.ask(child.switch_seconds, settings.rounds)
-    return RunRow.of(str(plan), backend, whole, calls, switch)
+def _runs(asked: Sequence[tuple[str, Plan]], place: Place, settings: Settings) -> list[RunRow]:
+    """Whole runs of plans on backends, in turn, and beside each the calls of its engines."""
+    with contextlib.ExitStack() as stack:
+        processes = [_Process(Subject("run", "run", str(plan), backend), place) for backend, plan in asked]
+        for process in processes:
+            stack.callback(process.close)
+        seconds: list[list[float]] = [[] for _ in processes]
+        with progress(settings.runs, "whole runs, all in turn", "round") as bar:
+            for _ in range(settings.runs):
+                for process, taken in zip(processes, seconds, strict=True):
+                    time.sleep(SETTLE * (settings.threads > 1))
+                    taken += process.ask(child.timed)
+                bar.update(1)
+        calls = [process.ask(child.switch_seconds, settings.rounds) for process in processes]
+    return [
+        RunRow.of(str(plan), backend, whole, alone, switch)
+        for (backend, plan), whole, (switch, alone) in zip(asked, seconds, calls, strict=True)
+    ]

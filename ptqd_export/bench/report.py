@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.backend import install_hint
+from ..core.plan import Plan
 from ..errors import PTQDError
 from ..files import write_file
 from .subject import Subject
@@ -80,21 +81,25 @@ class RunRow:
     """Whole runs of a plan on a backend.
 
     Attributes:
-        milliseconds: median of the runs.
+        milliseconds: of each run, in the rounds that all had in turn.
         calls: milliseconds of the same engine calls alone.
         switch: milliseconds that a call takes longer right after another engine's.
     """
 
     plan: str
     backend: str
-    milliseconds: float
+    milliseconds: tuple[float, ...]
     calls: float
     switch: float
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.milliseconds))
 
     @classmethod
     def of(cls, plan: str, backend: str, whole: Sequence[float], calls: float, switch: float) -> Self:
         """Of times in seconds."""
-        return cls(plan, backend, 1e3 * float(np.median(whole)), 1e3 * calls, 1e3 * switch)
+        return cls(plan, backend, tuple(round(1e3 * value, 4) for value in whole), 1e3 * calls, 1e3 * switch)
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ class Bench:
         threads, rounds: see `Settings`.
         rows: what was timed; baselines first.
         operators: seconds per kind of operator in a call, by row's name.
-        runs: of the bundle's plan.
+        runs: of plans; the first is what others are compared with.
         versions: of the machine and the libraries.
     """
 
@@ -182,11 +187,14 @@ def bench_text(found: Bench) -> str:
     if found.operators:
         lines += ["", "share of a call by kind of operator (the profiler adds to every node):"]
         lines += [f"  {name}: {_shares(seconds)}" for name, seconds in found.operators.items()]
-    for run in found.runs:
-        more = run.milliseconds / run.calls - 1
-        where = f"run of {run.plan} on {run.backend}: {run.milliseconds:.0f} ms"
-        told = f"{more:+.1%} to its engines' calls; a switch takes {run.switch:+.2f} ms"
-        lines += ["", f"{where}, {told}"]
+    if found.runs:
+        first_run = found.runs[0]
+        rows = [("whole run of", "on", "ms", "to the first", "over its calls", "ms more after a switch")]
+        for run in found.runs:
+            faster = "" if run is first_run else str(ratio(first_run.milliseconds, run.milliseconds))
+            more = f"{run.median / run.calls - 1:+.1%}"
+            rows.append((run.plan, run.backend, f"{run.median:.0f}", faster, more, f"{run.switch:+.2f}"))
+        lines += ["", *_aligned(rows)]
     return "\n".join([*lines, "", ", ".join(f"{name} {what}" for name, what in found.versions.items())])
 
 
@@ -208,12 +216,14 @@ def _shares(seconds: Mapping[str, float]) -> str:
     return ", ".join([*named, *([f"others {rest / whole:.0%}"] if rest else [])])
 
 
-def plot_bench(found: Bench, error: Mapping[str, float], path: Path) -> None:
-    """Draw time against fidelity, a point per engine.
+def plot_bench(found: Bench, error: Mapping[str, F64], plans: Sequence[Plan], path: Path) -> None:
+    """Draw time against fidelity, a point per engine and per plan that mixes engines.
+
+    A plan's time per call is the mean of its steps' engines.
 
     Args:
-        error: predicted mean squared error of samples under one precision throughout, by precision; data
-            reaches from -1 to 1.
+        error: predicted squared error at the end of sampling that each step at a precision adds, by the
+            precision's text, (T,); data reaches from -1 to 1.
         path: a .png file.
     Raises:
         PTQDError: matplotlib is not installed, or the file cannot be written.
@@ -224,23 +234,36 @@ def plot_bench(found: Bench, error: Mapping[str, float], path: Path) -> None:
         raise PTQDError(f"a plot needs matplotlib ({missing}): {install_hint('eval')}") from missing
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
+    engines: dict[str, dict[str, float]] = {}
     for row in found.rows:
-        if row.kind != "engine" or not error.get(row.detail):
+        if row.kind == "engine":
+            engines.setdefault(row.backend, {})[row.detail] = row.median
+        if row.kind != "engine" or not np.any(error.get(row.detail, 0)):
             axes.axvline(row.median, color="0.8", linewidth=0.8)
             axes.annotate(
                 row.name, (row.median, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=7,
                 color="0.4",
             )  # fmt: skip
-            continue
-        psnr = -10 * np.log10(error[row.detail] / 4)
-        axes.plot(row.median, psnr, "o")
-        axes.annotate(row.name, (row.median, psnr), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    for backend, ms in engines.items():
+        points = {p: (time, np.sum(error[p])) for p, time in ms.items() if np.any(error.get(p, 0))}
+        for plan in plans:
+            texts = [str(p) for p in plan.steps]
+            if len(plan.precisions) > 1 and {*texts} <= ms.keys():
+                errors = sum(error[p][i] for i, p in enumerate(texts) if p in error)
+                points[str(plan)] = (float(np.mean([ms[p] for p in texts])), errors)
+        told = [
+            (time, -10 * np.log10(noise / 4), name) for name, (time, noise) in points.items() if noise > 0
+        ]
+        axes.plot([time for time, _, _ in told], [psnr for _, psnr, _ in told], "o", label=backend)
+        for time, psnr, name in told:
+            axes.annotate(name, (time, psnr), textcoords="offset points", xytext=(6, 4), fontsize=8)
     axes.set(
         xlabel=f"ms per call, batch {found.batch}",
         ylabel="predicted PSNR to full precision, dB",
         title=found.model,
     )
     axes.set_xlim(left=0)
+    axes.legend(fontsize=8)
     data = io.BytesIO()
     figure.savefig(data, format="png", metadata={"Software": None})
     write_file(path, data.getvalue())

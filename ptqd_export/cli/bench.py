@@ -9,6 +9,7 @@ import click
 import numpy as np
 
 from ..core.backend import RUNNABLE
+from ..core.plan import parse_plan
 from ..errors import RecipeError
 from ..typed import to_plain
 from . import common as options
@@ -44,7 +45,13 @@ ALL = "all"
     type=click.IntRange(min=0),
     default=3,
     show_default=True,
-    help="Whole runs of its plan.",
+    help="Whole runs of each plan.",
+)
+@click.option(
+    "--plan",
+    "plans",
+    multiple=True,
+    help="What to run and plot, such as 'fp32*3,w8a8*17'; repeat for several. The bundle's if left out.",
 )
 @click.option(
     "--model",
@@ -67,6 +74,7 @@ def bench(
     threads: int,
     rounds: int,
     runs: int,
+    plans: tuple[str, ...],
     model: Path | None,
     wanted: tuple[str, ...],
     plot: Path | None,
@@ -90,7 +98,11 @@ def bench(
     if plot is not None and plot.suffix != ".png":
         raise RecipeError(f"--plot {plot}: expected a .png file")
     bundle = Bundle.open(bundle_dir)
-    settings = Settings(backends, batch_size, threads, rounds, runs, device)
+    steps = len(bundle.manifest.sampling)
+    asked = tuple(parse_plan(text, steps) for text in plans) or (bundle.manifest.plan,)
+    for plan in asked:
+        bundle.manifest.check_plan(plan)
+    settings = Settings(backends, batch_size, threads, rounds, runs, device, asked)
 
     def say(text: str) -> None:
         click.echo(text, err=True)
@@ -99,6 +111,9 @@ def bench(
         others = [] if model is None else make_baselines(model, Path(folder), names, say)
         found = measure(bundle, settings, others, say)
     if plot is not None:
-        errors = bundle.manifest.choice.error
-        plot_bench(found, {str(p): float(np.sum(error)) for p, error in errors.items()}, plot)
+        choice = bundle.manifest.choice
+        errors = {p: np.array(row) for p, row in choice.error.items()}
+        if choice.sensitivity is not None:
+            errors = choice.sensitivity.weigh(errors, "paired")
+        plot_bench(found, {str(p): row for p, row in errors.items()}, asked, plot)
     show(to_plain(found), as_json, bench_text(found))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from ptqd_export.bench import Settings, bench
 from ptqd_export.bench.measure import _Process
 from ptqd_export.bench.subject import Place, Subject
 from ptqd_export.core.backend import ORT_CPU
+from ptqd_export.core.plan import parse_plan
 from ptqd_export.errors import BackendUnavailable, RecipeError
 
 FEW = Settings((ORT_CPU,), batch=1, rounds=5, runs=2)
@@ -32,7 +34,15 @@ def test_every_engine_and_the_run(own: Built) -> None:
         assert shares and list(shares.values()) == sorted(shares.values(), reverse=True)
     (run,) = found.runs
     assert run.plan == str(m.plan) and run.backend == ORT_CPU
-    assert 0 < run.calls < 1.5 * run.milliseconds and abs(run.switch) < run.calls
+    assert len(run.milliseconds) == 2
+    assert 0 < run.calls < 1.5 * run.median and abs(run.switch) < run.calls
+
+
+def test_plans_take_turns(own: Built) -> None:
+    n = len(own.bundle.manifest.sampling)
+    plans = tuple(parse_plan(text, n) for text in (f"fp32*{n}", f"w8a8*{n}"))
+    found = bench(own.bundle, replace(FEW, plans=plans))
+    assert [(run.plan, run.backend) for run in found.runs] == [(str(plan), ORT_CPU) for plan in plans]
 
 
 def test_what_cannot_be_timed(own: Built) -> None:

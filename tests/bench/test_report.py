@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ptqd_export.bench.report import Bench, Row, RunRow, bench_text, plot_bench, ratio
+from ptqd_export.core.plan import parse_plan
 from ptqd_export.errors import PTQDError
 from ptqd_export.typed import to_plain
 
@@ -21,7 +23,10 @@ FOUND = Bench(
     "m", "0" * 64, 4, 1, 5,
     (STEADY, row("fast", (4.0, 4.1, 4.0, 3.9, 4.0)), row("like it", (9.7, 10.3, 10.0, 9.6, 10.4))),
     {"fast": {"QLinearConv": 0.003, "Add": 0.001}},
-    (RunRow.of("w8a8*2", "ort-cpu", [0.011, 0.010, 0.012], 0.010, 0.0002),),
+    (
+        RunRow.of("fp32*2", "ort-cpu", [0.022, 0.020, 0.024], 0.020, 0.0),
+        RunRow.of("w8a8*2", "ort-cpu", [0.011, 0.010, 0.012], 0.010, 0.0002),
+    ),
     {"machine": "x86_64"},
 )  # fmt: skip
 
@@ -33,7 +38,9 @@ def test_a_ratio_is_told_only_beyond_its_spread() -> None:
     text = bench_text(FOUND)
     assert "2.50x" in text and "-: no nearer or farther from 1" in text
     assert "fast: QLinearConv 75%, Add 25%" in text
-    assert "11 ms, +10.0% to its engines' calls; a switch takes +0.20 ms" in text
+    lines = [line.split() for line in text.splitlines()]
+    assert ["fp32*2", "ort-cpu", "22", "+10.0%", "+0.00"] in lines
+    assert ["w8a8*2", "ort-cpu", "11", "2.00x", "+10.0%", "+0.20"] in lines
 
 
 def test_a_ratio_pairs_the_rounds() -> None:
@@ -52,15 +59,20 @@ def test_the_spread_is_of_the_middle_half() -> None:
 
 def test_a_bench_is_json() -> None:
     plain = to_plain(FOUND)
-    assert plain["rows"][1]["milliseconds"] == [4.0, 4.1, 4.0, 3.9, 4.0] and plain["runs"][0]["switch"] == 0.2
+    assert plain["rows"][1]["milliseconds"] == [4.0, 4.1, 4.0, 3.9, 4.0] and plain["runs"][1]["switch"] == 0.2
 
 
-def test_a_plot_has_a_point_per_engine(tmp_path: Path) -> None:
+def test_a_plot_has_a_point_per_engine_and_plan(tmp_path: Path) -> None:
+    both = replace(FOUND, rows=(*FOUND.rows, row("precise", (8.0,) * 5, detail="w8a16")))
+    low, high, none = ({"w8a8": np.full(2, e), "w8a16": np.full(2, 1e-6)} for e in (1e-4, 1e-2, 0.0))
+    own, mixed, other = (parse_plan(text, 2) for text in ("w8a8", "w8a16,w8a8", "fp32,w8a8"))
+    cases = ((low, own), (high, own), (low, own), (none, own), (low, mixed), (low, other))
     pictures = []
-    for errors in ({"w8a8": 1e-4}, {"w8a8": 1e-2}, {"w8a8": 1e-4}, {}):
-        plot_bench(FOUND, errors, tmp_path / "p.png")
+    for errors, plan in cases:
+        plot_bench(both, errors, [plan], tmp_path / "p.png")
         pictures.append((tmp_path / "p.png").read_bytes())
     assert pictures[0].startswith(b"\x89PNG") and pictures[0] == pictures[2]
-    assert len({*pictures}) == 3
+    assert pictures[5] == pictures[0]  # no engine of fp32 was timed
+    assert len({*pictures}) == 4
     with pytest.raises(PTQDError, match="nowhere"):
-        plot_bench(FOUND, {}, tmp_path / "nowhere" / "p.png")
+        plot_bench(FOUND, {}, [], tmp_path / "nowhere" / "p.png")
