@@ -1,6 +1,6 @@
 """Time and memory of a build against the size of the model, and what `build --dry-run` had said of both.
 
-    python benchmarks/calibration_cost.py [--only SIZE] [--calib-size 4] [--n-steps 5]
+    python benchmarks/calibration_cost.py [--only SIZE] [--calib-size 4] [--n-steps 5] [--write]
 
 Convolutional UNets with attention, 32x32, random weights, default precisions. A build at default settings
 takes hours for the largest, so calibration is short here; the last column says what --dry-run expects of a
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
-from report import OUT, command_cost, machine, table
+from report import OUT, command_cost, machine, table, write_section
 
 SIZES = {"small": (64, 128, 128), "middle": (128, 256, 384), "large": (256, 512, 640)}
 """Channels of the levels."""
@@ -79,13 +79,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=SIZES, help="measure these, keep other figures")
+    parser.add_argument("--only", nargs="*", choices=SIZES, help="measure these, keep other figures")
     parser.add_argument("--calib-size", type=int, default=4)
     parser.add_argument("--n-steps", type=int, default=5)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     options = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     kept: dict[str, Any] = json.loads(KEPT.read_text("utf-8")) if KEPT.is_file() else {}
-    for name in options.only or SIZES:
+    for name in SIZES if options.only is None else options.only:
         with tempfile.TemporaryDirectory(dir=OUT) as folder:
             kept[name] = measure(name, Path(folder), options)
         KEPT.write_text(json.dumps(kept, indent=1), "utf-8")
@@ -98,6 +99,8 @@ def main() -> None:
         f"{options.n_steps} steps; w8a8, w4a8 and w4a4; {threads} threads."
     )
     print(text)
+    if options.write:
+        write_section("calibration-cost", text)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from architectures import ARCHITECTURES, REFERENCE, recipe_of
 from report import OUT, REFERENCE_MODEL, machine, table, write_section
 
 from ptqd_export import Recipe, build
@@ -36,7 +36,6 @@ from ptqd_export.export import quantized_nodes
 from ptqd_export.export.graph import load, prune
 from ptqd_export.files import sha256_file
 
-REFERENCE = "reference"
 TABLE_STEPS = 20
 """Rows of the random tables."""
 COMPARED = ("w8a8", "w4a4")
@@ -54,87 +53,6 @@ HEADER = (
     "engine, MB",
     "builder's peak, GB",
 )
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A diffusers UNet with random weights.
-
-    Attributes:
-        title: what the tables call it.
-        parameters: how many it must have.
-        config: of the diffusers class, as far as it is not the default.
-        inputs: float32 inputs besides sample and timestep, as in a recipe.
-        rows: fewest, usual and most rows of one engine call.
-    """
-
-    title: str
-    class_name: str
-    parameters: int
-    config: dict[str, Any]
-    inputs: tuple[dict[str, Any], ...]
-    precisions: tuple[str, ...]
-    rows: tuple[int, int, int]
-
-
-ARCHITECTURES = {
-    "cifar": Architecture(
-        "google/ddpm-cifar10-32, random weights",
-        "UNet2DModel",
-        35_746_307,
-        {
-            "sample_size": 32,
-            "in_channels": 3,
-            "out_channels": 3,
-            "layers_per_block": 2,
-            "block_out_channels": (128, 256, 256, 256),
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-            "norm_eps": 1e-6,
-            "act_fn": "silu",
-            "downsample_padding": 0,
-            "flip_sin_to_cos": False,
-            "freq_shift": 1,
-            "dropout": 0.0,
-            "center_input_sample": False,
-            "mid_block_scale_factor": 1,
-        },
-        (),
-        ("fp16", "w8a8", "w4a8", "w4a4", "w8a8-fp8"),
-        (1, 8, 32),
-    ),
-    "cross": Architecture(
-        "a small network with cross-attention, random weights",
-        "UNet2DConditionModel",
-        3_173_124,
-        {
-            "sample_size": 32,
-            "cross_attention_dim": 96,
-            "attention_head_dim": 4,
-            "layers_per_block": 1,
-            "block_out_channels": (64, 128),
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        },
-        ({"name": "encoder_hidden_states", "dtype": "float32", "shape": [77, 96]},),
-        ("w8a8", "w4a4"),
-        (2, 2, 4),
-    ),
-    "sd": Architecture(
-        "size of Stable Diffusion 1.5, random weights",
-        "UNet2DConditionModel",
-        859_520_964,
-        {
-            "sample_size": 64,
-            "cross_attention_dim": 768,
-            "attention_head_dim": 8,
-            "block_out_channels": (320, 640, 1280, 1280),
-        },
-        ({"name": "encoder_hidden_states", "dtype": "float32", "shape": [77, 768]},),
-        ("fp16", "w8a8", "w8a8-fp8"),
-        (2, 2, 4),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -171,25 +89,6 @@ def of_bundle(path: Path) -> Graphs:
     values = [v.const_value for v in initializers if not str(v.name).startswith("ptqd.")]
     parameters = sum(v.size for v in values if v is not None and v.dtype.is_floating_point() and v.size > 1)
     return Graphs(m.sampling.model.name, files, parameters, m.engine_settings.rows)
-
-
-def recipe_of(key: str, folder: Path, **quantization: object) -> Recipe:
-    """A recipe with a minimal calibration; random weights are written to `folder`."""
-    few = {"size": 2, "held_out": 2, "batch_size": 2, "activation_range": "minmax", "weight_range": "minmax"}
-    sections = {"sampler": {"n_steps": 1}, "calibration": few}
-    if key == REFERENCE:
-        return Recipe.load(REFERENCE_MODEL).override(**sections, quantization=quantization)
-    import diffusers
-    import torch
-
-    a = ARCHITECTURES[key]
-    torch.manual_seed(0)
-    module = getattr(diffusers, a.class_name)(**a.config)
-    assert (found := sum(p.numel() for p in module.parameters())) == a.parameters, found
-    module.save_pretrained(folder / "model" / "unet")
-    diffusers.DDIMScheduler().save_pretrained(folder / "model" / "scheduler")
-    model = {"source": "model", "name": a.title, "inputs": list(a.inputs)}
-    return Recipe.from_dict({**sections, "model": model, "quantization": quantization}, folder)
 
 
 def export(key: str, folder: Path, **quantization: object) -> Graphs:

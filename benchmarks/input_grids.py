@@ -14,7 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from engine_builds import REFERENCE, build_engine, export_apart, taken
+from architectures import REFERENCE
+from engine_builds import build_engine, export_apart, taken
 from report import machine, table, write_section
 
 from ptqd_export.backends import trt

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from engine_builds import REFERENCE, recipe_of
+from architectures import REFERENCE, recipe_of
 from quality import FIRST
 from report import machine, table, write_section
 

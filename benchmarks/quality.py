@@ -159,6 +159,7 @@ def measured(of: Table, args: argparse.Namespace) -> list[tuple[Line, Row, Repor
             bundle,
             candidates,
             work=OUT / "samples",
+            backend=ORT_CPU,
             num_samples=args.samples,
             workers=args.workers,
             gaps=False,
@@ -194,7 +195,7 @@ def costs(plans: Mapping[tuple[Path, str], Bundle], n_steps: int) -> dict[tuple[
     for (path, text), bundle in plans.items():
         info = bundle.manifest.sampling.model
         feeds = {SAMPLE: np.zeros((2, *info.sample_shape), np.float32), TIMESTEP: np.full(2, 500)}
-        feeds |= {STEP: np.array(0), **info.conditions(None, 2)}
+        feeds |= {STEP: np.array([0]), **info.conditions(None, 2)}
         used = sorted(set(parse_plan(text, n_steps).steps), key=str)
         names = {bundle.manifest.artifact(p, ORT_CPU).file for p in used}
         sizes[path, text] = weight_bytes([bundle.file(name) for name in names]) / 1e6
@@ -268,7 +269,7 @@ def text_of(of: Table, args: argparse.Namespace) -> str:
     return f"**{of.title}**\n\n{table(head, rows)}\n\n{note}"
 
 
-SECTIONS = {"headline": "quality-headline", "ablation": "quality-ablation"}
+SECTIONS = {"headline": "quality-headline", "ablation": "quality-ablation", "paper": "quality-paper"}
 """Where tables stand."""
 
 

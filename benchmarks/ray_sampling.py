@@ -1,12 +1,14 @@
 """What sampling into shards on Ray takes here, by one worker and by one per core, and would take elsewhere.
 
-    python benchmarks/ray_sampling.py [BUNDLE] [--samples 512] [--shard-size 32] [--kill] [--write]
+    python benchmarks/ray_sampling.py [BUNDLE] [--samples 512] [--shard-size 32] [--many N] [--kill] [--write]
 
 Per number of workers, while all of them are at work: samples per second; seconds of a core per sample, by the
 workers' own CPU time, which other work on the machine disturbs less. Besides, the largest memory of a worker,
 and the seconds until the first shard, with Ray's start. What all of them wrote is compared byte by byte;
 `--kill` kills a worker half-way in each. A second table is computed from the first, for a million samples on
-1, 10 and 1,000 machines like this one.
+1, 10 and 1,000 machines like this one. `--many` samples that many once more, by a worker per core. Of every
+folder the indices are counted, and a batch of the first, the middle and the last shard is drawn again without
+Ray and compared byte by byte.
 """
 
 from __future__ import annotations
@@ -24,9 +26,12 @@ from pathlib import Path
 
 from report import REFERENCE_BUNDLE, machine, table, write_section
 
+from ptqd_export.backends import set_threads
 from ptqd_export.bundle import Bundle
 from ptqd_export.core.backend import ORT_CPU
 from ptqd_export.farm import sample_shards
+from ptqd_export.pictures import encode_images
+from ptqd_export.runtime import Runtime
 
 TICK = os.sysconf("SC_CLK_TCK")
 HEADER = (
@@ -97,20 +102,45 @@ class Run:
         return max(memory for _, _, found in self.seen for _, memory in found.values())
 
 
-def measure(bundle: Bundle, out: Path, workers: int, args: argparse.Namespace) -> Run:
+def measure(bundle: Bundle, out: Path, samples: int, workers: int, args: argparse.Namespace) -> Run:
     run = Run(args.kill)
 
-    def advance(samples: int) -> None:
-        run.advance(samples)
-        run.end_one(args.samples)
+    def advance(more: int) -> None:
+        run.advance(more)
+        run.end_one(samples)
 
     sample_shards(
-        bundle, out, args.samples, workers=workers, batch_size=args.batch_size, shard_size=args.shard_size,
+        bundle, out, samples, workers=workers, batch_size=args.batch_size, shard_size=args.shard_size,
         backend=ORT_CPU, advance=advance,
     )  # fmt: skip
     if args.kill and not run.killed:
         sys.exit("no worker was killed: give more --samples")
     return run
+
+
+def check_samples(bundle: Bundle, folder: Path, samples: int, batch_size: int) -> int:
+    """Count the indices, and draw three batches again as `run` does; how many samples were compared.
+
+    Raises:
+        SystemExit: one is missing, there twice, or another.
+    """
+    import pyarrow.parquet
+
+    tables = [pyarrow.parquet.read_table(path) for path in sorted(folder.glob("*.parquet"))]
+    indices = [i for one in tables for i in one["index"].to_pylist()]
+    if indices != [*range(samples)]:
+        sys.exit(
+            f"{folder}: {samples} samples were asked for, and {len({*indices})} of {len(indices)} are there"
+        )
+    compared = 0
+    with Runtime(bundle, ORT_CPU) as runtime:
+        for one in (tables[0], tables[len(tables) // 2], tables[-1]):
+            rows = one.slice(0, batch_size).to_pydict()
+            drawn = encode_images(runtime.sample(rows["index"])).values()
+            if [*drawn] != rows["image"]:
+                sys.exit(f"{folder}: samples {rows['index']} are not those of run")
+            compared += len(rows["index"])
+    return compared
 
 
 def planned(seconds: float, memory: float, size: float, cores: int) -> list[list[str]]:
@@ -135,31 +165,46 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--shard-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--many", type=int, default=0, help="Sample so many more, by all workers.")
     parser.add_argument("--kill", action="store_true", help="Kill a worker half-way.")
     parser.add_argument("--write", action="store_true", help="Put the tables into docs/many-machines.md.")
     args = parser.parse_args()
     bundle = Bundle.open(args.bundle)
+    set_threads(1)  # as a worker has
     m, cores = bundle.manifest, len(os.sched_getaffinity(0))
     load = os.getloadavg()[0]
     rows, folders = [], []
+    killed = ", one of which was killed half-way" if args.kill else ""
     with tempfile.TemporaryDirectory() as scratch:
         for workers in dict.fromkeys((1, cores)):
             out = Path(scratch) / str(workers)
-            run = measure(bundle, out, workers, args)
+            run = measure(bundle, out, args.samples, workers, args)
             seconds, samples, cpu = run.window()
+            check_samples(bundle, out, args.samples, args.batch_size)
             folders.append({path.name: path.read_bytes() for path in sorted(out.iterdir())})
             row = [str(workers), f"{samples / seconds:.2f}", f"{cpu / samples:.3f}"]
             rows.append([*row, f"{run.memory / 1e6:.0f}", f"{run.seen[0][0]:.1f}"])
+        more = ""
+        if args.many:
+            out, began = Path(scratch) / "many", time.monotonic()
+            measure(bundle, out, args.many, cores, args)
+            minutes = (time.monotonic() - began) / 60
+            compared = check_samples(bundle, out, args.many, args.batch_size)
+            more = (
+                f"{args.many:,} samples by {cores} workers{killed}: {minutes:.0f} minutes, none missing, "
+                f"none twice, and {compared} of the first, middle and last "
+                "shards drawn again without Ray: the same bytes.\n\n"
+            )
     if any(folder != folders[0] for folder in folders):
         sys.exit("the folders differ: the number of workers must not decide what is sampled")
     size = sum(map(len, folders[0].values())) / args.samples
-    killed = ", one of which was killed half-way" if args.kill else ""
     text = (
         f"{table(HEADER, rows)}\n\n{m.sampling.model.name}, {m.sampling.summary}, {m.plan}: {args.samples} "
         f"samples as PNG in Parquet, {args.shard_size} per shard, batches of {args.batch_size}; one thread "
         f"per worker{killed}. All workers wrote the same bytes. Load by other work when it "
         f"began: {load:.1f} on {cores} cores. {machine('onnxruntime', 'ray', 'pyarrow')}.\n\n"
-        f"Computed from the last row, for a million samples on machines with {cores} cores like these:\n\n"
+        f"{more}Computed from the last row, for a million samples on machines with {cores} cores like "
+        "these:\n\n"
     )
     columns = ("machines", "workers", "samples per shard", "hours", "core hours", "GB of memory per machine",
                "GB of files")  # fmt: skip

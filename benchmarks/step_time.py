@@ -1,22 +1,35 @@
 """Time of one evaluation: a bundle's engines beside what else a user could run, by `ptqd-export bench`.
 
-    python benchmarks/step_time.py [BUNDLE] [--model calib/fashion_mnist] [--baseline NAME ...] [--write]
+    python benchmarks/step_time.py [--models reference unet cifar condition] [--baseline NAME ...] [--write]
 
 All from the same weights, each in a process of its own, in turn. OpenVINO and NNCF take part where they are
-installed. To see whether it works: `--batch 1 --threads 1 --rounds 5`.
+installed. The reference model's bundle is that of `make bench`; the other models have random weights, and
+bundles in fp32 and w8a8, which are built and kept in benchmarks/out. To see whether it works: `--models
+reference --batch 1 --rounds 5`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tempfile
 from pathlib import Path
 
-from report import REFERENCE_BUNDLE, REFERENCE_MODEL, machine, table, write_section
+from architectures import ARCHITECTURES, REFERENCE, recipe_of, write_model
+from report import OUT, REFERENCE_BUNDLE, machine, table, write_section
 
+from ptqd_export.assemble.assemble import assemble
 from ptqd_export.bench import BASELINES, Bench, Settings, bench, make_baselines
 from ptqd_export.bundle.bundle import Bundle
+from ptqd_export.errors import PTQDError
+
+OTHERS = ("unet", "cifar", "condition")
+LIBRARIES = ("onnxruntime", "torch", "openvino", "nncf")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def cells(found: Bench, name: str) -> list[str]:
@@ -28,42 +41,76 @@ def cells(found: Bench, name: str) -> list[str]:
     return [f"{row.median:.1f}{faster}"]
 
 
+def bundle_of(key: str, model: Path) -> Bundle:
+    """The bundle of a model, built unless it is there."""
+    if key == REFERENCE:
+        return Bundle.open(REFERENCE_BUNDLE)
+    path = OUT / f"step-time-{key}"
+    recipe = recipe_of(key, model, n_steps=2, precisions=("fp32", "w8a8"), rounding="nearest")
+    recipe = recipe.override(plan={"rule": "fixed", "steps": ("fp32", "w8a8")})
+    with contextlib.suppress(PTQDError):
+        bundle = Bundle.open(path)
+        if bundle.manifest.provenance.recipe == recipe.to_dict():
+            return bundle
+    return assemble(recipe, path, say=say)
+
+
+def measure(key: str, args: argparse.Namespace) -> dict[tuple[int, int], Bench]:
+    """A bench per batch and number of threads."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_model(key, Path(folder))
+        bundle = bundle_of(key, model)
+        others = make_baselines(model, Path(folder), args.baseline, say)
+        found = {}
+        for threads in args.threads:
+            for batch in args.batch:
+                settings = Settings(batch=batch, threads=threads, rounds=args.rounds, runs=0)
+                found[batch, threads] = bench(bundle, settings, others, say)
+    return found
+
+
+def text_of(columns: dict[str, Bench], rounds: int) -> str:
+    """A table with a column for each bench, by its title."""
+    names = dict.fromkeys(row.name for found in columns.values() for row in found.rows)
+    rows = [[name, *(cell for found in columns.values() for cell in cells(found, name))] for name in names]
+    header = ["ms per evaluation (times faster than the first row)", *columns]
+    versions = next(iter(columns.values())).versions
+    return (
+        f"{table(header, rows)}\n\n{machine(*(name for name in LIBRARIES if name in versions))}; medians of "
+        f"{rounds} rounds in turn. A ratio nearer to 1 than the rounds spread is not told."
+    )
+
+
+def call(batch: int, threads: int) -> str:
+    return f"batch {batch}, {threads} thread{'s' * (threads > 1)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("bundle", nargs="?", type=Path, default=REFERENCE_BUNDLE)
-    parser.add_argument("--model", type=Path, default=REFERENCE_MODEL)
+    known = (REFERENCE, *OTHERS)
+    parser.add_argument("--models", nargs="+", choices=known, default=known)
     parser.add_argument("--baseline", nargs="+", choices=BASELINES, default=BASELINES)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
     args = parser.parse_args()
-    bundle, columns = Bundle.open(args.bundle), {}
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr)
-
-    with tempfile.TemporaryDirectory() as folder:
-        others = make_baselines(args.model, Path(folder), args.baseline, say)
-        for threads in args.threads:
-            for batch in args.batch:
-                settings = Settings(batch=batch, threads=threads, rounds=args.rounds, runs=0)
-                columns[batch, threads] = bench(bundle, settings, others, say)
-    calls = [f"batch {n}, {threads} thread{'s' * (threads > 1)}" for n, threads in columns]
-    names = dict.fromkeys(row.name for found in columns.values() for row in found.rows)
-    rows = [[name, *(cell for found in columns.values() for cell in cells(found, name))] for name in names]
-    header = ["ms per evaluation (times faster than the first row)", *calls]
-    libraries = ("onnxruntime", "torch", "openvino", "nncf")
-    last = next(reversed(columns.values())).versions
-    text = (
-        f"{table(header, rows)}\n\n{machine(*(name for name in libraries if name in last))}; medians of "
-        f"{args.rounds} rounds in turn. A ratio nearer to 1 than the rounds spread is not told."
-    )
-    print(text)
-    if args.write:
-        write_section("step-time", text)
+    texts, others = {}, dict[str, Bench]()
+    for key in args.models:
+        found = measure(key, args)
+        if key == REFERENCE:
+            texts["step-time"] = text_of({call(*at): one for at, one in found.items()}, args.rounds)
+        else:
+            title = f"{key}, {ARCHITECTURES[key].parameters / 1e6:.1f} M"
+            others |= {f"{title}: {call(*at)}": one for at, one in found.items()}
+    if others:
+        texts["step-time-models"] = text_of(others, args.rounds)
+    for name, text in texts.items():
+        print(text, end="\n\n")
+        if args.write:
+            write_section(name, text)
 
 
 if __name__ == "__main__":

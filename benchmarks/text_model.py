@@ -17,6 +17,7 @@ from report import OUT, TEXT_MODEL, machine, table, write_section
 
 from ptqd_export.assemble.assemble import assemble
 from ptqd_export.bundle.bundle import Bundle
+from ptqd_export.core.backend import ORT_CPU
 from ptqd_export.core.plan import parse_plan
 from ptqd_export.errors import PTQDError
 from ptqd_export.evaluate import Candidate, evaluate
@@ -95,6 +96,7 @@ def main() -> None:
             bundle,
             [Candidate(parse_plan(text, n)) for text in plans(n)],
             work=OUT / "text-samples",
+            backend=ORT_CPU,
             num_samples=args.samples,
             workers=args.workers,
             prompted=encode_prompts(bundle, prompts),
