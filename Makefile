@@ -80,7 +80,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/plan_gain.py --write
 	$(BIN)/python benchmarks/text_model.py --write
 	$(BIN)/python benchmarks/one_step.py --write
-	$(BIN)/python benchmarks/plan_ranking.py benchmarks/out/ours-eta0-20-5 --samples 256 --write
+	$(BIN)/python benchmarks/plan_ranking.py benchmarks/out/ours-eta0-20-5 --samples 128 --write
 	$(BIN)/python benchmarks/rounding.py --n-steps 5 --calib-size 10 --samples 16 --iterations 200 --write
 	$(BIN)/python benchmarks/summary.py --write
 	$(BIN)/python benchmarks/samples.py
