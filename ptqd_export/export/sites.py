@@ -209,11 +209,12 @@ def _added(graph: ir.Graph, step: F64) -> F64:
         terms += node.inputs if node.op_type == "Add" else ()
     others = tuple(axis for axis, size in enumerate(step.shape) if size == 1)
     added = np.zeros(step.shape)
-    for constant in (
-        np.abs(_array(term)) for term in terms if term is not None and term.const_value is not None
-    ):
-        whole = constant.ndim == step.ndim  # a map of positions; else one value per channel
-        added += constant.max(axis=others, keepdims=True) if whole else constant.reshape(step.shape)
+    for term in terms:
+        if term is not None and term.const_value is not None:
+            constant = np.abs(_array(term))
+            if constant.ndim < step.ndim:  # one value per channel, not a map of positions
+                constant = np.broadcast_to(constant, step.size).reshape(step.shape)
+            added += constant.max(axis=others, keepdims=True)
     return added
 
 
