@@ -70,8 +70,7 @@ def main() -> None:
     first, rows = found.runs[0], []
     for run in found.runs:
         faster = "1" if run is first else str(ratio(first.milliseconds, run.milliseconds))
-        more = f"{run.median / run.calls - 1:+.1%}"
-        row = [run.plan, run.backend, f"{run.median / args.batch:.1f}", faster, more]
+        row = [run.plan, run.backend, f"{run.median / args.batch:.1f}", faster, f"{run.more:+.1%}"]
         rows.append([*row, near[run.backend][run.plan]])
     m = bundle.manifest.sampling
     text = (

@@ -168,20 +168,20 @@ def _backends(bundle: Bundle, wanted: Sequence[str], say: Say) -> list[str]:
 
 
 def _runs(asked: Sequence[tuple[str, Plan]], place: Place, settings: Settings) -> list[RunRow]:
-    """Whole runs of plans on backends, in turn, and beside each the calls of its engines."""
+    """Whole runs of plans on backends, in turn, and after each the calls of its engines."""
     with contextlib.ExitStack() as stack:
         processes = [_Process(Subject("run", "run", str(plan), backend), place) for backend, plan in asked]
         for process in processes:
             stack.callback(process.close)
-        seconds: list[list[float]] = [[] for _ in processes]
+        found: list[list[tuple[float, float]]] = [[] for _ in processes]
         with progress(settings.runs, "whole runs, all in turn", "round") as bar:
             for _ in range(settings.runs):
-                for process, taken in zip(processes, seconds, strict=True):
+                for process, taken in zip(processes, found, strict=True):
                     time.sleep(SETTLE * (settings.threads > 1))
-                    taken += process.ask(child.timed)
+                    taken.append(process.ask(child.run_and_calls))
                 bar.update(1)
-        calls = [process.ask(child.switch_seconds, settings.rounds) for process in processes]
+        switches = [process.ask(child.switch_seconds, settings.rounds) for process in processes]
     return [
-        RunRow.of(str(plan), backend, whole, alone, switch)
-        for (backend, plan), whole, (switch, alone) in zip(asked, seconds, calls, strict=True)
+        RunRow.of(str(plan), backend, taken, switch)
+        for (backend, plan), taken, switch in zip(asked, found, switches, strict=True)
     ]

@@ -82,24 +82,30 @@ class RunRow:
 
     Attributes:
         milliseconds: of each run, in the rounds that all had in turn.
-        calls: milliseconds of the same engine calls alone.
+        calls: of each, milliseconds of the same engine calls alone, right after it.
         switch: milliseconds that a call takes longer right after another engine's.
     """
 
     plan: str
     backend: str
     milliseconds: tuple[float, ...]
-    calls: float
+    calls: tuple[float, ...]
     switch: float
 
     @property
     def median(self) -> float:
         return float(np.median(self.milliseconds))
 
+    @property
+    def more(self) -> float:
+        """What a run takes over its engines' calls, as a share of them."""
+        return float(np.median(np.divide(self.milliseconds, self.calls)) - 1)
+
     @classmethod
-    def of(cls, plan: str, backend: str, whole: Sequence[float], calls: float, switch: float) -> Self:
-        """Of times in seconds."""
-        return cls(plan, backend, tuple(round(1e3 * value, 4) for value in whole), 1e3 * calls, 1e3 * switch)
+    def of(cls, plan: str, backend: str, taken: Sequence[tuple[float, float]], switch: float) -> Self:
+        """Of times in seconds: (of a run, of its calls) per round."""
+        whole, calls = (tuple(round(1e3 * value, 4) for value in row) for row in zip(*taken, strict=True))
+        return cls(plan, backend, whole, calls, 1e3 * switch)
 
 
 @dataclass(frozen=True)
@@ -192,8 +198,8 @@ def bench_text(found: Bench) -> str:
         rows = [("whole run of", "on", "ms", "to the first", "over its calls", "ms more after a switch")]
         for run in found.runs:
             faster = "" if run is first_run else str(ratio(first_run.milliseconds, run.milliseconds))
-            more = f"{run.median / run.calls - 1:+.1%}"
-            rows.append((run.plan, run.backend, f"{run.median:.0f}", faster, more, f"{run.switch:+.2f}"))
+            about = (f"{run.median:.0f}", faster, f"{run.more:+.1%}", f"{run.switch:+.2f}")
+            rows.append((run.plan, run.backend, *about))
         lines += ["", *_aligned(rows)]
     return "\n".join([*lines, "", ", ".join(f"{name} {what}" for name, what in found.versions.items())])
 

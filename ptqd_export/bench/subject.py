@@ -18,7 +18,7 @@ from ..backends.ort_profile import operator_seconds
 from ..bundle.bundle import Bundle
 from ..core.backend import ORT_CPU
 from ..core.engine import Array
-from ..core.plan import parse_plan
+from ..core.plan import Plan, parse_plan
 from ..core.precision import Precision
 from ..core.timing import feeds_to_time, launcher, time_call, time_switches
 from ..runtime import Runtime, open_artifact
@@ -74,6 +74,7 @@ class _Open:
     call: Callable[[], object]
     feeds: dict[str, Array] = field(default_factory=dict)
     kept: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    calls: dict[Precision, Callable[[], None]] = field(default_factory=dict)
 
 
 _opened: list[_Open] = []
@@ -149,24 +150,36 @@ def operators(calls: int) -> dict[str, float] | None:
     return operator_seconds(file, opened.feeds, calls)
 
 
-def switch_seconds(rounds: int) -> tuple[float, float]:
-    """Of a run's subject, in seconds: (what a call takes longer right after another engine's, the sum of the
-    calls of its steps), both from medians and without the sampler."""
+def run_and_calls() -> tuple[float, float]:
+    """Seconds of a whole run, and right after it of its engines' calls alone, in the plan's order."""
     opened = _opened[-1]
-    bundle, backend = opened.bundle, opened.subject.backend
-    plan = parse_plan(opened.subject.detail, len(bundle.manifest.sampling))
-    feeds, index = feeds_to_time(bundle.manifest.sampling, opened.place.batch), opened.place.device
-    with contextlib.ExitStack() as stack:
-        device = stack.enter_context(contextlib.closing(open_device(backend, index)))
-        calls = {}
-        for p in plan.precisions:
+    calls = _calls(opened)
+    whole = time_call(opened.call)
+    return whole, sum(time_call(calls[p]) for p in _plan(opened).steps)
+
+
+def switch_seconds(rounds: int) -> float:
+    """What a call of a run's engines takes longer right after another engine's: the median, in seconds."""
+    alone, after = time_switches(_calls(_opened[-1]), rounds, 1)
+    return float(np.median([b - a for p in alone for a, b in zip(alone[p], after[p], strict=True)]))
+
+
+def _plan(opened: _Open) -> Plan:
+    return parse_plan(opened.subject.detail, len(opened.bundle.manifest.sampling))
+
+
+def _calls(opened: _Open) -> dict[Precision, Callable[[], None]]:
+    """A call of each engine of a run's plan, without the sampler; opened and called once at the first ask."""
+    if not opened.calls:
+        bundle, backend, index = opened.bundle, opened.subject.backend, opened.place.device
+        feeds = feeds_to_time(bundle.manifest.sampling, opened.place.batch)
+        device = opened.kept.enter_context(contextlib.closing(open_device(backend, index)))
+        for p in _plan(opened).precisions:
             artifact = bundle.manifest.artifact(p, backend)
-            engine = stack.enter_context(open_artifact(bundle, artifact, device, index))
-            calls[p] = launcher(engine, device, feeds)
-        alone, after = time_switches(calls, rounds, 1)
-    more = [b - a for p in calls for a, b in zip(alone[p], after[p], strict=True)]
-    step = {p: float(np.median(values)) for p, values in alone.items()}
-    return float(np.median(more)), sum(step[p] for p in plan.steps)
+            engine = opened.kept.enter_context(open_artifact(bundle, artifact, device, index))
+            opened.calls[p] = launcher(engine, device, feeds)
+            opened.calls[p]()
+    return opened.calls
 
 
 def feeds_of(bundle: Bundle, rows: int) -> dict[str, Array]:
@@ -184,8 +197,7 @@ def _open_engine(opened: _Open) -> Callable[[], object]:
 
 
 def _open_run(opened: _Open) -> Callable[[], object]:
-    plan = parse_plan(opened.subject.detail, len(opened.bundle.manifest.sampling))
-    about = opened.subject.backend, plan
+    about = opened.subject.backend, _plan(opened)
     runtime = opened.kept.enter_context(Runtime(opened.bundle, *about, device=opened.place.device))
     return partial(runtime.sample, range(opened.place.batch))
 

@@ -34,8 +34,9 @@ def test_every_engine_and_the_run(own: Built) -> None:
         assert shares and list(shares.values()) == sorted(shares.values(), reverse=True)
     (run,) = found.runs
     assert run.plan == str(m.plan) and run.backend == ORT_CPU
-    assert len(run.milliseconds) == 2
-    assert 0 < run.calls < 1.5 * run.median and abs(run.switch) < run.calls
+    assert len(run.milliseconds) == len(run.calls) == 2
+    assert min(run.milliseconds) > 0 and min(run.calls) > 0 and run.more > -1
+    assert abs(run.switch) < run.median
 
 
 def test_plans_take_turns(own: Built) -> None:
