@@ -31,6 +31,8 @@ __all__ = ["Kind", "OrtDevice", "OrtEngine", "runtime", "set_threads"]
 
 CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
 """No search of algorithms at the first run of a shape, and no TF32, which has 10 bits of mantissa."""
+EXTERNAL = "session.optimized_model_external_initializers_file_name"
+"""Session option: where the weights of a saved graph go, in its folder."""
 GRAPH_ID, NO_GRAPH = "gpu_graph_id", "-1"
 """Run option: the CUDA graph to capture or replay."""
 MEMORY = ("allocate memory", "bad_alloc", "CUDA failure 2: ", "out of memory")
@@ -88,7 +90,7 @@ class OrtEngine:
 
         Args:
             device: where to run; the CPU if None.
-            optimised_path: also save the graph as ONNX Runtime runs it, weights inside.
+            optimised_path: also save the graph as ONNX Runtime runs it, its weights in a file beside it.
             profile: begin of the name of a file of times, which `session.end_profiling` writes.
             optimise: False runs the graph node by node as it stands in the file: the reference for fused
                 kernels.
@@ -159,6 +161,8 @@ class OrtEngine:
         options.graph_optimization_level = level.ORT_ENABLE_ALL if self._optimise else level.ORT_DISABLE_ALL
         if optimised_path is not None:
             options.optimized_model_filepath = str(optimised_path)
+            # Protobuf ends at 2 GB.
+            options.add_session_config_entry(EXTERNAL, f"{optimised_path.name}.data")
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         try:

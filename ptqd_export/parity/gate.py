@@ -80,13 +80,16 @@ def judge_graph(case: Case, sampling: Sampling, trajectories: Trajectories, netw
         ParityError: the graph does not compute what was simulated; the message says where.
     """
     native = case.emission is Emission.ORT_CPU
+    integer = (
+        case.correction is not None and native and case.emission.numerics(case.precision) is case.emission
+    )
     optimised = case.file.with_name(".optimised.onnx")
     try:
-        with OrtEngine(case.file, optimise=native, optimised_path=optimised if native else None) as engine:
+        with OrtEngine(case.file, optimise=native, optimised_path=optimised if integer else None) as engine:
             if case.correction is None:
                 figures: Figures = _check_float_case(case, engine, sampling, trajectories, network)
             else:
-                if native and case.emission.numerics(case.precision) is case.emission:
+                if integer:
                     check_structure(case.name, case.file, optimised)
                 figures = _check_quantized_case(case, case.correction, engine, sampling, trajectories)
             return Verdict(figures, probe(engine, sampling))
