@@ -297,6 +297,20 @@ def test_structure_of_the_optimised_graph(tmp_path: Path, rng: np.random.Generat
     assert op_counts(tmp_path / "float_optimised.onnx")["QLinearConv"] == 0
 
 
+def test_weights_of_a_saved_graph_lie_beside_it(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Protobuf holds no more than 2 GB."""
+    weight = rng.standard_normal((64, 64)).astype(np.float32)
+    path = save_text(
+        tmp_path / "x.onnx",
+        "g (float[1, 64] x) => (float[1, 64] y) <float[64, 64] w> { y = MatMul(x, w) }",
+        onnx.numpy_helper.from_array(weight, "w"),
+    )
+    x, saved = rng.standard_normal((1, 64)).astype(np.float32), tmp_path / "saved.onnx"
+    with OrtEngine(path, optimised_path=saved) as engine:
+        np.testing.assert_allclose(engine({"x": x})["y"], x @ weight, rtol=1e-4, atol=1e-4)
+    assert saved.stat().st_size < 4096 < weight.nbytes <= (tmp_path / "saved.onnx.data").stat().st_size
+
+
 def test_structure_looks_into_subgraphs(tmp_path: Path) -> None:
     path = save_text(
         tmp_path / "if.onnx",
