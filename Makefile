@@ -77,7 +77,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/quality.py --only headline --write
 	$(BIN)/python benchmarks/quality.py --only ablation --samples 512 --write
 	$(BIN)/python benchmarks/quality.py --only paper --samples 256 --write
-	$(BIN)/python benchmarks/plan_gain.py --write
+	$(BIN)/python benchmarks/plan_gain.py --samples 32 --batch 4 --write
 	$(BIN)/python benchmarks/text_model.py --write
 	$(BIN)/python benchmarks/one_step.py --write
 	$(BIN)/python benchmarks/plan_ranking.py benchmarks/out/ours-eta0-20-5 --samples 128 --write

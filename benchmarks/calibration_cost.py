@@ -1,6 +1,6 @@
 """Time and memory of a build against the size of the model, and what `build --dry-run` had said of both.
 
-    python benchmarks/calibration_cost.py [--only SIZE] [--calib-size 4] [--n-steps 5] [--write]
+    python benchmarks/calibration_cost.py [--only SIZE] [--calib-size 4] [--n-steps 5]
 
 Convolutional UNets with attention, 32x32, random weights, default precisions. A build at default settings
 takes hours for the largest, so calibration is short here; the last column says what --dry-run expects of a
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
-from report import OUT, command_cost, machine, table, write_section
+from report import OUT, command_cost, machine, table
 
 SIZES = {"small": (64, 128, 128), "middle": (128, 256, 384), "large": (256, 512, 640)}
 """Channels of the levels."""
@@ -82,7 +82,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=SIZES, help="measure these, keep other figures")
     parser.add_argument("--calib-size", type=int, default=4)
     parser.add_argument("--n-steps", type=int, default=5)
-    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     options = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     kept: dict[str, Any] = json.loads(KEPT.read_text("utf-8")) if KEPT.is_file() else {}
@@ -99,8 +98,6 @@ def main() -> None:
         f"{options.n_steps} steps; w8a8, w4a8 and w4a4; {threads} threads."
     )
     print(text)
-    if options.write:
-        write_section("calibration-cost", text)
 
 
 if __name__ == "__main__":
