@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +57,11 @@ def check_layers(
         _, x, _, conditions = trajectories.first(2)
         # The portable graph is an interchange form, so it is judged as written, without a runtime's fusions.
         with OrtEngine(debug, optimise=emission is Emission.ORT_CPU) as engine:
-            for step in sorted({0, len(sampling) // 2, len(sampling) - 1}):
-                values = engine(sampling.conditional.feeds(x[step], step, conditions))
+            steps = sorted({0, len(sampling) // 2, len(sampling) - 1})
+            # One sample at a time, and gone before the next: all layers' values are in memory at once.
+            for step, i in itertools.product(steps, range(x.shape[1])):
+                own = {key: value[i : i + 1] for key, value in conditions.items()}
+                values = engine(sampling.conditional.feeds(x[step, i : i + 1], step, own))
                 for layer_name, (source, target) in sites.items():
                     layer = quantized.layers[layer_name]
                     simulator = LayerSimulator(layer, emission)
@@ -71,6 +75,7 @@ def check_layers(
                             "calibrated"
                         )
                     total += found
+                del values
         return LayerFigures(len(sites), total.size, total.share, round(total.largest_steps, 3))
     finally:
         debug.unlink(missing_ok=True)
