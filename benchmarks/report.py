@@ -39,7 +39,6 @@ SECTIONS = {
     "first-gpu": ROOT / "docs" / "gpu.md",
     "solvers": ROOT / "docs" / "solvers.md",
     "recipe-keys": ROOT / "docs" / "recipe.md",
-    "full-size": ROOT / "docs" / "models.md",
     "stock-pipelines": ROOT / "docs" / "models.md",
     "coverage": ROOT / "docs" / "models.md",
     "ldm-configurations": ROOT / "docs" / "models.md",
