@@ -116,18 +116,10 @@ def bench(
             stack.callback(opened[-1].close)
         if not any(process.subject.kind == "engine" for process in opened):
             raise RecipeError(f"none of the bundle's engines runs here, on {', '.join(names)}")
-        seconds: dict[str, list[float]] = {process.subject.name: [] for process in opened}
-        with progress(settings.rounds, "timing, all in turn", "round") as bar:
-            for turn in range(settings.rounds + 1):
-                for process in opened:
-                    time.sleep(SETTLE * (settings.threads > 1))
-                    found = process.ask(child.timed)
-                    if turn:
-                        seconds[process.subject.name] += found
-                bar.update(1 if turn else 0)
+        seconds = _in_turn(opened, child.timed, settings.rounds, settings.threads, "timing", warmup=1)
         rows = [
-            row_of(p.subject, seconds[p.subject.name], p.seconds_to_open, p.ask(child.peak_bytes))
-            for p in opened
+            row_of(p.subject, taken, p.seconds_to_open, p.ask(child.peak_bytes))
+            for p, taken in zip(opened, seconds, strict=True)
         ]
         shares = {}
         for process in opened:
@@ -167,19 +159,34 @@ def _backends(bundle: Bundle, wanted: Sequence[str], say: Say) -> list[str]:
     return found
 
 
+def _in_turn(
+    processes: Sequence[_Process],
+    what: Callable[[], Answer],
+    rounds: int,
+    threads: int,
+    title: str,
+    warmup: int = 0,
+) -> list[list[Answer]]:
+    """The answers of each process, one per round, all asked in turn; `warmup` rounds are not counted."""
+    found: list[list[Answer]] = [[] for _ in processes]
+    with progress(rounds, f"{title}, all in turn", "round") as bar:
+        for turn in range(-warmup, rounds):
+            for process, answers in zip(processes, found, strict=True):
+                time.sleep(SETTLE * (threads > 1))
+                answer = process.ask(what)
+                if turn >= 0:
+                    answers.append(answer)
+            bar.update(turn >= 0)
+    return found
+
+
 def _runs(asked: Sequence[tuple[str, Plan]], place: Place, settings: Settings) -> list[RunRow]:
     """Whole runs of plans on backends, in turn, and after each the calls of its engines."""
     with contextlib.ExitStack() as stack:
         processes = [_Process(Subject("run", "run", str(plan), backend), place) for backend, plan in asked]
         for process in processes:
             stack.callback(process.close)
-        found: list[list[tuple[float, float]]] = [[] for _ in processes]
-        with progress(settings.runs, "whole runs, all in turn", "round") as bar:
-            for _ in range(settings.runs):
-                for process, taken in zip(processes, found, strict=True):
-                    time.sleep(SETTLE * (settings.threads > 1))
-                    taken.append(process.ask(child.run_and_calls))
-                bar.update(1)
+        found = _in_turn(processes, child.run_and_calls, settings.runs, settings.threads, "whole runs")
         switches = [process.ask(child.switch_seconds, settings.rounds) for process in processes]
     return [
         RunRow.of(str(plan), backend, taken, switch)

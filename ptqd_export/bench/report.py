@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ..core.backend import install_hint
 from ..core.plan import Plan
+from ..core.precision import Precision
 from ..errors import PTQDError
 from ..files import write_file
 from .subject import Subject
@@ -222,14 +223,14 @@ def _shares(seconds: Mapping[str, float]) -> str:
     return ", ".join([*named, *([f"others {rest / whole:.0%}"] if rest else [])])
 
 
-def plot_bench(found: Bench, error: Mapping[str, F64], plans: Sequence[Plan], path: Path) -> None:
+def plot_bench(found: Bench, error: Mapping[Precision, F64], plans: Sequence[Plan], path: Path) -> None:
     """Draw time against fidelity, a point per engine and per plan that mixes engines.
 
     A plan's time per call is the mean of its steps' engines.
 
     Args:
-        error: predicted squared error at the end of sampling that each step at a precision adds, by the
-            precision's text, (T,); data reaches from -1 to 1.
+        error: predicted squared error at the end of sampling that each step at a precision adds, (T,); data
+            reaches from -1 to 1.
         path: a .png file.
     Raises:
         PTQDError: matplotlib is not installed, or the file cannot be written.
@@ -240,29 +241,29 @@ def plot_bench(found: Bench, error: Mapping[str, F64], plans: Sequence[Plan], pa
         raise PTQDError(f"a plot needs matplotlib ({missing}): {install_hint('eval')}") from missing
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    engines: dict[str, dict[str, float]] = {}
+    engines: dict[str, dict[Precision, float]] = {}
     for row in found.rows:
-        if row.kind == "engine":
-            engines.setdefault(row.backend, {})[row.detail] = row.median
-        if row.kind != "engine" or not np.any(error.get(row.detail, 0)):
+        precision = Precision.parse(row.detail) if row.kind == "engine" else None
+        if precision is not None:
+            engines.setdefault(row.backend, {})[precision] = row.median
+        if precision is None or not np.any(error[precision]):
             axes.axvline(row.median, color="0.8", linewidth=0.8)
             axes.annotate(
                 row.name, (row.median, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=7,
                 color="0.4",
             )  # fmt: skip
+    mixed = [plan for plan in plans if len(plan.precisions) > 1]
     for backend, ms in engines.items():
-        points = {p: (time, np.sum(error[p])) for p, time in ms.items() if np.any(error.get(p, 0))}
-        for plan in plans:
-            texts = [str(p) for p in plan.steps]
-            if len(plan.precisions) > 1 and {*texts} <= ms.keys():
-                errors = sum(error[p][i] for i, p in enumerate(texts) if p in error)
-                points[str(plan)] = (float(np.mean([ms[p] for p in texts])), errors)
-        told = [
-            (time, -10 * np.log10(noise / 4), name) for name, (time, noise) in points.items() if noise > 0
-        ]
-        axes.plot([time for time, _, _ in told], [psnr for _, psnr, _ in told], "o", label=backend)
-        for time, psnr, name in told:
-            axes.annotate(name, (time, psnr), textcoords="offset points", xytext=(6, 4), fontsize=8)
+        alone = {str(p): Plan((p,) * len(error[p])) for p in ms}
+        every = alone | {str(plan): plan for plan in mixed if {*plan.precisions} <= ms.keys()}
+        points = {
+            name: (plan.total(ms) / len(plan), -10 * np.log10(noise / 4))
+            for name, plan in every.items()
+            if (noise := plan.error(error)) > 0
+        }
+        axes.plot([x for x, _ in points.values()], [y for _, y in points.values()], "o", label=backend)
+        for name, point in points.items():
+            axes.annotate(name, point, textcoords="offset points", xytext=(6, 4), fontsize=8)
     axes.set(
         xlabel=f"ms per call, batch {found.batch}",
         ylabel="predicted PSNR to full precision, dB",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..backends import OrtEngine, open_device, openvino, set_threads
 from ..backends.ort_profile import operator_seconds
 from ..bundle.bundle import Bundle
 from ..core.backend import ORT_CPU
-from ..core.engine import Array
+from ..core.engine import Array, Feeds
 from ..core.plan import Plan, parse_plan
 from ..core.precision import Precision
 from ..core.timing import feeds_to_time, launcher, time_call, time_switches
@@ -117,9 +117,9 @@ def open_subject(subject: Subject, place: Place) -> float:
     return time.perf_counter() - begin
 
 
-def timed(calls: int = 1) -> list[float]:
-    """Seconds of some calls, one after the other."""
-    return [time_call(_opened[-1].call) for _ in range(calls)]
+def timed() -> float:
+    """Seconds of one call."""
+    return time_call(_opened[-1].call)
 
 
 def peak_bytes() -> int | None:
@@ -171,15 +171,25 @@ def _plan(opened: _Open) -> Plan:
 def _calls(opened: _Open) -> dict[Precision, Callable[[], None]]:
     """A call of each engine of a run's plan, without the sampler; opened and called once at the first ask."""
     if not opened.calls:
-        bundle, backend, index = opened.bundle, opened.subject.backend, opened.place.device
-        feeds = feeds_to_time(bundle.manifest.sampling, opened.place.batch)
-        device = opened.kept.enter_context(contextlib.closing(open_device(backend, index)))
-        for p in _plan(opened).precisions:
-            artifact = bundle.manifest.artifact(p, backend)
-            engine = opened.kept.enter_context(open_artifact(bundle, artifact, device, index))
-            opened.calls[p] = launcher(engine, device, feeds)
-            opened.calls[p]()
+        feeds = feeds_to_time(opened.bundle.manifest.sampling, opened.place.batch)
+        opened.calls |= _launchers(opened, _plan(opened).precisions, feeds)
+        for call in opened.calls.values():
+            call()
     return opened.calls
+
+
+def _launchers(
+    opened: _Open, precisions: Iterable[Precision], feeds: Feeds
+) -> dict[Precision, Callable[[], None]]:
+    """A call of the bundle's engine at each precision, all on one device; open as long as `opened` is."""
+    bundle, backend, index = opened.bundle, opened.subject.backend, opened.place.device
+    device = opened.kept.enter_context(contextlib.closing(open_device(backend, index)))
+    calls = {}
+    for p in precisions:
+        artifact = bundle.manifest.artifact(p, backend)
+        engine = opened.kept.enter_context(open_artifact(bundle, artifact, device, index))
+        calls[p] = launcher(engine, device, feeds)
+    return calls
 
 
 def feeds_of(bundle: Bundle, rows: int) -> dict[str, Array]:
@@ -189,11 +199,8 @@ def feeds_of(bundle: Bundle, rows: int) -> dict[str, Array]:
 
 
 def _open_engine(opened: _Open) -> Callable[[], object]:
-    precision, backend = opened.subject.detail, opened.subject.backend
-    device = opened.kept.enter_context(contextlib.closing(open_device(backend, opened.place.device)))
-    artifact = opened.bundle.manifest.artifact(Precision.parse(precision), backend)
-    engine = open_artifact(opened.bundle, artifact, device, opened.place.device)
-    return launcher(opened.kept.enter_context(engine), device, opened.feeds)
+    precision = Precision.parse(opened.subject.detail)
+    return _launchers(opened, [precision], opened.feeds)[precision]
 
 
 def _open_run(opened: _Open) -> Callable[[], object]:

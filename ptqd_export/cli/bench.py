@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 
 import click
-import numpy as np
 
 from ..core.backend import RUNNABLE
 from ..core.plan import parse_plan
@@ -14,8 +13,6 @@ from ..errors import RecipeError
 from ..typed import to_plain
 from . import common as options
 from .common import common, show
-
-ALL = "all"
 
 
 @click.command()
@@ -86,6 +83,7 @@ def bench(
     Everything lives in a process of its own and takes turns with the others. A ratio is not printed where the
     rounds spread more than it differs from 1.
     """
+    from ..assemble.decide import Known
     from ..bench import BASELINES, Settings, bench_text, make_baselines, plot_bench
     from ..bench import bench as measure
     from ..bundle.bundle import Bundle
@@ -111,9 +109,5 @@ def bench(
         others = [] if model is None else make_baselines(model, Path(folder), names, say)
         found = measure(bundle, settings, others, say)
     if plot is not None:
-        choice = bundle.manifest.choice
-        errors = {p: np.array(row) for p, row in choice.error.items()}
-        if choice.sensitivity is not None:
-            errors = choice.sensitivity.weigh(errors, "paired")
-        plot_bench(found, {str(p): row for p, row in errors.items()}, asked, plot)
+        plot_bench(found, Known.of(bundle.manifest).errors("paired"), asked, plot)
     show(to_plain(found), as_json, bench_text(found))

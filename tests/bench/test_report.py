@@ -10,6 +10,7 @@ import pytest
 
 from ptqd_export.bench.report import Bench, Row, RunRow, bench_text, plot_bench, ratio
 from ptqd_export.core.plan import parse_plan
+from ptqd_export.core.precision import Precision
 from ptqd_export.errors import PTQDError
 from ptqd_export.typed import to_plain
 
@@ -64,7 +65,9 @@ def test_a_bench_is_json() -> None:
 
 def test_a_plot_has_a_point_per_engine_and_plan(tmp_path: Path) -> None:
     both = replace(FOUND, rows=(*FOUND.rows, row("precise", (8.0,) * 5, detail="w8a16")))
-    low, high, none = ({"w8a8": np.full(2, e), "w8a16": np.full(2, 1e-6)} for e in (1e-4, 1e-2, 0.0))
+    low, high, none = (
+        {Precision(8, 8): np.full(2, e), Precision(8, 16): np.full(2, 1e-6)} for e in (1e-4, 1e-2, 0.0)
+    )
     own, mixed, other = (parse_plan(text, 2) for text in ("w8a8", "w8a16,w8a8", "fp32,w8a8"))
     cases = ((low, own), (high, own), (low, own), (none, own), (low, mixed), (low, other))
     pictures = []
@@ -75,4 +78,4 @@ def test_a_plot_has_a_point_per_engine_and_plan(tmp_path: Path) -> None:
     assert pictures[5] == pictures[0]  # no engine of fp32 was timed
     assert len({*pictures}) == 4
     with pytest.raises(PTQDError, match="nowhere"):
-        plot_bench(FOUND, {}, [], tmp_path / "nowhere" / "p.png")
+        plot_bench(FOUND, none, [], tmp_path / "nowhere" / "p.png")
