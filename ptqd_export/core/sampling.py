@@ -5,7 +5,7 @@ The state x is float64; engines receive it as float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -192,11 +192,14 @@ class Sampling:
 
     def predict_singly(self, engine: Engine, x: Floats, step: int, conditions: Mapping[str, Array]) -> F64:
         """`predict`, one sample at a time: every engine takes that, whatever batches it was built for."""
-        parts = []
+        return np.concatenate(
+            [self.predict(engine, one, step, own) for one, own in self.singly(x, conditions)]
+        )
+
+    def singly(self, x: Floats, conditions: Mapping[str, Array]) -> Iterator[tuple[Floats, dict[str, Array]]]:
+        """Each sample of x (N, C, H, W) as a batch of its own, with its conditions."""
         for i in range(len(x)):
-            own = {spec.name: conditions[spec.name][i : i + 1] for spec in self.model.inputs}
-            parts.append(self.predict(engine, x[i : i + 1], step, own))
-        return np.concatenate(parts)
+            yield x[i : i + 1], {spec.name: conditions[spec.name][i : i + 1] for spec in self.model.inputs}
 
     def begin(self, source: NoiseSource) -> State:
         """The first state, from the first draw of `source`."""

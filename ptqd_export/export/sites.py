@@ -166,11 +166,11 @@ def cut_layers(source: Path, folder: Path) -> tuple[Path, dict[str, LayerGraph]]
         for file, name in parts.items()
     }
     save({"whole": with_outputs(model, (x for x, _ in sites.values())), **models}, folder, WEIGHTS)
-    layers = {
-        name: LayerGraph(folder / f"{file}.onnx", *sites[name], step, _added(models[file].graph, step))
-        for file, name in parts.items()
-        for step in [_step(models[file].graph)]
-    }
+    layers = {}
+    for file, name in parts.items():
+        step = _step(models[file].graph)
+        added = _added(models[file].graph, step)
+        layers[name] = LayerGraph(folder / f"{file}.onnx", *sites[name], step, added)
     return folder / "whole.onnx", layers
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -59,9 +58,9 @@ def check_layers(
         with OrtEngine(debug, optimise=emission is Emission.ORT_CPU) as engine:
             steps = sorted({0, len(sampling) // 2, len(sampling) - 1})
             # One sample at a time, and gone before the next: all layers' values are in memory at once.
-            for step, i in itertools.product(steps, range(x.shape[1])):
-                own = {key: value[i : i + 1] for key, value in conditions.items()}
-                values = engine(sampling.conditional.feeds(x[step, i : i + 1], step, own))
+            singly = ((step, *one) for step in steps for one in sampling.singly(x[step], conditions))
+            for step, sample, own in singly:
+                values = engine(sampling.conditional.feeds(sample, step, own))
                 for layer_name, (source, target) in sites.items():
                     layer = quantized.layers[layer_name]
                     simulator = LayerSimulator(layer, emission)
