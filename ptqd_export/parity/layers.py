@@ -56,15 +56,18 @@ def check_layers(
         _, x, _, conditions = trajectories.first(2)
         # The portable graph is an interchange form, so it is judged as written, without a runtime's fusions.
         with OrtEngine(debug, optimise=emission is Emission.ORT_CPU) as engine:
-            steps = sorted({0, len(sampling) // 2, len(sampling) - 1})
-            # One sample at a time, and gone before the next: all layers' values are in memory at once.
-            singly = ((step, *one) for step in steps for one in sampling.singly(x[step], conditions))
-            for step, sample, own in singly:
-                values = engine(sampling.conditional.feeds(sample, step, own))
-                for layer_name, (source, target) in sites.items():
+            for step in sorted({0, len(sampling) // 2, len(sampling) - 1}):
+                # Computed one at a time, for less memory; judged together, as a channel's largest output is
+                # that of both.
+                values = [
+                    engine(sampling.conditional.feeds(one, step, own))
+                    for one, own in sampling.singly(x[step], conditions)
+                ]
+                for layer_name, ends in sites.items():
                     layer = quantized.layers[layer_name]
                     simulator = LayerSimulator(layer, emission)
-                    found = _compare(layer, emission, simulator, values[source], values[target])
+                    source, target = (np.concatenate([value[end] for value in values]) for end in ends)
+                    found = _compare(layer, emission, simulator, source, target)
                     if not found.tolerable:
                         raise ParityError(
                             f"{name}: layer {layer_name} at step {step} differs from its simulation: "
@@ -74,7 +77,7 @@ def check_layers(
                             "calibrated"
                         )
                     total += found
-                del values
+                del values  # of all layers, before those of the next step
         return LayerFigures(len(sites), total.size, total.share, round(total.largest_steps, 3))
     finally:
         debug.unlink(missing_ok=True)

@@ -51,3 +51,21 @@ def test_one_tie_in_a_small_layer_is_let_pass(
     else:
         with pytest.raises(ParityError, match=r"2\.00% of outputs"):
             check_layers(*arguments)
+
+
+def test_samples_are_judged_together(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rounding may do goes by a channel's largest output, which one of them alone may lack."""
+    judged, compare = list[tuple[int, int]](), layers._compare
+
+    def counted(layer: Any, emission: Any, simulator: Any, source: Any, target: Any) -> Apart:
+        judged.append((len(source), len(target)))
+        return compare(layer, emission, simulator, source, target)
+
+    monkeypatch.setattr(layers, "_compare", counted)
+    graph = case.graph(Emission.PORTABLE)
+    check_layers("w4a4", graph, case.quantized, Emission.PORTABLE, case.sampling, case.trajectories)
+    first = case.trajectories.first(2)
+    rows = {len(first.x[0])}
+    assert rows == {2} and {size % 2 for pair in judged for size in pair} == {0}
+    steps = {0, len(case.sampling) // 2, len(case.sampling) - 1}
+    assert len(judged) == len(steps) * len(case.quantized.layers)
