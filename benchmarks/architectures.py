@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from report import REFERENCE_MODEL
 
-from ptqd_export.recipe import Recipe
+from ptqd_export import Recipe, build
+from ptqd_export.bundle.bundle import Bundle
+from ptqd_export.errors import PTQDError
 
 REFERENCE = "reference"
 FEW = {"size": 2, "held_out": 2, "batch_size": 2, "activation_range": "minmax", "weight_range": "minmax"}
@@ -35,6 +39,23 @@ class Architecture:
     inputs: tuple[dict[str, Any], ...]
     precisions: tuple[str, ...]
     rows: tuple[int, int, int]
+
+
+def _stable_diffusion(
+    title: str, parameters: int, size: int, channels: tuple[int, ...], *precisions: str
+) -> Architecture:
+    """Of Stable Diffusion 1.5's shape."""
+    config = {"sample_size": size, "cross_attention_dim": 768, "attention_head_dim": 8}
+    text = {"name": "encoder_hidden_states", "dtype": "float32", "shape": [77, 768]}
+    return Architecture(
+        f"{title}, random weights",
+        "UNet2DConditionModel",
+        parameters,
+        {**config, "block_out_channels": channels},
+        (text,),
+        precisions,
+        (2, 2, 4),
+    )
 
 
 ARCHITECTURES = {
@@ -95,35 +116,17 @@ ARCHITECTURES = {
         ("w8a8",),
         (1, 4, 16),
     ),
-    "condition": Architecture(
-        "Stable Diffusion 1.5 with 0.4 of its channels, random weights",
-        "UNet2DConditionModel",
-        142_236_036,
-        {
-            "sample_size": 32,
-            "cross_attention_dim": 768,
-            "attention_head_dim": 8,
-            "block_out_channels": (128, 256, 512, 512),
-        },
-        ({"name": "encoder_hidden_states", "dtype": "float32", "shape": [77, 768]},),
-        ("w8a8",),
-        (2, 2, 4),
+    "condition": _stable_diffusion(
+        "Stable Diffusion 1.5 with 0.4 of its channels", 142_236_036, 32, (128, 256, 512, 512), "w8a8"
     ),
-    "sd": Architecture(
-        "size of Stable Diffusion 1.5, random weights",
-        "UNet2DConditionModel",
-        859_520_964,
-        {
-            "sample_size": 64,
-            "cross_attention_dim": 768,
-            "attention_head_dim": 8,
-            "block_out_channels": (320, 640, 1280, 1280),
-        },
-        ({"name": "encoder_hidden_states", "dtype": "float32", "shape": [77, 768]},),
-        ("fp16", "w8a8", "w8a8-fp8"),
-        (2, 2, 4),
+    "sd": _stable_diffusion(
+        "size of Stable Diffusion 1.5", 859_520_964, 64, (320, 640, 1280, 1280), "fp16", "w8a8", "w8a8-fp8"
     ),
 }
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def write_model(key: str, folder: Path) -> Path:
@@ -146,11 +149,26 @@ def write_model(key: str, folder: Path) -> Path:
     return folder
 
 
-def recipe_of(key: str, folder: Path, n_steps: int = 1, **quantization: object) -> Recipe:
-    """A recipe with a minimal calibration; random weights are written to `folder`."""
+def quickly(model: Path, n_steps: int = 1, **quantization: object) -> Recipe:
+    """The recipe of a model with a minimal calibration."""
     about: dict[str, Any] = {
         "sampler": {"n_steps": n_steps},
         "calibration": FEW,
         "quantization": quantization,
     }
-    return Recipe.load(write_model(key, folder)).override(**about)
+    return Recipe.load(model).override(**about)
+
+
+def recipe_of(key: str, folder: Path, **quantization: object) -> Recipe:
+    """A recipe with a minimal calibration; random weights are written to `folder`."""
+    return quickly(write_model(key, folder), **quantization)
+
+
+def kept_bundle(recipe: Recipe, path: Path) -> Bundle:
+    """The bundle of a recipe at `path`, built unless it is there."""
+    with contextlib.suppress(PTQDError):
+        bundle = Bundle.open(path)
+        if bundle.manifest.provenance.recipe == recipe.to_dict():
+            return bundle
+    say(f"building {path.name}")
+    return build(recipe, path, say=say)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from architectures import ARCHITECTURES
 from diffusers import DDIMScheduler, UNet2DModel
 from report import OUT, command_cost, machine, table
 
@@ -50,13 +51,7 @@ def expected(words: Sequence[str]) -> dict[str, Any]:
 
 def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = UNet2DModel(
-        sample_size=32,
-        layers_per_block=2,
-        block_out_channels=SIZES[name],
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    )
+    model = UNet2DModel(**ARCHITECTURES["unet"].config | {"block_out_channels": SIZES[name]})
     model.save_pretrained(folder / "model")
     DDIMScheduler(clip_sample=False).save_pretrained(folder / "model")
     short = ["--calib-size", str(options.calib_size), "--n-steps", str(options.n_steps)]

@@ -19,9 +19,9 @@ from ptqd_export.backends import trt
 from ptqd_export.backends.trt.library import shared
 from ptqd_export.bundle.bundle import Bundle
 from ptqd_export.core.backend import BACKENDS
-from ptqd_export.core.engine import EPSILON, Device, DeviceEngine, Engine, Feeds
+from ptqd_export.core.engine import EPSILON, Device, DeviceEngine, Engine
 from ptqd_export.core.precision import Precision
-from ptqd_export.core.timing import launcher, time_calls, time_engines
+from ptqd_export.core.timing import feeds_to_time, launcher, time_calls, time_engines, time_switches
 from ptqd_export.parity import compare, polygraphy
 from ptqd_export.runtime import Runtime, check_probe, check_update, open_artifact, open_update, probe
 
@@ -49,13 +49,6 @@ def most_samples(bundle: Bundle, backend: str) -> int:
     m = bundle.manifest
     rows = [e.build.settings.rows[2] for e in m.engines if e.backend == backend and e.build is not None]
     return min(rows, default=max(BATCHES) * m.sampling.branches) // m.sampling.branches
-
-
-def feeds_of(bundle: Bundle, n: int) -> Feeds:
-    """Of one call for n samples of noise, at the first step."""
-    sampling = bundle.manifest.sampling
-    x = np.random.default_rng(n).standard_normal((n, *sampling.model.sample_shape))
-    return sampling.feeds(x, 0, sampling.model.conditions(None, n))
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
@@ -168,7 +161,7 @@ def check_times(job: Job, tell: Tell) -> str:
     with _opened(bundle, job.backend) as (device, engines):
         batches = [n for n in BATCHES if n <= most_samples(bundle, job.backend)]
         for n in batches:
-            feeds = feeds_of(bundle, n)
+            feeds = feeds_to_time(bundle.manifest.sampling, n)
             calls = {str(p): launcher(engine, device, feeds) for p, engine in engines.items()}
             launched = time_calls(calls, repeats=REPEATS, warmup=WARMUP)
             hosted = time_engines({str(p): e for p, e in engines.items()}, feeds, repeats=RUNS)
@@ -185,10 +178,12 @@ def check_loop(job: Job, tell: Tell) -> str:
     m, n = bundle.manifest, min(SAMPLES, most_samples(bundle, job.backend))
     sampling, plan = m.sampling, m.plan
     with _opened(bundle, job.backend) as (device, engines):
-        feeds = feeds_of(bundle, n)
+        feeds = feeds_to_time(bundle.manifest.sampling, n)
         calls = {p: launcher(engine, device, feeds) for p, engine in engines.items()}
-        step, switch = _switches(calls)
-    tell("switch_ms", {str(p): 1e3 * value for p, value in switch.items()})
+        alone, after = time_switches(calls, REPEATS, WARMUP)
+    step = {p: statistics.median(alone[p]) for p in alone}
+    more = {p: statistics.median(b - a for a, b in zip(alone[p], after[p], strict=True)) for p in alone}
+    tell("switch_ms", {str(p): 1e3 * value for p, value in more.items()})
     conditions = sampling.model.conditions(sampling.model.labels_in_turn(range(n)), n)
     with Runtime(bundle, job.backend) as runtime:
 
@@ -222,32 +217,13 @@ def _psnr(squared: float) -> float:
     return 10 * float(np.log10(PEAK**2 / squared)) if squared else float("inf")
 
 
-def _switches(
-    calls: dict[Precision, Callable[[], None]],
-) -> tuple[dict[Precision, float], dict[Precision, float]]:
-    """Seconds of a call right after its own kind; and what it takes more right after the next one's."""
-    own: dict[Precision, list[float]] = {p: [] for p in calls}
-    more: dict[Precision, list[float]] = {p: [] for p in calls}
-    names = list(calls)
-    for turn in range(WARMUP + REPEATS):
-        for p, before in zip(names, [*names[1:], names[0]], strict=True):
-            calls[p]()
-            _, alone = timed(calls[p])
-            calls[before]()
-            _, switched = timed(calls[p])
-            if turn >= WARMUP:
-                own[p].append(alone)
-                more[p].append(switched - alone)
-    return {p: statistics.median(own[p]) for p in names}, {p: statistics.median(more[p]) for p in names}
-
-
 def check_swap(job: Job, tell: Tell) -> str:
     """Weights that come to the GPU at a switch and go again: memory, time, and the same numbers."""
     needs(lambda: backends.check(job.backend))
     if not hasattr(shared(trt.load(job.backend)).runtime, "defer_weights_loading"):
         raise Skipped(f"{job.backend} keeps the weights of an open engine on the GPU")
     bundle = Bundle.open(job.bundle)
-    m, feeds = bundle.manifest, feeds_of(bundle, 1)
+    m, feeds = bundle.manifest, feeds_to_time(bundle.manifest.sampling, 1)
     expected: dict[Precision, Any] = {}
     for resident in (True, False):
         with contextlib.ExitStack() as stack:

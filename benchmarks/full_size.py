@@ -69,17 +69,15 @@ def engines(folder: Path, bundle: Bundle, precision: Precision) -> tuple[float, 
     The distance is relative, root mean square.
     """
     network = open_source(Recipe.load(folder)).network
-    info = network.info
+    sampling = bundle.manifest.sampling.conditional
     rng = np.random.default_rng(1)
-    feeds: dict[str, Any] = {
-        SAMPLE: rng.standard_normal((1, *info.sample_shape)).astype(np.float32),
-        TIMESTEP: np.array([801]),
-        **info.conditions(None, 1),
-    }
-    for spec in info.inputs:
+    x = rng.standard_normal((1, *sampling.model.sample_shape))
+    conditions = sampling.model.conditions(None, 1)
+    for spec in sampling.model.inputs:
         if spec.num_classes is None:
-            feeds[spec.name] = rng.standard_normal((1, *spec.shape)).astype(np.float32)
-    inputs = {name: torch.from_numpy(value) for name, value in feeds.items()}
+            conditions[spec.name] = rng.standard_normal((1, *spec.shape)).astype(np.float32)
+    feeds = sampling.feeds(x, 0, conditions)
+    inputs = {name: torch.from_numpy(value) for name, value in feeds.items() if name != STEP}
     sample, timestep = inputs.pop(SAMPLE), inputs.pop(TIMESTEP)
 
     def eager() -> np.ndarray:
@@ -89,11 +87,10 @@ def engines(folder: Path, bundle: Bundle, precision: Precision) -> tuple[float, 
     opened = {
         str(p): open_artifact(bundle, bundle.manifest.artifact(p, ORT_CPU), None) for p in (FP32, precision)
     }
-    feeds[STEP] = np.array([0])
-    got = opened[str(FP32)]({name: feeds[name] for name in opened[str(FP32)].inputs})[EPSILON]
+    got = opened[str(FP32)](feeds)[EPSILON]
     calls: dict[str, Callable[[], object]] = {"torch": eager}
     for name, engine in opened.items():
-        calls[name] = partial(engine, {key: feeds[key] for key in engine.inputs})
+        calls[name] = partial(engine, feeds)
     return relative_rms(got, eager()), time_calls(calls, repeats=3, warmup=1)
 
 

@@ -15,14 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 from report import REFERENCE_BUNDLE, machine, table, write_section
 
 from ptqd_export.bundle.bundle import Bundle
 from ptqd_export.core.backend import ORT_CPU
 from ptqd_export.core.precision import FP32, Precision
-from ptqd_export.core.timing import feeds_to_time, time_call
+from ptqd_export.core.timing import feeds_to_time, time_calls
 
 QUIET = 4
 AS_RUN: Mapping[str, Any] = {"enable_mem_reuse": False}
@@ -69,19 +68,16 @@ def measure(bundle: Bundle, precision: Precision, batches: list[int], rounds: in
     rows = {variant: [f"{bundle.manifest.sampling.model.name} {precision}", variant] for variant in VARIANTS}
     for batch in batches:
         given = feeds_to_time(bundle.manifest.sampling.conditional, batch)
-        seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-        for turn in range(rounds + 3):
-            for variant, own in sessions.items():
-                taken = {value.name: given[value.name] for value in own.get_inputs()}
-                elapsed = time_call(partial(own.run, None, taken))
-                if turn >= 3:
-                    seconds[variant].append(elapsed)
-        base = float(np.median(seconds["as run"]))
-        for variant, found in seconds.items():
+        calls = {}
+        for variant, own in sessions.items():
+            taken = {value.name: given[value.name] for value in own.get_inputs()}
+            calls[variant] = partial(own.run, None, taken)
+        seconds = time_calls(calls, repeats=rounds, warmup=3)
+        for variant, taken_s in seconds.items():
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 memory = pool.submit(megabytes, bundle.path, file, variant, batch).result()
-            ms = float(np.median(found))
-            rows[variant] += [f"{1e3 * ms:.2f} ({ms / base - 1:+.1%})", f"{memory:.0f}"]
+            more = taken_s / seconds["as run"] - 1
+            rows[variant] += [f"{1e3 * taken_s:.2f} ({more:+.1%})", f"{memory:.0f}"]
     return list(rows.values())
 
 

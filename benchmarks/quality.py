@@ -12,9 +12,8 @@ dataset-fashion-mnist. Bundles and samples are kept, and a rerun takes them up.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,17 +21,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+from architectures import kept_bundle
 from report import OUT, REFERENCE_MODEL, machine, table, write_section
 from safetensors.numpy import save_file
 
-from ptqd_export.assemble.assemble import assemble
 from ptqd_export.bundle.bundle import Bundle
 from ptqd_export.core.backend import ORT_CPU
-from ptqd_export.core.engine import SAMPLE, STEP, TIMESTEP, Engine
 from ptqd_export.core.plan import parse_plan
 from ptqd_export.core.precision import FP32, Precision
-from ptqd_export.core.timing import time_calls
-from ptqd_export.errors import PTQDError
+from ptqd_export.core.timing import feeds_to_time, time_calls
 from ptqd_export.evaluate import Candidate, evaluate
 from ptqd_export.evaluate.report import Report, Row, show
 from ptqd_export.recipe import Recipe
@@ -114,7 +111,6 @@ def bundle_of(line: Line, of: Table, args: argparse.Namespace) -> Bundle:
     # One bundle of ours serves all tables.
     precisions = ("fp32", *PLANS) if line.configuration == "ours" else of.precisions
     name = f"{line.configuration.replace(' ', '_')}-eta{of.eta:g}-{of.n_steps}-{len(precisions)}"
-    path = OUT / name
     recipe = Recipe.load(args.model).override(
         sampler={"eta": of.eta, "n_steps": of.n_steps},
         calibration={"size": args.calib_size, "held_out": max(2, args.calib_size // 2)},
@@ -125,12 +121,7 @@ def bundle_of(line: Line, of: Table, args: argparse.Namespace) -> Bundle:
             "sensitivity": "measured" if line.configuration == "ours" else "uniform",
         },
     )
-    with contextlib.suppress(PTQDError):
-        bundle = Bundle.open(path)
-        if bundle.manifest.provenance.recipe == recipe.to_dict():
-            return bundle
-    print(f"building {name}", file=sys.stderr)
-    return assemble(recipe, path, say=lambda text: print(text, file=sys.stderr))
+    return kept_bundle(recipe, OUT / name)
 
 
 def features_of_data(model: Path) -> Path:
@@ -189,20 +180,16 @@ def costs(plans: Mapping[tuple[Path, str], Bundle], n_steps: int) -> dict[tuple[
 
     Engines of all bundles take turns.
     """
-    engines: dict[tuple[Path, Precision], Engine] = {}
-    feeds: dict[str, Any] = {}
+    calls: dict[tuple[Path, Precision], Callable[[], object]] = {}
     sizes = {}
     for (path, text), bundle in plans.items():
-        info = bundle.manifest.sampling.model
-        feeds = {SAMPLE: np.zeros((2, *info.sample_shape), np.float32), TIMESTEP: np.full(2, 500)}
-        feeds |= {STEP: np.array([0]), **info.conditions(None, 2)}
+        feeds = feeds_to_time(bundle.manifest.sampling, 1)
         used = sorted(set(parse_plan(text, n_steps).steps), key=str)
         names = {bundle.manifest.artifact(p, ORT_CPU).file for p in used}
         sizes[path, text] = weight_bytes([bundle.file(name) for name in names]) / 1e6
         for p in used:
             artifact = bundle.manifest.artifact(p, ORT_CPU)
-            engines.setdefault((path, p), open_artifact(bundle, artifact, None))
-    calls = {name: partial(e, {key: feeds[key] for key in e.inputs}) for name, e in engines.items()}
+            calls.setdefault((path, p), partial(open_artifact(bundle, artifact, None), feeds))
     seconds = time_calls(calls, repeats=200)
     found = {}
     for (path, text), size in sizes.items():

@@ -11,25 +11,17 @@ reference --batch 1 --rounds 5`.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
 import tempfile
 from pathlib import Path
 
-from architectures import ARCHITECTURES, REFERENCE, recipe_of, write_model
+from architectures import ARCHITECTURES, REFERENCE, kept_bundle, quickly, say, write_model
 from report import OUT, REFERENCE_BUNDLE, machine, table, write_section
 
-from ptqd_export.assemble.assemble import assemble
 from ptqd_export.bench import BASELINES, Bench, Settings, bench, make_baselines
 from ptqd_export.bundle.bundle import Bundle
-from ptqd_export.errors import PTQDError
 
 OTHERS = ("unet", "cifar", "condition")
 LIBRARIES = ("onnxruntime", "torch", "openvino", "nncf")
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def cells(found: Bench, name: str) -> list[str]:
@@ -45,14 +37,9 @@ def bundle_of(key: str, model: Path) -> Bundle:
     """The bundle of a model, built unless it is there."""
     if key == REFERENCE:
         return Bundle.open(REFERENCE_BUNDLE)
-    path = OUT / f"step-time-{key}"
-    recipe = recipe_of(key, model, n_steps=2, precisions=("fp32", "w8a8"), rounding="nearest")
+    recipe = quickly(model, n_steps=2, precisions=("fp32", "w8a8"), rounding="nearest")
     recipe = recipe.override(plan={"rule": "fixed", "steps": ("fp32", "w8a8")})
-    with contextlib.suppress(PTQDError):
-        bundle = Bundle.open(path)
-        if bundle.manifest.provenance.recipe == recipe.to_dict():
-            return bundle
-    return assemble(recipe, path, say=say)
+    return kept_bundle(recipe, OUT / f"step-time-{key}")
 
 
 def measure(key: str, args: argparse.Namespace) -> dict[tuple[int, int], Bench]:

@@ -10,16 +10,14 @@ and prompts, on a seed that nothing else uses. Bundles and samples are kept, and
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 
+from architectures import kept_bundle
 from report import OUT, TEXT_MODEL, machine, table, write_section
 
-from ptqd_export.assemble.assemble import assemble
 from ptqd_export.bundle.bundle import Bundle
 from ptqd_export.core.backend import ORT_CPU
 from ptqd_export.core.plan import parse_plan
-from ptqd_export.errors import PTQDError
 from ptqd_export.evaluate import Candidate, evaluate
 from ptqd_export.evaluate.report import Row, show
 from ptqd_export.recipe import Recipe
@@ -46,17 +44,12 @@ def plans(n: int) -> tuple[str, ...]:
 
 def bundle_of(guidance: float) -> Bundle:
     """The bundle of a scale, built unless it is there."""
-    path = OUT / f"text-{guidance:g}"
     recipe = Recipe.load(TEXT_MODEL).override(
         sampler={"guidance_scale": guidance},
         quantization={"precisions": PRECISIONS},
         plan={"rule": "fixed", "steps": ("w8a8",), "sensitivity": "uniform"},
     )
-    with contextlib.suppress(PTQDError):
-        bundle = Bundle.open(path)
-        if bundle.manifest.provenance.recipe == recipe.to_dict():
-            return bundle
-    return assemble(recipe, path, say=lambda text: print(text, file=sys.stderr))
+    return kept_bundle(recipe, OUT / f"text-{guidance:g}")
 
 
 def cells(guidance: float, row: Row) -> list[str]:

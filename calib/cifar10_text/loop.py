@@ -121,6 +121,12 @@ class Loop:
             self._order = (epoch, torch.randperm(self._n, generator=shuffle).to(self._args.device))
         return self._order[1][at * size : (at + 1) * size]
 
+    def pictures(self, pixels: Tensor, index: Tensor) -> Tensor:
+        """Of pictures uint8 (N, 3, H, W) those of this step, float32 in [-1, 1], half of them mirrored."""
+        x = pixels[index].float() / 127.5 - 1
+        chance = torch.rand(len(x), 1, 1, 1, generator=self.generator, device=self._args.device)
+        return torch.where(chance < 0.5, x.flip(3), x).contiguous(memory_format=torch.channels_last)
+
     def descend(self, loss: Tensor) -> None:
         """One step of the optimizer down the gradient of `loss` (a scalar)."""
         self.optimizer.zero_grad(set_to_none=True)

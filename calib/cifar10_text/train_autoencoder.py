@@ -73,9 +73,7 @@ def main() -> None:
     ema = Ema(model.vae, EMA)
     loop = Loop("autoencoder", args, {"autoencoder": model, "ema": ema}, len(pixels), warmup=100)
     for step in loop:
-        x = pixels[loop.batch()].float() / 127.5 - 1
-        mirrored = torch.rand(len(x), 1, 1, 1, generator=loop.generator, device=args.device) < 0.5
-        x = torch.where(mirrored, x.flip(3), x).contiguous(memory_format=torch.channels_last)
+        x = loop.pictures(pixels, loop.batch())
         noise = torch.randn(len(x), 4, 8, 8, generator=loop.generator, device=args.device)
         with torch.autocast(args.device, torch.bfloat16):
             out, kl = model(x, noise)

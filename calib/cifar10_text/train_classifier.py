@@ -28,11 +28,8 @@ def main() -> None:
     loop = Loop("classifier", args, {"classifier": model}, len(pixels))
     for _ in loop:
         index = loop.batch()
-        x = pixels[index].float() / 127.5 - 1
-        mirrored = torch.rand(len(x), 1, 1, 1, generator=loop.generator, device=args.device) < 0.5
-        x = torch.where(mirrored, x.flip(3), x).contiguous(memory_format=torch.channels_last)
         with torch.autocast(args.device, torch.bfloat16):
-            logits = model(x)
+            logits = model(loop.pictures(pixels, index))
         loop.descend(torch.nn.functional.cross_entropy(logits.float(), truth[index]))
 
     half = {
