@@ -19,9 +19,9 @@ import transformers
 from captions import MAX_LENGTH, WORDINGS, caption, write_prompts, write_tokenizer
 from data import CLASSES, load
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from loop import Ema, Loop, parse
+from loop import Ema, Loop, autocast, parse
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 WIDTH = 128
@@ -69,6 +69,18 @@ def make_scheduler() -> DDIMScheduler:
         set_alpha_to_one=False,
         steps_offset=1,
     )
+
+
+class Denoiser(nn.Module):
+    """Latents (N, 4, 8, 8), timesteps int64 (N,), states (N, 16, WIDTH) to the prediction, like the latents."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+        prediction: Tensor = self.unet(x, t, states, return_dict=False)[0]
+        return prediction
 
 
 @torch.inference_mode()
@@ -121,6 +133,11 @@ def main() -> None:
     emas = {"unet": Ema(unet, EMA), "text": Ema(text, EMA)}
     parts = {"unet": unet, "text_encoder": text, "unet_ema": emas["unet"], "text_ema": emas["text"]}
     loop = Loop("diffusion", args, parts, len(truth))
+    n = args.batch_size
+    example = torch.zeros(n, 4, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
+    timesteps = torch.zeros(n, dtype=torch.int64, device=device)
+    states = torch.zeros(n, MAX_LENGTH, WIDTH, device=device, requires_grad=True)
+    predict = autocast(Denoiser(unet), args.device, example, timesteps, states)
     for step in loop:
         index = loop.batch()
         batch = len(index)
@@ -142,9 +159,8 @@ def main() -> None:
         a = abar[t].view(-1, 1, 1, 1)
         x = (a.sqrt() * z + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):
-            states = text(ids[rows]).last_hidden_state[row]
-            prediction = unet(x, t, states, return_dict=False)[0]
-        error = (prediction.float() - noise).square().mean((1, 2, 3))
+            states = text(ids[rows]).last_hidden_state.float()[row]
+        error = (predict(x, t, states).float() - noise).square().mean((1, 2, 3))
         loop.descend((weight[t] * error).mean())
         emas["unet"].update(unet, step)
         emas["text"].update(text, step)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from data import load
 from diffusers import AutoencoderKL
-from loop import Ema, Loop, parse
+from loop import Ema, Loop, autocast, parse
 from torch import Tensor, nn
 
 KL = 1e-6
@@ -72,11 +72,12 @@ def main() -> None:
     model = Autoencoding(make_autoencoder()).to(args.device, memory_format=torch.channels_last)
     ema = Ema(model.vae, EMA)
     loop = Loop("autoencoder", args, {"autoencoder": model, "ema": ema}, len(pixels), warmup=100)
+    example = loop.pictures(pixels, loop.batch())
+    autoencode = autocast(model, args.device, example, torch.zeros(len(example), 4, 8, 8, device=args.device))
     for step in loop:
         x = loop.pictures(pixels, loop.batch())
         noise = torch.randn(len(x), 4, 8, 8, generator=loop.generator, device=args.device)
-        with torch.autocast(args.device, torch.bfloat16):
-            out, kl = model(x, noise)
+        out, kl = autoencode(x, noise)
         error = (out - x).abs().mean() + 2 * (out - x).square().mean()
         loop.descend(error + KL * kl.mean())
         ema.update(model.vae, step)

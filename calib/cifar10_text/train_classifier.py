@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from classifier import FEATURES, REFERENCE, WEIGHTS, Classifier, load_features
 from data import load
-from loop import Loop, parse
+from loop import Loop, autocast, parse
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file as save_tensors
 
@@ -26,10 +26,10 @@ def main() -> None:
     pixels, truth = torch.from_numpy(images).to(args.device), torch.from_numpy(labels).to(args.device)
     model = Classifier().to(args.device, memory_format=torch.channels_last)
     loop = Loop("classifier", args, {"classifier": model}, len(pixels))
+    classify = autocast(model, args.device, loop.pictures(pixels, loop.batch()))
     for _ in loop:
         index = loop.batch()
-        with torch.autocast(args.device, torch.bfloat16):
-            logits = model(loop.pictures(pixels, index))
+        logits = classify(loop.pictures(pixels, index))
         loop.descend(torch.nn.functional.cross_entropy(logits.float(), truth[index]))
 
     half = {
