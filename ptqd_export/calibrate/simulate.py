@@ -160,8 +160,15 @@ def simulate(network: Network, quantized: QuantizedNetwork, emission: Emission) 
         quantized: layers of `network` at one precision.
         emission: the emission whose arithmetic is simulated.
     """
+    # Weights that the simulation replaces are not copied: they are most of a large network.
+    replaced, kept = dict[int, Any](), set[int]()
+    for name, weight in network.module.named_parameters(remove_duplicate=False):
+        if name.removesuffix(".weight") in quantized.layers:
+            replaced[id(weight)] = nn.Parameter(torch.empty(0))
+        else:
+            kept.add(id(weight))
+    module = copy.deepcopy(network.module, {i: p for i, p in replaced.items() if i not in kept})
     # channels_last is some 7 % faster here; the original keeps its layout, because this is a copy.
-    module = copy.deepcopy(network.module)
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name, layer in quantized.layers.items():
         target = module.get_submodule(name)

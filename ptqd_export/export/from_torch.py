@@ -38,8 +38,7 @@ def export_fp(module: torch.nn.Module, info: ModelInfo, timestep: str = "int64")
     Output: `output` f32 (batch, C, H, W), what the network returns, whatever its prediction type.
 
     The nodes of Conv2d and Linear modules carry their module path (`LAYER`). Nothing else is kept of the
-    exporter's metadata, so the same module gives the same bytes. The model owns its weights: further training
-    does not change it.
+    exporter's metadata, so the same module gives the same bytes. The weights are the module's own memory.
 
     Args:
         module: called as module(sample, timestep, **conditions) -> Tensor; put into evaluation mode.
@@ -93,7 +92,7 @@ def _export(
     *,
     variadic: bool,
 ) -> ir.Model:
-    """The exporter's model of a wrapper around a module `module`, with weights of its own.
+    """The exporter's model of a wrapper around a module `module`, which share their weights.
 
     Args:
         inner: that module.
@@ -126,7 +125,7 @@ def _export(
         )
     model = program.model
     _check_batch(model, names, what)
-    _own_weights(model)
+    _name_weights(model)
     _note_origins(model, inner)
     _strip(model)
     _name_batch(model)
@@ -179,8 +178,8 @@ def _check_batch(model: ir.Model, names: list[str], what: str) -> None:
             )
 
 
-def _own_weights(model: ir.Model) -> None:
-    """Copy the weights out of torch's storage, under names relative to the module."""
+def _name_weights(model: ir.Model) -> None:
+    """Keep the weights as plain arrays, not copied, under names relative to the module."""
     graph = model.graph
     for value in list(graph.initializers.values()):
         name = str(value.name)
@@ -188,7 +187,7 @@ def _own_weights(model: ir.Model) -> None:
         if short != name and short not in graph.initializers and all(v.name != short for v in graph.inputs):
             name = short
         assert value.const_value is not None
-        array = np.array(value.const_value.numpy())
+        array = np.asarray(value.const_value.numpy())
         value.const_value = ir.tensor(array, dtype=value.const_value.dtype, name=name)
         value.name = name
 

@@ -84,14 +84,21 @@ def judge_graph(case: Case, sampling: Sampling, trajectories: Trajectories, netw
         case.correction is not None and native and case.emission.numerics(case.precision) is case.emission
     )
     optimised = case.file.with_name(".optimised.onnx")
+    # First, as this takes an engine of its own: of a large model two at a time are too much memory.
+    layers = None
+    if case.correction is not None:
+        layers = check_layers(case.name, case.file, case.quantized, case.emission, sampling, trajectories)
     try:
         with OrtEngine(case.file, optimise=native, optimised_path=optimised if integer else None) as engine:
-            if case.correction is None:
+            if case.correction is None or layers is None:
                 figures: Figures = _check_float_case(case, engine, sampling, trajectories, network)
             else:
                 if integer:
                     check_structure(case.name, case.file, optimised)
-                figures = _check_quantized_case(case, case.correction, engine, sampling, trajectories)
+                fold = check_fold(case.name, engine, case.correction, sampling, trajectories)
+                rounding = HALF if case.emission is Emission.HALF else 0.0
+                noise = _noise_of(case, case.correction, engine, sampling, trajectories, rounding)
+                figures = QuantizedFigures(fold, layers, noise)
             return Verdict(figures, probe(engine, sampling))
     finally:
         for leftover in case.file.parent.glob(".optimised*"):
@@ -153,20 +160,6 @@ def _check_float_case(
     allowed = max_float_error(case.precision, case.emission)
     with TorchEngine(network.module, sampling) as reference:
         return check_float(case.name, engine, reference, sampling, trajectories, allowed)
-
-
-def _check_quantized_case(
-    case: Case,
-    correction: Correction,
-    engine: Engine,
-    sampling: Sampling,
-    trajectories: Trajectories,
-) -> QuantizedFigures:
-    fold = check_fold(case.name, engine, correction, sampling, trajectories)
-    layers = check_layers(case.name, case.file, case.quantized, case.emission, sampling, trajectories)
-    rounding = HALF if case.emission is Emission.HALF else 0.0
-    noise = _noise_of(case, correction, engine, sampling, trajectories, rounding)
-    return QuantizedFigures(fold, layers, noise)
 
 
 def _noise_of(

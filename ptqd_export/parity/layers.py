@@ -90,6 +90,9 @@ def _compare(
     got = np.asarray(target, np.float32)
     axis = 1 if layer.kind == "conv" else got.ndim - 1
     step = _step(layer, emission, got.ndim, axis)
+    # Where the bias cancels the products, the output tells little of what was rounded.
+    bias = np.zeros(len(layer.weight)) if layer.bias is None else np.abs(layer.bias).astype(np.float64)
+    added = _along(bias, got.ndim, axis)
     if target.dtype == np.float16:
         # Every weight and input is rounded to float16, then the sum, then the bias.
         others = tuple(i for i in range(got.ndim) if i != axis)
@@ -100,12 +103,11 @@ def _compare(
             moved = -layer.input.zero_point(np.int8) * layer.input.scale
         # What is added to make up for `moved`: more at borders, where taps that cancel are left out.
         taps = np.abs(layer.weight_values().sum(1)).reshape(len(layer.weight), -1).sum(1) * layer.weight_scale
-        largest = np.abs(simulated).max(axis=others, keepdims=True) + _along(
-            np.abs(moved) * taps.astype(np.float64), got.ndim, axis
-        )
+        added = added + _along(np.abs(moved) * taps.astype(np.float64), got.ndim, axis)
+        largest = np.abs(simulated).max(axis=others, keepdims=True) + added
         spread = _spread(layer, x - moved, got.ndim, axis)
         return judge(got, simulated, step, np.asarray(2 * HALF * largest + ROUNDINGS * HALF * spread))
-    return judge(got, simulated, step, float_tolerance(simulated, step, FLOAT_TOLERANCE))
+    return judge(got, simulated, step, float_tolerance(simulated, step, FLOAT_TOLERANCE, added))
 
 
 def _step(layer: LayerQuant, emission: Emission, ndim: int, axis: int) -> F64:

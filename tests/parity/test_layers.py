@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 from cases import rescaled
 
+from ptqd_export.calibrate import LayerSimulator
 from ptqd_export.core.backend import Emission
 from ptqd_export.core.figures import LayerFigures
-from ptqd_export.core.quant import QuantizedNetwork
+from ptqd_export.core.quant import Grid, LayerQuant, QuantizedNetwork
 from ptqd_export.errors import ParityError
 from ptqd_export.parity import layers
-from ptqd_export.parity.judgement import MAX_SHARE_APART, Apart
+from ptqd_export.parity.judgement import MAX_SHARE_APART, Apart, judge
 from ptqd_export.parity.layers import check_layers
 
 Case = Any
@@ -69,3 +71,36 @@ def test_samples_are_judged_together(case: Case, monkeypatch: pytest.MonkeyPatch
     assert rows == {2} and {size % 2 for pair in judged for size in pair} == {0}
     steps = {0, len(case.sampling) // 2, len(case.sampling) - 1}
     assert len(judged) == len(steps) * len(case.quantized.layers)
+
+
+def test_a_bias_that_cancels_the_products_leaves_their_rounding() -> None:
+    """As happens where a layer has an output of one position: the largest output tells little of it."""
+    rng = np.random.default_rng(0)
+    weight = rng.integers(-127, 128, (64, 256)).astype(np.int8)
+    x = np.tile(rng.standard_normal((1, 1, 256)), (2, 1, 1)).astype(np.float32)
+    scale = np.full(64, 1 / 256, np.float32)
+    codes = np.clip(np.rint(x / np.float32(0.05)), -128, 127)
+    products = (codes.astype(np.float64) * 0.05) @ (weight.astype(np.float64).T / 256)
+    layer = LayerQuant(
+        "l",
+        "linear",
+        weight,
+        scale,
+        8,
+        Grid(0.05, -128, 127),
+        8,
+        None,
+        (1e-3 - products[0, 0]).astype("f4"),
+        64,
+    )
+    assert layer.bias is not None
+    right = (products + layer.bias.astype(np.float64)).astype(np.float32)
+    simulator = LayerSimulator(layer, Emission.PORTABLE)
+
+    def found(target: np.ndarray) -> Apart:
+        return layers._compare(layer, Emission.PORTABLE, simulator, x, target)
+
+    alone = judge(right, simulator(x), np.ones((1, 1, 64)) * 1e-3, np.array(2e-5 * np.abs(right).max()))
+    assert alone.share > 10 * MAX_SHARE_APART  # the largest output alone would refuse it
+    assert found(right).tolerable
+    assert not found(right + 1e-3 * np.abs(layer.bias)).tolerable
