@@ -72,7 +72,7 @@ def make_scheduler() -> DDIMScheduler:
 
 
 class Denoiser(nn.Module):
-    """Latents (N, 4, 8, 8), timesteps int64 (N,), states (N, 16, WIDTH) to the prediction, like the latents."""
+    """Latents (N, 4, 8, 8), timesteps int64 (N,), states (N, 16, WIDTH) to the prediction, (N, 4, 8, 8)."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
