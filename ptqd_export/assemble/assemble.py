@@ -22,10 +22,21 @@ from ..bundle.bundle import Bundle, check_target, in_the_way, write_manifest
 from ..bundle.layers import write_layers
 from ..bundle.manifest import Choice, CorrectionRecord, Machine, Manifest, Provenance
 from ..bundle.tables import Key, write_tables
-from ..calibrate import Network, Parts, Trajectories, collect, observe, open_parts, open_source, prompts_of
+from ..calibrate import (
+    Network,
+    Parts,
+    Trajectories,
+    Workers,
+    collect,
+    observe,
+    open_parts,
+    open_source,
+    prompts_of,
+)
 from ..core.backend import BACKENDS, OPENVINO
 from ..core.engine import Array
 from ..core.plan import Plan
+from ..core.pool import Pool
 from ..core.precision import FP32, HALF_BITS, Precision
 from ..core.quant import QuantizedNetwork
 from ..core.sampling import Sampling
@@ -60,12 +71,20 @@ VERSIONS = (
 Say = Callable[[str], None]
 
 
-def assemble(recipe: Recipe, out: Path, *, resume: bool = True, say: Say = lambda text: None) -> Bundle:
+def assemble(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = True,
+    say: Say = lambda text: None,
+    pool: Pool | None = None,
+) -> Bundle:
     """Build the bundle of a recipe at `out`, atomically.
 
     Args:
         resume: reuse intermediate results of an earlier, stopped build with the same settings.
         say: called with one line of text for each thing that is done.
+        pool: samples the trajectories and measures the noise of simulated networks.
     Raises:
         PTQDError: the build failed; the message is one line. `out` is as it was, and `<out>.work` holds
             complete intermediate results or does not exist.
@@ -81,8 +100,9 @@ def assemble(recipe: Recipe, out: Path, *, resume: bool = True, say: Say = lambd
     check_plan(recipe, len(sampling))
     with work_folder(out, resume) as work:
         held = held_engines(out)
+        workers = None if pool is None else Workers.of(pool, recipe, network.info)
         with replacing(out, in_the_way) as folder:
-            manifest = _fill(recipe, network, parts, prompted, sampling, folder, work, held, say)
+            manifest = _fill(recipe, network, parts, prompted, sampling, folder, work, held, say, workers)
             seconds = round(time.monotonic() - started, 1)
             provenance = replace(manifest.provenance, seconds=seconds)
             write_manifest(folder, replace(manifest, provenance=provenance))
@@ -129,6 +149,7 @@ def _fill(
     work: Path,
     held: KnownEngines,
     say: Say,
+    workers: Workers | None,
 ) -> Manifest:
     """Write everything but the manifest into `folder`; returns the manifest."""
     spec = recipe.quantization
@@ -139,7 +160,8 @@ def _fill(
     # First: no calibration if the export fails.
     base = export_fp(network.module, network.info, sampling.schedule.timesteps.dtype.name)
     pipeline = emit_parts(parts, folder, say)
-    paths = collect(network, sampling, recipe, work / f"trajectories-{key[:16]}", prompted)
+    traced = None if workers is None else workers.trajectories
+    paths = collect(network, sampling, recipe, work / f"trajectories-{key[:16]}", prompted, traced)
     seen = observe(network, sampling, recipe, paths)
     exported = exported_layers(base)
     quantized, sensitivities = quantize_all(recipe, network, seen, sampling, paths, exported, work, key, say)
@@ -148,7 +170,7 @@ def _fill(
             f"{len(lost)} layers are not in the exported graph as themselves (such as {lost[0]}): they stay "
             "float"
         )
-    measured = measure_all(recipe, network, sampling, paths, quantized, work, key)
+    measured = measure_all(recipe, network, sampling, paths, quantized, work, key, workers)
     graphs = emit(base, sampling, quantized, measured, folder)
     verdicts = judge(graphs, folder, sampling, paths, quantized, measured, network, say)
     compiled = judge_backends(

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save
 
 from ..bundle.manifest import GateRecord
 from ..bundle.tables import Key
-from ..calibrate import Network, TorchEngine, Trajectories, measure, measure_own, simulate
+from ..calibrate import Network, TorchEngine, Trajectories, Workers, measure, measure_own, simulate
 from ..core.backend import Emission
 from ..core.engine import Engine
 from ..core.gate import LEVEL, Gated, gate
@@ -74,6 +74,7 @@ def measure_all(
     quantized: Mapping[Precision, QuantizedNetwork],
     work: Path,
     key: str,
+    workers: Workers | None = None,
 ) -> dict[Key, Measured]:
     """Measure the noise per precision and numerics on the simulated network, and fit gated corrections.
 
@@ -82,6 +83,7 @@ def measure_all(
     Args:
         work: folder of intermediate results, from which those of a stopped build are reused.
         key: key of everything before quantization that decides the sums.
+        workers: measure in place of this process, on full precision's trajectories.
     """
     n_fit = recipe.calibration.size
     measured: dict[Key, Measured] = {}
@@ -93,12 +95,15 @@ def measure_all(
             file = work / f"stats-{name}.safetensors"
             parts = _load_stats(file)
             if parts is None:
-                with (
-                    TorchEngine(simulate(network, net, emission), sampling) as engine,
-                    TorchEngine(network.module, sampling) as reference,
-                ):
-                    what = f"noise of {precision}.{emission}"
-                    parts = _measure(recipe, engine, reference, sampling, trajectories, what)
+                what = f"noise of {precision}.{emission}"
+                if workers is not None and recipe.calibration.trajectory == "full_precision":
+                    parts = workers.sums(net, emission, sampling, trajectories, what)
+                else:
+                    with (
+                        TorchEngine(simulate(network, net, emission), sampling) as engine,
+                        TorchEngine(network.module, sampling) as reference,
+                    ):
+                        parts = _measure(recipe, engine, reference, sampling, trajectories, what)
                 _save_stats(file, parts)
             measured[precision, emission] = conclude(recipe.quantization, parts[:n_fit], parts[n_fit:])
     return measured

@@ -7,6 +7,7 @@ from .measure import measure, measure_own
 from .network import Network
 from .observe import Observed, observe
 from .pipeline import DecoderPart, Parts, open_parts
+from .pooled import Workers
 from .quantize import quantize
 from .refine import refine
 from .simulate import LayerSimulator, SimulatedLayer, simulate
@@ -25,6 +26,7 @@ __all__ = [
     "TextPart",
     "TorchEngine",
     "Trajectories",
+    "Workers",
     "collect",
     "given_layers",
     "measure",

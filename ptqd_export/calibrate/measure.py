@@ -13,7 +13,7 @@ from ..core.noise import Correction, NoiseStats
 from ..core.sampling import NoiseSource, Sampling
 from ..errors import ParityError
 from ..progress import progress
-from .trajectories import CALIBRATION_STREAM, Trajectories
+from .trajectories import CALIBRATION_STREAM, Batch, Trajectories
 
 Subset = Literal["calibration", "held_out", "all"]
 
@@ -36,26 +36,39 @@ def measure(
     Raises:
         ParityError: the engine returns NaN or infinite values; names the step.
     """
-    parts = {
+    parts: dict[Subset, range] = {
         "calibration": trajectories.calibration,
         "held_out": trajectories.held_out,
         "all": range(trajectories.n),
     }
     wanted = parts[subset]
-    n_steps = len(sampling)
     found: list[NoiseStats] = []
-    with progress(len(wanted) * n_steps, what, "step") as bar:
-        for indices, x, e, conditions in trajectories:
-            if indices.start not in wanted:
-                continue
-            sums = [NoiseStats.zeros(n_steps, sampling.model.channels) for _ in indices]
-            for step in range(n_steps):
-                eq = _predict(engine, sampling, x[step], step, indices, conditions)
-                for i in range(len(indices)):
-                    sums[i] += NoiseStats.of_step(step, n_steps, e[step, i : i + 1], eq[i : i + 1])
-                bar.update(len(indices))
-            found += sums
+    with progress(len(wanted) * len(sampling), what, "step") as bar:
+        for batch in trajectories:
+            if batch.indices.start in wanted:
+                found += sums_of(engine, sampling, batch, bar.update)
     return found
+
+
+def sums_of(
+    engine: Engine, sampling: Sampling, batch: Batch, advance: Callable[[int], object] = lambda n: None
+) -> list[NoiseStats]:
+    """The sums of `measure` for each trajectory of a batch.
+
+    Args:
+        advance: called with the number of trajectories at each step.
+    Raises:
+        ParityError: as `measure`.
+    """
+    indices, x, e, conditions = batch
+    n_steps = len(sampling)
+    sums = [NoiseStats.zeros(n_steps, sampling.model.channels) for _ in indices]
+    for step in range(n_steps):
+        eq = _predict(engine, sampling, x[step], step, indices, conditions)
+        for i in range(len(indices)):
+            sums[i] += NoiseStats.of_step(step, n_steps, e[step, i : i + 1], eq[i : i + 1])
+        advance(len(indices))
+    return sums
 
 
 def measure_own(

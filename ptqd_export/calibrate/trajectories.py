@@ -7,10 +7,11 @@ a rerun continues at the first missing batch.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..core.engine import Array
+from ..core.engine import Array, Engine
 from ..core.model import InputSpec, ModelInfo
 from ..core.sampling import F64, NoiseSource, Sampling
 from ..errors import ModelError, RecipeError
@@ -31,6 +32,9 @@ from .network import Network, one_line
 from .torch_engine import TorchEngine
 
 F32 = npt.NDArray[np.float32]
+Traced = Callable[
+    [Sampling, int, Iterator[tuple[range, Mapping[str, Array]]]], Iterator[tuple[range, F32, F32]]
+]
 CONDITION = "condition."
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 CONDITION_STREAM = 1 << 48
@@ -107,6 +111,7 @@ def collect(
     recipe: Recipe,
     folder: Path,
     prompted: Mapping[str, Array] | None = None,
+    traced: Traced | None = None,
 ) -> Trajectories:
     """Sample calibration.size + calibration.held_out trajectories in full precision, with guidance.
 
@@ -117,6 +122,7 @@ def collect(
         folder: where the batches are kept; complete batches of the same model, schedule, guidance and seed
             are reused.
         prompted: conditions (P, *shape) of prompts, which take the place of values.
+        traced: has others sample the batches that are missing (`pooled.Workers.trajectories`).
     Raises:
         ModelError: a trajectory holds NaN or infinite values.
         RecipeError: the batch does not fit into memory, or an InputSpec.values file is not usable.
@@ -136,34 +142,56 @@ def collect(
     key = _key(sampling, recipe, prompted or {})
     files = {b: folder / f"{b.start:06d}-{b.stop:06d}.safetensors" for b in batches}
     todo = [b for b in batches if not _is_whole(files[b], key)]
-    with (
-        TorchEngine(network.module, sampling) as engine,
-        progress(len(todo) * len(schedule), "full-precision trajectories", "step") as bar,
-    ):
-        for indices in todo:
-            conditions = _conditions(network.info, indices, spec.seed, sources)
-            shape = (len(schedule), len(indices), *network.info.sample_shape)
-            about = {"key": key, "samples": f"{indices.start}:{indices.stop}"}
-            with writing_file(files[indices]) as file:
-                chunk = _ChunkWriter(file, shape, conditions, about)
+    given = ((b, _conditions(network.info, b, spec.seed, sources)) for b in todo)
+    with progress(len(todo) * len(schedule), "full-precision trajectories", "step") as bar:
+        if traced is not None:
+            conditions = dict(given)
+            for indices, x, e in traced(sampling, spec.seed, iter(conditions.items())):
+                with _writing(files[indices], key, x.shape, indices, conditions[indices]) as chunk:
+                    for step in range(len(schedule)):
+                        chunk.write(step, x[step], e[step])
+                bar.update(len(schedule))
+        else:
+            with TorchEngine(network.module, sampling) as engine:
+                for indices, own in given:
+                    shape = (len(schedule), len(indices), *network.info.sample_shape)
+                    with _writing(files[indices], key, shape, indices, own) as chunk:
 
-                def on_step(
-                    step: int, x: F64, e: F64, chunk: _ChunkWriter = chunk, indices: range = indices
-                ) -> None:
-                    if not (np.isfinite(x).all() and np.isfinite(e).all()):
-                        raise ModelError(
-                            f"{network.info.name} runs into NaN or infinite values at step {step} (timestep "
-                            f"{schedule.timesteps[step]}) of samples "
-                            f"{indices.start} to {indices.stop - 1}: check its weights, scheduler config and "
-                            "guidance_scale"
-                        )
-                    chunk.write(step, x, e)
-                    bar.update()
+                        def on_step(step: int, x: F64, e: F64, chunk: _ChunkWriter = chunk) -> None:
+                            chunk.write(step, x, e)
+                            bar.update()
 
-                with np.errstate(invalid="ignore", over="ignore"):  # on_step raises instead of this warning
-                    streams = [CALIBRATION_STREAM + i for i in indices]
-                    sampling.sample(lambda step: engine, conditions, streams, seed=spec.seed, on_step=on_step)
+                        trace(engine, sampling, indices, own, spec.seed, on_step)
     return Trajectories(tuple(files.values()), calibration, held_out)
+
+
+def trace(
+    engine: Engine,
+    sampling: Sampling,
+    indices: range,
+    conditions: Mapping[str, Array],
+    seed: int,
+    on_step: Callable[[int, F64, F64], None],
+) -> None:
+    """Sample a batch of calibration's trajectories; `on_step` gets each step's number, x_t and epsilon.
+
+    Raises:
+        ModelError: x_t or epsilon holds NaN or infinite values.
+    """
+
+    def check(step: int, x: F64, e: F64) -> None:
+        if not (np.isfinite(x).all() and np.isfinite(e).all()):
+            raise ModelError(
+                f"{sampling.model.name} runs into NaN or infinite values at step {step} (timestep "
+                f"{sampling.schedule.timesteps[step]}) of samples "
+                f"{indices.start} to {indices.stop - 1}: check its weights, scheduler config and "
+                "guidance_scale"
+            )
+        on_step(step, x, e)
+
+    with np.errstate(invalid="ignore", over="ignore"):  # `check` raises instead of this warning
+        streams = [CALIBRATION_STREAM + i for i in indices]
+        sampling.sample(lambda step: engine, dict(conditions), streams, seed=seed, on_step=check)
 
 
 def _key(sampling: Sampling, recipe: Recipe, prompted: Mapping[str, Array]) -> str:
@@ -214,6 +242,15 @@ def _open_values(spec: InputSpec, recipe: Recipe) -> Array:
     return values
 
 
+@contextlib.contextmanager
+def _writing(
+    file: Path, key: str, shape: tuple[int, ...], indices: range, conditions: Mapping[str, Array]
+) -> Iterator[_ChunkWriter]:
+    with writing_file(file) as target:
+        about = {"key": key, "samples": f"{indices.start}:{indices.stop}"}
+        yield _ChunkWriter(target, shape, conditions, about)
+
+
 class _ChunkWriter:
     """A safetensors file whose tensors x and e are written step by step."""
 
@@ -247,7 +284,7 @@ class _ChunkWriter:
         for value in conditions.values():
             file.write(np.ascontiguousarray(value).tobytes())
 
-    def write(self, step: int, x: F64, e: F64) -> None:
+    def write(self, step: int, x: npt.NDArray[np.floating], e: npt.NDArray[np.floating]) -> None:
         for start, value in ((self._x, x), (self._e, e)):
             self._file.seek(start + step * self._step_bytes)
             self._file.write(np.ascontiguousarray(value, np.float32).tobytes())

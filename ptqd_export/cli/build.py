@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import time
 from pathlib import Path
@@ -9,14 +10,15 @@ from typing import Any, get_args
 
 import click
 
-from ..core.backend import RUNNABLE
+from ..core.backend import RUNNABLE, TORCH
 from ..core.plan import Rule
 from ..core.scheduler_config import SOLVERS
-from ..errors import RecipeError
+from ..errors import RecipeError, need
 from ..recipe import Recipe
 from ..typed import brief, to_plain
 from .common import common, engine_notes, say, show
 from .estimate import estimate_text
+from .farm import on_ray, ray_option
 
 ENGINES = Path("engines")
 """Folder of bundles that are built without --out."""
@@ -96,6 +98,8 @@ ENGINES = Path("engines")
     show_default=True,
     help="Take up the intermediate results of a build that was stopped.",
 )
+@ray_option("Sample the trajectories, and measure the noise,")
+@click.option("--workers", type=click.IntRange(min=1), help="Of --ray.")
 @click.option(
     "--dry-run",
     is_flag=True,
@@ -103,7 +107,14 @@ ENGINES = Path("engines")
 )
 @common
 def build(
-    recipe_or_model: str | None, out: Path | None, as_json: bool, resume: bool, dry_run: bool, **options: Any
+    recipe_or_model: str | None,
+    out: Path | None,
+    as_json: bool,
+    resume: bool,
+    ray: str | None,
+    workers: int | None,
+    dry_run: bool,
+    **options: Any,
 ) -> None:
     """Calibrate, correct, export and pack RECIPE_OR_MODEL.
 
@@ -124,7 +135,10 @@ def build(
         show(to_plain(expected), as_json, estimate_text(expected))
         return
     started = time.monotonic()
-    bundle = build_bundle(recipe, check_target(out), resume=resume, say=say)
+    need(ray is not None or workers is None, f"--workers {workers} is of --ray: give it too")
+    with contextlib.ExitStack() as stack:
+        pool = None if ray is None else stack.enter_context(on_ray(ray, workers, TORCH))
+        bundle = build_bundle(recipe, check_target(out), resume=resume, say=say, pool=pool)
     m = bundle.manifest
     size = sum(entry.size for entry in m.files.values())
     result = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..core.plan import Plan, parse_plan
 from ..typed import brief, to_plain
 from . import common as options
 from .common import common, show
+from .farm import check_device, given_workers, on_ray, ray_option
 from .run import AUTO, read_tensors
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ REPORT, TABLE, PLOT = "report.json", "report.md", "report.png"
 )
 @options.batch_size
 @options.workers
+@ray_option("Sample")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads without --workers; all if left out.")
 @click.option(
     "--backend",
@@ -93,6 +96,7 @@ def evaluate(
     resamples: int,
     batch_size: int,
     workers: int,
+    ray: str | None,
     threads: int | None,
     backend: str,
     device: int,
@@ -116,6 +120,8 @@ def evaluate(
     prompted = encode_prompts(bundle, texts, negative_prompt) if texts else None
     if threads is not None:
         backends.set_threads(threads)
+    check_device(ray, device)
+    connect = None if ray is None else functools.partial(on_ray, ray, given_workers(workers))
     psnr: dict[str, F64] = {}
     with work_folder(target) as work:
         report = evaluate_bundle(
@@ -134,6 +140,7 @@ def evaluate(
             classifier=classifier,
             data=data_stats,
             resamples=resamples,
+            connect=connect,
             drawn=psnr.update,
         )
     text, plain = markdown(report), to_plain(report)

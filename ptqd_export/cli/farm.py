@@ -7,10 +7,10 @@ import io
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -18,23 +18,32 @@ from click.core import ParameterSource
 from ..bundle import Bundle
 from ..core.backend import BACKENDS
 from ..core.plan import Plan
+from ..core.pool import Pool
 from ..errors import RecipeError, need
 from ..progress import progress
 from ..runtime import Prompted
 from .common import show
 
+F = TypeVar("F", bound=Callable[..., Any])
 FORMATS = ("parquet", "webdataset")
 CONTENTS = ("png", "npy", "latents")
 LOCAL = "local"
-_OPTIONS = (
-    click.option(
+
+
+def ray_option(what: str) -> Callable[[F], F]:
+    """The option that has something done on Ray."""
+    return click.option(
         "--ray",
         is_flag=False,
         flag_value=LOCAL,
         metavar="[ADDRESS]",
-        help="Sample into shards by workers on Ray: of this machine, or of the cluster at ADDRESS (auto, or "
-        "HOST:PORT); --workers is then their number, one per core or GPU if left out.",
-    ),
+        help=f"{what} by workers on Ray: of this machine, or of the cluster at ADDRESS (auto, or HOST:PORT); "
+        "--workers is then their number, one per core or GPU if left out.",
+    )
+
+
+_OPTIONS = (
+    ray_option("Sample into shards"),
     click.option(
         "--content",
         type=click.Choice(CONTENTS),
@@ -60,8 +69,23 @@ def options(command: Any) -> Any:
     return command
 
 
+def given_workers(workers: int) -> int | None:
+    """--workers if it was given; on Ray its default is the number of cores, or of GPUs."""
+    source = click.get_current_context().get_parameter_source("workers")
+    return None if source == ParameterSource.DEFAULT else workers
+
+
 @contextlib.contextmanager
-def _alone_on_the_terminal() -> Iterator[None]:
+def on_ray(address: str, workers: int | None, backend: str) -> Iterator[Pool]:
+    """A pool of workers on Ray, whose lines do not reach the terminal; see `farm.connect`."""
+    from ..farm import connect
+
+    with alone_on_the_terminal(), connect(address, workers, backend) as pool:
+        yield pool
+
+
+@contextlib.contextmanager
+def alone_on_the_terminal() -> Iterator[None]:
     """Only what this package prints on stderr is seen: Ray's lines are in its own logs.
 
     Its core prints to the descriptor, its Python side to sys.stdout too.
@@ -133,7 +157,6 @@ def sample_on_ray(
     from ..farm import sample_shards
 
     context = click.get_current_context()
-    mine = context.get_parameter_source("workers") != ParameterSource.DEFAULT
     every = context.get_parameter_source("num_samples") == ParameterSource.DEFAULT and asked.dataset
     bars: list[Any] = []
     started = time.monotonic()
@@ -144,13 +167,13 @@ def sample_on_ray(
         bars[0].update(kept)
 
     try:
-        with _alone_on_the_terminal():
+        with alone_on_the_terminal():
             done = sample_shards(
                 bundle,
                 out,
                 None if every else num_samples,
                 address=str(asked.ray),
-                workers=workers if mine else None,
+                workers=given_workers(workers),
                 labels=labels,
                 prompted=prompted,
                 negative_prompt=None if prompted is not None else negative_prompt,
@@ -196,6 +219,12 @@ def sample_on_ray(
     show(result, as_json, text + "".join(f"\nnote: {note}" for note in notes))
 
 
+def check_device(ray: str | None, device: int) -> None:
+    """Refuse a device where Ray deals them out."""
+    told = f"--device {device} was given with --ray, which deals out the GPUs: leave it out"
+    need(ray is None or device == 0, told)
+
+
 def check_alone(asked: Asked, rebuild: bool, device: int, conditions: tuple[str, ...], chosen: bool) -> None:
     """Refuse options of `run` that shards have no use for.
 
@@ -207,7 +236,7 @@ def check_alone(asked: Asked, rebuild: bool, device: int, conditions: tuple[str,
     if asked.ray is None:
         return
     need(not rebuild, "--rebuild was given with --ray: rebuild first, by a run without --ray")
-    need(device == 0, f"--device {device} was given with --ray, which deals out the GPUs: leave it out")
+    check_device(asked.ray, device)
     need(not conditions, "--condition was given with --ray: give --conditions, a Parquet file, in its place")
     if asked.dataset is not None and chosen:
         raise RecipeError("--conditions was given beside --class-labels or --prompt: leave one of them out")

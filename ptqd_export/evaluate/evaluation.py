@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 from ..bundle.bundle import Bundle
 from ..core.engine import Array
+from ..core.pool import Pool
 from ..core.precision import FP32
 from ..errors import BundleError, RecipeError
 from ..progress import progress
@@ -43,6 +45,7 @@ F64 = npt.NDArray[np.float64]
 SEED = 2_310_059_657
 """Of evaluations: the README, the tests, the benchmarks and the default of every other command use others."""
 NUM_SAMPLES, RESAMPLES, PART = 2048, 1000, 256
+Connect = Callable[[str], AbstractContextManager[Pool]]
 PSNR, SSIM, FRECHET, KERNEL = "PSNR, dB", "SSIM", "Frechet", "kernel"
 TO_DATA = " to data"
 
@@ -78,6 +81,7 @@ def evaluate(
     data: Path | None = None,
     resamples: int = RESAMPLES,
     gaps: bool = True,
+    connect: Connect | None = None,
     drawn: Callable[[Mapping[str, F64]], None] = lambda psnr: None,
 ) -> Report:
     """Sample every candidate and the reference, and compare them.
@@ -95,6 +99,7 @@ def evaluate(
         data: a safetensors file, see `features.Data`.
         resamples: of the bootstrap; 0 gives no intervals.
         gaps: measure the guidance gap, where the model is guided.
+        connect: opens the pool that samples, for a backend; in place of `workers`.
         drawn: called with the PSNR of each sample by candidate, (N,) each.
     Raises:
         PTQDError: as `run`; RecipeError for candidates or files that do not fit.
@@ -119,9 +124,11 @@ def evaluate(
         if backend is None:
             with Runtime(bundle, None, reference.plan, device=device) as runtime:
                 backend = runtime.backend
+        pool = None if connect is None else stack.enter_context(connect(backend))
         setting = Setting(
             bundle, backend, seed, num_samples, work, tensors or {}, batch_size, workers, device, prompted
         )
+        setting = replace(setting, pool=pool)
         every = [reference, *candidates]
         found_gaps = _gaps(setting, every) if gaps and m.sampling.guided else None
         exact = _draw(setting, reference)

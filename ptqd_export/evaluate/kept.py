@@ -19,6 +19,7 @@ import numpy.typing as npt
 from ..bundle.bundle import Bundle
 from ..core.backend import BACKENDS, TORCH
 from ..core.engine import Array
+from ..core.pool import Pool
 from ..errors import PTQDError
 from ..files import digest, writing_file
 from ..runtime import Prompted, draw
@@ -42,6 +43,7 @@ class Setting:
         work: folder of the samples.
         prompted: prompts, in turn, and their conditions.
         batch_size, workers, device: as for `run`.
+        pool: samples in place of `workers`.
     """
 
     bundle: Bundle
@@ -54,6 +56,7 @@ class Setting:
     workers: int = 1
     device: int = 0
     prompted: Prompted | None = None
+    pool: Pool | None = None
 
     def conditions(self, indices: range) -> dict[str, Array]:
         """Feeds of the conditioning inputs for samples."""
@@ -100,7 +103,8 @@ def draw_kept(setting: Setting, candidate: Candidate, advance: Callable[[int], N
     folder = _folder(setting, candidate)
     drawn = draw(
         setting.bundle,
-        _batches(there, setting.batch_size, setting.workers),
+        # Of a pool's size nothing depends: batches of another size have other last bits.
+        _batches(there, setting.batch_size, 1 if setting.pool else setting.workers),
         seed=setting.seed,
         workers=setting.workers,
         backend=setting.backend,
@@ -109,6 +113,7 @@ def draw_kept(setting: Setting, candidate: Candidate, advance: Callable[[int], N
         prompted=setting.prompted,
         device=setting.device,
         replaced=candidate.replaced(setting.bundle, setting.backend),
+        pool=setting.pool,
         advance=advance,
     )
     for indices, samples in drawn:

@@ -3,6 +3,6 @@
 from .farm import Sharded, sample_shards
 from .folder import Index
 from .order import Content, Format, Order
-from .pool import LOCAL
+from .pool import LOCAL, Pool, connect
 
-__all__ = ["LOCAL", "Content", "Format", "Index", "Order", "Sharded", "sample_shards"]
+__all__ = ["LOCAL", "Content", "Format", "Index", "Order", "Pool", "Sharded", "connect", "sample_shards"]

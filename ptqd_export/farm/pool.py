@@ -7,16 +7,19 @@ to read, so that actors may take every core and starve none.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ..core.backend import BACKENDS, install_hint
+from ..core.pool import Make
 from ..errors import BackendUnavailable, PTQDError, RecipeError
 from ..typed import brief
+from .attempt import Failure, Worker
 from .order import Done, Shard
 from .sampler import REPORT, SHARD, Sampler, Task, read_report
 
@@ -77,6 +80,37 @@ class Pool:
                 yield read_report(row[REPORT])
         except ray.exceptions.RayError as error:
             raise PTQDError(_one_line(ray, error)) from error
+
+    def map(self, make: Make, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        """See `core.pool.Pool`; an item whose worker dies is given to its successor."""
+        ray, items = self._ray, iter(items)
+        actor = ray.remote(
+            num_cpus=1, num_gpus=1 if self._gpu else None, max_restarts=-1, max_task_retries=RETRIES
+        )(Worker)
+        made, workers, idle = ray.put(make), list[Any](), list[Any]()
+        running = dict[Any, tuple[Any, Any]]()
+        try:
+            while True:
+                for item in itertools.islice(items, self.workers - len(running)):
+                    if not idle:
+                        workers.append(actor.remote(made))
+                        idle.append(workers[-1])
+                    worker = idle.pop()
+                    running[worker.do.remote(item)] = worker, item
+                if not running:
+                    return
+                (done,), _ = ray.wait(list(running))
+                worker, item = running.pop(done)
+                idle.append(worker)
+                result = ray.get(done)
+                if isinstance(result, Failure):
+                    raise result.raised()
+                yield item, result
+        except ray.exceptions.RayError as error:
+            raise PTQDError(_one_line(ray, error)) from error
+        finally:
+            for worker in workers:
+                ray.kill(worker)
 
 
 @contextlib.contextmanager
@@ -163,7 +197,7 @@ def _one_line(ray: Any, error: BaseException) -> str:
     )
     if isinstance(error, died):
         return (
-            f"workers died again and again at one shard ({RETRIES + 1} times), most likely for lack of "
+            f"workers died again and again at the same work ({RETRIES + 1} times), most likely for lack of "
             "memory: lower --workers or --batch-size; the same command takes up what is finished"
         )
     cause: BaseException = error

@@ -6,21 +6,30 @@ It knows nothing of Ray: any pool of processes could call it.
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .. import errors
 from ..bundle import Bundle
-from ..errors import BackendUnavailable, PTQDError
 from ..files import sha256_file, writing_file
-from ..runtime import Job, Prompted, Runtime, Start, encode_prompts, open_worker, sample_job, versions
-from ..typed import brief, read_typed, to_plain
+from ..runtime import (
+    Job,
+    Prompted,
+    Runtime,
+    Start,
+    check_versions,
+    encode_prompts,
+    open_worker,
+    sample_job,
+    versions,
+)
+from ..typed import read_typed, to_plain
+from .attempt import Failure, attempt
 from .conditions import Conditions
 from .formats import PROMPT, Rows, write_shard
 from .order import Done, Order, Shard
@@ -62,19 +71,11 @@ class Sampler:
         self._shards = task.order.shards(task.num_samples)
 
     def __call__(self, batch: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        reports = [self._report(self._shards[int(number)]) for number in batch[SHARD]]
+        shards = [self._shards[int(number)] for number in batch[SHARD]]
+        reports = [
+            json.dumps(to_plain(attempt(partial(self.write, shard), self._task.folder))) for shard in shards
+        ]
         return {REPORT: np.array(reports, object)}
-
-    def _report(self, shard: Shard) -> str:
-        try:
-            return json.dumps(to_plain(self.write(shard)))
-        except PTQDError as error:
-            return _told(type(error).__name__, str(error))
-        except OSError as error:
-            name = error.filename or self._task.folder
-            return _told("PTQDError", f"cannot write {name} ({error.strerror or error}): free some space")
-        except MemoryError:
-            return _told("PTQDError", "a worker ran out of memory: lower --batch-size or --workers")
 
     def write(self, shard: Shard) -> Done:
         """Sample a shard and write its file, whole or not at all.
@@ -85,7 +86,7 @@ class Sampler:
         """
         if self._runtime is None:
             self._runtime = open_worker(self._task.start)
-            _check_versions(self._runtime, self._task.order)
+            check_versions(self._task.order.versions, versions(self._runtime.bundle, self._runtime.backend))
         path = self._task.folder / self._task.order.file(shard)
         with writing_file(path, clear=False) as file:  # `open_shards` has cleared
             write_shard(file, self._task.order, self._batches(shard, self._runtime))
@@ -153,21 +154,6 @@ def _of_dataset(task: Task, bundle: Bundle, shard: Shard) -> _Given:
     return _Given(of, null)
 
 
-def _check_versions(runtime: Runtime, order: Order) -> None:
-    """Raise BackendUnavailable where this machine would compute with other packages."""
-    here = versions(runtime.bundle, runtime.backend)
-    for name, version in order.versions.items():
-        if here.get(name) != version:
-            raise BackendUnavailable(
-                f"this machine has {name} {here.get(name, 'not at all')}, where the run was started "
-                f"{version}: install the same"
-            )
-
-
-def _told(kind: str, message: str) -> str:
-    return json.dumps({"error": kind, "message": message, "machine": socket.gethostname()})
-
-
 def read_report(text: str) -> Done:
     """What a worker says of a shard.
 
@@ -176,7 +162,6 @@ def read_report(text: str) -> Done:
     """
     data = json.loads(text)
     if "error" in data:
-        machine = "" if data["machine"] == socket.gethostname() else f" (on {brief(data['machine'])})"
-        raise getattr(errors, data["error"])(data["message"] + machine)
+        raise Failure(**data).raised()
     done: Done = read_typed(Done, data, REPORT)
     return done

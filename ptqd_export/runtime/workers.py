@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import multiprocessing
@@ -12,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +24,17 @@ from ..bundle.manifest import Manifest
 from ..core.backend import BACKENDS, ORT_CPU, TORCH
 from ..core.engine import Array
 from ..core.plan import Plan
+from ..core.pool import Pool
 from ..errors import BackendUnavailable, BundleError, RecipeError
 from .prompts import Prompted, encode_prompts
 from .replaced import Replaced
 from .runtime import Runtime, check_seed
+from .versions import check_versions, versions
 
 F64 = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Start:
     """What a worker opens."""
 
@@ -46,7 +48,7 @@ class Start:
     replaced: Replaced | None
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Job:
     """A batch: sample indices and their conditions; `decode`: their pictures are wanted."""
 
@@ -155,6 +157,7 @@ def draw(
     device: int = 0,
     resident: bool = True,
     replaced: Replaced | None = None,
+    pool: Pool | None = None,
     advance: Callable[[int], None] = lambda steps: None,
     opened: Callable[[Runtime], None] = lambda runtime: None,
 ) -> Iterator[tuple[range, F64]]:
@@ -165,6 +168,7 @@ def draw(
         labels, tensors: one class or row for each sample from 0 on; as for `run`.
         prompted: prompts and their conditions.
         replaced: as for Runtime; the other arguments as for `run`.
+        pool: samples in place of `workers`; with a backend that is named.
     Raises:
         PTQDError: as `run`.
     """
@@ -191,19 +195,26 @@ def draw(
     if backend is not None:
         check_batch(m, backend, largest)
     with contextlib.ExitStack() as stack:
-        if workers == 1 or backend is None:
+        if pool is None and (workers == 1 or backend is None):
             runtime = stack.enter_context(Runtime(bundle, backend, plan, model, device, resident, replaced))
             check_batch(m, runtime.backend, largest)
             backend = runtime.backend
             opened(runtime)
-        if workers == 1:
+        if pool is None and workers == 1:
             for job in map(job_of, batches):
                 steps = functools.partial(lambda n, step: advance(n), len(job.indices))
                 yield job.indices, sample_job(runtime, job, steps)
             return
     source = None if model is None else Path(model)
+    assert backend is not None
     start = Start(bundle.path, bundle.seal, backend, plan, source, device, resident, replaced)
-    for job, x in _in_processes(start, map(job_of, batches), workers):
+    jobs = map(job_of, batches)
+    if pool is None:
+        drawn = _in_processes(start, jobs, workers)
+    else:
+        start = dataclasses.replace(start, path=bundle.path.resolve())
+        drawn = pool.map(functools.partial(_drawer, start, versions(bundle, backend)), jobs)
+    for job, x in drawn:
         advance(len(job.indices) * len(m.sampling))
         yield job.indices, x
 
@@ -301,6 +312,13 @@ def _work(job: Job) -> F64:
     if _worker is None:  # opened here, not when the worker starts, so that the parent gets the error itself
         _worker = open_worker(_start)
     return sample_job(_worker, job)
+
+
+def _drawer(start: Start, expected: Mapping[str, str]) -> Callable[[Job], F64]:
+    """What a pool's worker does with a batch."""
+    runtime = open_worker(start)
+    check_versions(expected, versions(runtime.bundle, runtime.backend))
+    return functools.partial(sample_job, runtime)
 
 
 def open_worker(start: Start) -> Runtime:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import pytest
 from helpers import Built, Invoke, Launch, content
 
 from ptqd_export import run
-from ptqd_export.errors import BackendUnavailable, PTQDError, RecipeError
+from ptqd_export.bundle.bundle import MANIFEST
+from ptqd_export.errors import BackendUnavailable, ModelError, PTQDError, RecipeError
 from ptqd_export.farm import sample_shards
 from ptqd_export.farm.folder import INDEX, JOURNAL
 
@@ -157,6 +159,53 @@ def test_a_driver_that_is_killed(
     assert content(out) == content(whole)
 
 
+def slow_square(folder: Path) -> Callable[[int], int]:
+    """Squares; the first worker that meets 3 dies of it."""
+
+    def work(item: int) -> int:
+        if item == 3 and not (folder / "died").exists():
+            (folder / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if item == 7:
+            raise ModelError("seven")
+        return item * item
+
+    return work
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_work_of_any_kind(two: None, tmp_path: Path, count: int) -> None:
+    """Every item once, also that whose worker died; a worker's own error ends it, and no actor stays."""
+    make = functools.partial(slow_square, tmp_path)
+    with pool.connect("auto", count, "ort-cpu") as workers:
+        assert sorted(workers.map(make, range(6))) == [(i, i * i) for i in range(6)]
+        assert (tmp_path / "died").exists()
+        with pytest.raises(ModelError, match=r"^seven$"):
+            list(workers.map(make, range(9)))
+        assert sorted(workers.map(make, [1])) == [(1, 1)]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_build_is_the_same(classes: Built, two: None, invoke: Invoke, tmp_path: Path, count: int) -> None:
+    words = ("--out", tmp_path / "out", "--ray", "--workers", count, "--json")
+    result = invoke("build", classes.recipe, *classes.options, *words)
+    assert (result.code, result.err) == (0, "")
+    alone, got = content(classes.path), content(tmp_path / "out")
+    for files in (alone, got):
+        del files[MANIFEST]  # seconds are its own
+    assert got == alone
+
+
+def test_an_evaluation_is_the_same(classes: Built, two: None, invoke: Invoke, tmp_path: Path) -> None:
+    words = ("--plan", "w8a8", "--num-samples", 6, "--batch-size", 2, "--resamples", 10, "--json")
+    words = ("eval", classes.path, *words, "--backend", "ort-cpu")
+    alone = invoke(*words, "--out", tmp_path / "a")
+    for count in (1, 2):
+        got = invoke(*words, "--out", tmp_path / f"b{count}", "--ray", "--workers", count)
+        assert (got.code, got.err) == (0, "")
+        assert {**got.json, "out": ""} == {**alone.json, "out": ""}
+
+
 def test_addresses_that_are_none(classes: Built, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"--ray 'ray://head:10001': expected auto or HOST:PORT"):
         shards(classes, tmp_path / "out", address="ray://head:10001")
@@ -175,8 +224,8 @@ def test_what_ray_says_is_one_line() -> None:
     """Workers that die at every try; a package that is missing; anything else."""
     errors = ray.exceptions
     for error, line in (
-        (errors.ActorDiedError(), "workers died again and again at one shard (4 times)"),
-        (errors.OutOfMemoryError("x\ny"), "workers died again and again at one shard (4 times)"),
+        (errors.ActorDiedError(), "workers died again and again at the same work (4 times)"),
+        (errors.OutOfMemoryError("x\ny"), "workers died again and again at the same work (4 times)"),
         (
             errors.GetTimeoutError("late\nvery"),
             "Ray gave up (GetTimeoutError: 'late'); the same command takes",
