@@ -10,12 +10,12 @@ import importlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from ..core.backend import BACKENDS, TENSORRT, TENSORRT_RTX, install_hint
+from ..core.closing import Closing
 from ..core.engine import Array
 from ..errors import BackendUnavailable, GraphError
 
@@ -141,7 +141,7 @@ def _on_device(method: F) -> F:
     return cast(F, guarded)
 
 
-class CudaDevice:
+class CudaDevice(Closing):
     """A GPU, with one stream on which everything runs in the order of the calls.
 
     Every call makes the GPU current in its thread and puts back what was, so that torch, or another device,
@@ -389,11 +389,3 @@ class CudaDevice:
             self._drop_blocks()
             self._call("cudaStreamDestroy", self._stream)
         self._graphs, self._buffers, self._blocks, self.scratch, self._stream = set(), {}, [], (0, 0), None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

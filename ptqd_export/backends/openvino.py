@@ -16,12 +16,12 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from ..core.backend import BACKENDS, FLOAT_ERROR, OPENVINO, Floats
+from ..core.closing import Closing
 from ..core.engine import TIMESTEP, Array, Feeds, TensorSpec
 from ..core.engine_build import NOT_FOUND, PlanReport
 from ..errors import BackendUnavailable, GraphError
@@ -87,7 +87,7 @@ def has_bfloat16() -> bool:
     return "BF16" in _core(runtime()).get_property(CPU, "OPTIMIZATION_CAPABILITIES")
 
 
-class HostDevice:
+class HostDevice(Closing):
     """The host's memory, as a `Device`: buffers are numpy arrays."""
 
     def __init__(self, index: int = 0) -> None:
@@ -132,16 +132,8 @@ class HostDevice:
     def close(self) -> None:
         """Nothing to free."""
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class OpenVinoEngine:
+class OpenVinoEngine(Closing):
     """A portable ONNX file on OpenVINO, as a `DeviceEngine`.
 
     Outputs of a call are fresh arrays that the caller owns. The same file, version, processor, batch and
@@ -329,14 +321,6 @@ class OpenVinoEngine:
         """Free the models; a second call does nothing."""
         self._compiled.clear()
         self._model = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _spec(value: Any) -> TensorSpec:

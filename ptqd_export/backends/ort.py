@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
+from ..core.closing import Closing
 from ..core.engine import Array, Feeds, TensorSpec
 from ..errors import BackendUnavailable, GraphError, PTQDError
 from .ort_device import (
@@ -65,7 +65,7 @@ class _Bound:
     tensors: list[Any]
 
 
-class OrtEngine:
+class OrtEngine(Closing):
     """An ONNX file on ONNX Runtime, as a `DeviceEngine`.
 
     Outputs of a call are fresh arrays that the caller owns. The same file, version and number of threads
@@ -290,11 +290,3 @@ class OrtEngine:
         """Free the session; a second call does nothing."""
         self._bound.clear()
         self._session = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

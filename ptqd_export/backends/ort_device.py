@@ -12,12 +12,12 @@ import io
 import os
 import re
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 
 from ..core.backend import BACKENDS, ORT_CPU, ORT_CUDA, install_hint
+from ..core.closing import Closing
 from ..core.engine import Array
 from ..errors import BackendUnavailable, GraphError
 
@@ -157,7 +157,7 @@ def one_line(error: Exception) -> str:
     return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "..."
 
 
-class OrtDevice:
+class OrtDevice(Closing):
     """The memory that engines of one kind run in, as a `Device`: buffers are `onnxruntime.OrtValue`.
 
     Attributes:
@@ -227,14 +227,6 @@ class OrtDevice:
     def close(self) -> None:
         """Give no more buffers; a second call does nothing."""
         self._ort = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def layout(buffer: Any) -> tuple[str, tuple[int, ...]]:

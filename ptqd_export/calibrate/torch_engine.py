@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Self
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..core.closing import Closing
 from ..core.engine import EPSILON, SAMPLE, STEP, TIMESTEP, Array, Feeds
 from ..core.noise import Correction
 from ..core.sampling import Sampling
@@ -24,7 +22,7 @@ def set_threads(n: int) -> None:
     torch.set_num_threads(n)
 
 
-class TorchEngine:
+class TorchEngine(Closing):
     """A torch network as an Engine: epsilon = a * output + b * x_t for the schedule's prediction type.
 
     Args:
@@ -66,11 +64,3 @@ class TorchEngine:
 
     def close(self) -> None:
         """Release nothing: the network belongs to the caller."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

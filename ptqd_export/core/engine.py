@@ -13,6 +13,8 @@ from typing import Any, Protocol, Self, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from .closing import Closing
+
 Array = npt.NDArray[np.generic]
 Feeds = Mapping[str, Array]
 
@@ -108,7 +110,7 @@ class DeviceEngine(Engine, Protocol):
         """
 
 
-class FakeEngine:
+class FakeEngine(Closing):
     """An engine made of a numpy function, for tests: `FakeEngine(lambda f: 0.1 * f["sample"])`."""
 
     inputs: tuple[str, ...] = (SAMPLE, TIMESTEP)
@@ -125,11 +127,3 @@ class FakeEngine:
 
     def close(self) -> None:
         self.closed = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -8,8 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ from ..backends import trt
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import Graph, Manifest
 from ..core.backend import BACKENDS, ENGINE_BACKENDS, FLOAT_ERROR, ORT_CPU, Backend, Floats
+from ..core.closing import Closing
 from ..core.engine import EPSILON, SAMPLE, STEP, Array, Device, Engine, Feeds
 from ..core.sampling import Sampling
 from ..errors import BackendUnavailable, ParityError
@@ -283,7 +283,7 @@ def network_limits(bundle: Bundle, graph: Graph, floats: Floats = "float32") -> 
 
 
 @dataclass(frozen=True)
-class _Guided:
+class _Guided(Closing):
     """An engine with its guidance: takes x_t, step and conditions, and returns the guided epsilon."""
 
     engine: Engine
@@ -303,14 +303,6 @@ class _Guided:
 
     def close(self) -> None:
         self.engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def parsers(bundle: Bundle) -> dict[str, dict[str, str]]:

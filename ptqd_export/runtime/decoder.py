@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +11,7 @@ from ..backends import open_engine
 from ..bundle.bundle import Bundle
 from ..bundle.pipeline import LATENT, PICTURE, graph_file
 from ..core.backend import ORT_CPU
+from ..core.closing import Closing
 from ..errors import ModelError, RecipeError
 
 PIXELS_AT_ONCE = 1 << 18
@@ -19,7 +19,7 @@ PIXELS_AT_ONCE = 1 << 18
 F64 = npt.NDArray[np.float64]
 
 
-class PictureDecoder:
+class PictureDecoder(Closing):
     """The decoder of a bundle, loaded on the CPU; a context manager.
 
     Raises:
@@ -54,9 +54,3 @@ class PictureDecoder:
 
     def close(self) -> None:
         self._engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

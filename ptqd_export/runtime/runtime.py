@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from .. import backends
 from ..bundle.bundle import Bundle
 from ..core.backend import AUTOMATIC, BACKENDS, TORCH, backend
+from ..core.closing import Closing
 from ..core.engine import Array, Device, Engine
 from ..core.plan import Plan
 from ..core.precision import Precision
@@ -72,7 +73,7 @@ def check_settings(
         )
 
 
-class Runtime:
+class Runtime(Closing):
     """All engines of a plan, loaded and ready to sample.
 
     On ORT CPU the engines share one thread pool; on a GPU the state stays there. A Runtime is a context
@@ -301,12 +302,6 @@ class Runtime:
         self._on_device = self._decoder = None
         self.engines.clear()
         self._opened.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def check_seed(seed: int) -> None:

@@ -7,9 +7,9 @@ import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from ...core.closing import Closing
 from ...core.engine import Array, Feeds, TensorSpec
 from ...errors import BackendUnavailable, GraphError
 from ..cuda import Buffer, CudaDevice
@@ -17,7 +17,7 @@ from .graphs import Graphs
 from .loaded import Context, Loaded
 
 
-class TrtEngine:
+class TrtEngine(Closing):
     """An engine file on a GPU, as an `Engine`; `launch` runs it on arrays that are on the GPU already.
 
     Outputs of a call are fresh arrays that the caller owns. Scratch memory is the device's, shared with its
@@ -262,11 +262,3 @@ class TrtEngine:
                     self._device.free(buffer)
             self._held = {}
             self._loaded.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
