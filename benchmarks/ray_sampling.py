@@ -2,8 +2,9 @@
 
     python benchmarks/ray_sampling.py [BUNDLE] [--samples 512] [--shard-size 32] [--many N] [--kill] [--write]
 
-Per number of workers, while all of them are at work: samples per second; seconds of a core per sample, by the
-workers' own CPU time, which other work on the machine disturbs less. Besides, the largest memory of a worker,
+Per number of workers, while all of them are at work: samples per second, and those of as many processes
+without Ray; seconds of a core per sample, by the workers' own CPU time, which other work on the machine
+disturbs less. Besides, the largest memory of a worker,
 and the seconds until the first shard, with Ray's start. What all of them wrote is compared byte by byte;
 `--kill` kills a worker half-way in each. A second table is computed from the first, for a million samples on
 1, 10 and 1,000 machines like this one. `--many` samples that many once more, by a worker per core. Of every
@@ -31,12 +32,13 @@ from ptqd_export.bundle import Bundle
 from ptqd_export.core.backend import ORT_CPU
 from ptqd_export.farm import sample_shards
 from ptqd_export.pictures import encode_images
-from ptqd_export.runtime import Runtime
+from ptqd_export.runtime import Runtime, draw
 
 TICK = os.sysconf("SC_CLK_TCK")
 HEADER = (
     "workers",
     "samples / s",
+    "without Ray",
     "core seconds per sample",
     "memory of a worker, MB",
     "s to the first shard",
@@ -118,6 +120,17 @@ def measure(bundle: Bundle, out: Path, samples: int, workers: int, args: argpars
     return run
 
 
+def without_ray(bundle: Bundle, samples: int, workers: int, batch_size: int) -> float:
+    """Samples per second of as many processes of `run --workers`, while all of them are at work."""
+    batches = [range(start, min(start + batch_size, samples)) for start in range(0, samples, batch_size)]
+    ends = [
+        (time.perf_counter(), len(indices))
+        for indices, _ in draw(bundle, batches, workers=workers, backend=ORT_CPU)
+    ]
+    first, *others = ends[workers - 1 :]
+    return sum(size for _, size in others) / (others[-1][0] - first[0])
+
+
 def check_samples(bundle: Bundle, folder: Path, samples: int, batch_size: int) -> int:
     """Count the indices, and draw three batches again as `run` does; how many samples were compared.
 
@@ -182,7 +195,8 @@ def main() -> None:
             seconds, samples, cpu = run.window()
             check_samples(bundle, out, args.samples, args.batch_size)
             folders.append({path.name: path.read_bytes() for path in sorted(out.iterdir())})
-            row = [str(workers), f"{samples / seconds:.2f}", f"{cpu / samples:.3f}"]
+            alone = without_ray(bundle, args.samples, workers, args.batch_size)
+            row = [str(workers), f"{samples / seconds:.2f}", f"{alone:.2f}", f"{cpu / samples:.3f}"]
             rows.append([*row, f"{run.memory / 1e6:.0f}", f"{run.seen[0][0]:.1f}"])
         more = ""
         if args.many:

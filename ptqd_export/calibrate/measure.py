@@ -16,6 +16,9 @@ from ..progress import progress
 from .trajectories import CALIBRATION_STREAM, Batch, Trajectories
 
 Subset = Literal["calibration", "held_out", "all"]
+ATTENTION = 1 << 30
+"""Most bytes of attention between all positions in one call: 8 heads, float32, kept whole, as in graphs that
+run as they are written. Where a batch would take more, its samples are computed in smaller ones."""
 
 
 def measure(
@@ -131,7 +134,10 @@ def _predict(
     conditions: Mapping[str, Array],
 ) -> npt.NDArray[np.float64]:
     with np.errstate(invalid="ignore", over="ignore"):  # the error below replaces the warning
-        eq = sampling.predict(engine, x, step, conditions)
+        _, height, width = sampling.model.sample_shape
+        size = max(1, ATTENTION // (32 * (height * width) ** 2 * sampling.branches))
+        parts = sampling.split(x, conditions, size)
+        eq = np.concatenate([sampling.predict(engine, part, step, own) for part, own in parts])
     if not np.isfinite(eq).all():
         raise ParityError(
             f"the engine returns NaN or infinite values at step {step} (timestep "

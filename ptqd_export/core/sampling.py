@@ -193,13 +193,16 @@ class Sampling:
     def predict_singly(self, engine: Engine, x: Floats, step: int, conditions: Mapping[str, Array]) -> F64:
         """`predict`, one sample at a time: every engine takes that, whatever batches it was built for."""
         return np.concatenate(
-            [self.predict(engine, one, step, own) for one, own in self.singly(x, conditions)]
+            [self.predict(engine, one, step, own) for one, own in self.split(x, conditions, 1)]
         )
 
-    def singly(self, x: Floats, conditions: Mapping[str, Array]) -> Iterator[tuple[Floats, dict[str, Array]]]:
-        """Each sample of x (N, C, H, W) as a batch of its own, with its conditions."""
-        for i in range(len(x)):
-            yield x[i : i + 1], {spec.name: conditions[spec.name][i : i + 1] for spec in self.model.inputs}
+    def split(
+        self, x: Floats, conditions: Mapping[str, Array], size: int
+    ) -> Iterator[tuple[Floats, dict[str, Array]]]:
+        """Samples x (N, C, H, W) in batches of at most `size`, each with its conditions."""
+        for i in range(0, len(x), size):
+            rows = slice(i, i + size)
+            yield x[rows], {spec.name: conditions[spec.name][rows] for spec in self.model.inputs}
 
     def begin(self, source: NoiseSource) -> State:
         """The first state, from the first draw of `source`."""

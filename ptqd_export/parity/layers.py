@@ -61,7 +61,7 @@ def check_layers(
                 # that of both.
                 values = [
                     engine(sampling.conditional.feeds(one, step, own))
-                    for one, own in sampling.singly(x[step], conditions)
+                    for one, own in sampling.split(x[step], conditions, 1)
                 ]
                 for layer_name, ends in sites.items():
                     layer = quantized.layers[layer_name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -36,6 +37,27 @@ def test_measure(case: Case) -> None:
     np.testing.assert_allclose(pooled.bias, 0.5, atol=1e-4)
     with pytest.raises(ParityError, match="NaN or infinite values at step 0"):
         run(FakeEngine(lambda f: f["sample"] * np.nan, ("sample", "timestep", "class_labels")))
+
+
+def test_large_samples_are_taken_in_parts(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose attention would take too much memory at once; the sums are the same."""
+    _, network, sampling, trajectories, _ = case
+    with TorchEngine(network.module, sampling) as engine:
+        counted = FakeEngine(lambda f: 1.1 * engine(f)["epsilon"], engine.inputs)
+        whole = measure(counted, sampling, trajectories)
+        batches, counted.calls = counted.calls, 0
+        per_sample = 32 * (8 * 8) ** 2 * sampling.branches
+        for fits, calls in (
+            (1000, batches),
+            (1, len(whole) * len(sampling)),
+            (0, len(whole) * len(sampling)),
+        ):
+            monkeypatch.setattr(sys.modules[measure.__module__], "ATTENTION", fits * per_sample)
+            counted.calls = 0
+            parts = measure(counted, sampling, trajectories)
+            assert counted.calls == calls
+            for one, other in zip(whole, parts, strict=True):
+                np.testing.assert_allclose(one.dd, other.dd, rtol=1e-4)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
