@@ -1,6 +1,6 @@
 """Models of full size with random weights, from checkpoint to picture: time, memory, size, errors of engines.
 
-    python benchmarks/full_size.py [--only NAME] [--precision w8a8]
+    python benchmarks/full_size.py [--only NAME] [--precision w8a8] [--write]
 
 Each configuration's checkpoint is written as CompVis writes it. `ptqd-export build` and `run` are processes
 of their own, whose time and largest memory are measured. Calibration is as short as it can be, as random
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from report import OUT, ROOT, command_cost, machine, table
+from report import OUT, ROOT, command_cost, machine, table, write_section
 
 from ptqd_export.bundle.bundle import Bundle
 from ptqd_export.calibrate import open_source, set_threads
@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--calib-size", type=int, default=2)
     parser.add_argument("--n-steps", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="few channels, nothing kept")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/models.md")
     options = parser.parse_args()
     set_threads(1)
     kept: dict[str, Any] = json.loads(KEPT.read_text("utf-8")) if KEPT.is_file() else {}
@@ -165,6 +166,8 @@ def main() -> None:
         "One evaluation of one sample, one thread."
     )
     print(text)
+    if options.write and not options.small:
+        write_section("full-size", text)
 
 
 if __name__ == "__main__":

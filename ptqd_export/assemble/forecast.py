@@ -37,10 +37,11 @@ from ..core.precision import FLOAT_BITS, HALF_BITS, Precision
 from ..core.quant import bit_operations
 from ..core.sampling import Sampling
 from ..core.sensitivity import step_groups
-from ..core.timing import REPEATS, WARM_UP
+from ..core.timing import rounds_within
 from ..recipe import Recipe
 from .choose import check_plan
 from .engines import check_builder
+from .timing import ENOUGH
 
 COPIES = 4
 """Float32 copies of the weights when there are most: the network, its export, and the simulated network,
@@ -95,7 +96,7 @@ def estimate(recipe: Recipe, out: Path) -> Estimate:
     shapes = {name: _shape(network, name, counted) for name in counted.layers}
     parameters = sum(value.numel() for value in network.module.parameters())
     parts = part_elements(recipe, source)
-    evaluations = count_evaluations(recipe, sampling, given)
+    evaluations = count_evaluations(recipe, sampling, given, speed.evaluation)
     codes = _codes(given, shapes)
     bundle = _bundle_bytes(recipe, given, shapes, parameters, codes)
     each = 1 if recipe.pipeline.weights == "w8a16" else 4
@@ -127,8 +128,14 @@ Given = Mapping[Precision, Mapping[str, Precision | None]]
 """What each layer gets, by precision; None for float."""
 
 
-def count_evaluations(recipe: Recipe, sampling: Sampling, given: Given) -> dict[str, int]:
-    """Evaluations for one sample in one branch, by stage; that of AdaRound counts three per gradient step."""
+def count_evaluations(
+    recipe: Recipe, sampling: Sampling, given: Given, seconds: float = 0.0
+) -> dict[str, int]:
+    """Evaluations for one sample in one branch, by stage; that of AdaRound counts three per gradient step.
+
+    Args:
+        seconds: of one evaluation.
+    """
     spec, plan, steps, branches = recipe.calibration, recipe.plan, len(sampling), sampling.branches
     every = (spec.size + spec.held_out) * steps
     stride = observed_stride(spec.size, steps)
@@ -153,7 +160,8 @@ def count_evaluations(recipe: Recipe, sampling: Sampling, given: Given) -> dict[
     ends = 3 * steps
     if plan.sensitivity == "measured":
         ends += len(noisy) * sum(steps - group.start for group in groups)
-    timed = len(given) * (WARM_UP + REPEATS) * plan.batch_size
+    rows = len(given) * plan.batch_size
+    timed = rows * sum(rounds_within(ENOUGH, rows * branches * seconds))
     counts = {
         "calibration": calibration,
         "measuring": measuring,

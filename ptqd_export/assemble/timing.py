@@ -36,6 +36,10 @@ class Times:
     notes: tuple[str, ...] = ()
 
 
+ENOUGH = 60.0
+"""Seconds after which slow engines are timed no longer."""
+
+
 def time_backends(
     wanted: Sequence[str],
     sampling: Sampling,
@@ -83,4 +87,5 @@ def _seconds(name: str, files: Collection[Path], feeds: Feeds) -> dict[Path, lis
         engines = {
             file: opened.enter_context(backends.open_engine(name, file, device)) for file in sorted(files)
         }
-        return time_rounds({file: launcher(engine, device, feeds) for file, engine in engines.items()})
+        calls = {file: launcher(engine, device, feeds) for file, engine in engines.items()}
+        return time_rounds(calls, enough=ENOUGH)

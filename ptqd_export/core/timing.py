@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,6 +16,8 @@ from .sampling import Sampling
 Name = TypeVar("Name")
 REPEATS, WARM_UP = 20, 3
 """Calls that are timed, after others that are not counted."""
+FEWEST = 3
+"""Rounds that are timed, however long they take."""
 REPEATABILITY = 0.01
 """Share of a median by which engines of the very same kernels differ, wherever their buffers happen to lie:
 three INT8 engines on one CPU did by up to 1.5 % (docs/benchmarks.md, switching)."""
@@ -27,14 +30,34 @@ def time_calls(
     return {name: float(np.median(v)) for name, v in time_rounds(calls, repeats, warmup).items()}
 
 
+def rounds_within(
+    enough: float, first: float, repeats: int = REPEATS, warmup: int = WARM_UP
+) -> tuple[int, int]:
+    """(rounds that are not counted, rounds that are): all if they take less than `enough` seconds, else as
+    many as do, but FEWEST.
+
+    Args:
+        first: seconds of the first round.
+    """
+    fitting = int(enough / max(first, 1e-9))
+    return (warmup, repeats) if fitting >= warmup + repeats else (1, max(FEWEST, fitting - 1))
+
+
 def time_rounds(
-    calls: Mapping[Name, Callable[[], object]], repeats: int = REPEATS, warmup: int = WARM_UP
+    calls: Mapping[Name, Callable[[], object]],
+    repeats: int = REPEATS,
+    warmup: int = WARM_UP,
+    enough: float = math.inf,
 ) -> dict[Name, list[float]]:
     """Wall times of each call, in seconds, one per round.
 
     The calls are interleaved (A B C A B C ...), so that another load on the machine or a changing clock
-    affects all of them equally; `warmup` rounds are not counted.
+    affects all of them equally; `warmup` rounds are not counted. Of slow calls there are fewer rounds, where
+    they would take more than `enough` seconds (`rounds_within`).
     """
+    if warmup and enough < math.inf:
+        warmup, repeats = rounds_within(enough, sum(map(time_call, calls.values())), repeats, warmup)
+        warmup -= 1
     seconds: dict[Name, list[float]] = {name: [] for name in calls}
     for turn in range(warmup + repeats):
         for name, call in calls.items():

@@ -15,8 +15,10 @@ from ptqd_export.core.timing import (
     REPEATABILITY,
     launcher,
     median_error,
+    rounds_within,
     time_calls,
     time_engines,
+    time_rounds,
     time_switches,
 )
 
@@ -27,6 +29,22 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rounds"), [(0.1, 23), (60 / 23, 23), (3.0, 20), (10.0, 6), (20.0, 4), (1000.0, 4)]
+)
+def test_slow_calls_are_timed_less(monkeypatch: pytest.MonkeyPatch, seconds: float, rounds: int) -> None:
+    """Of what takes a minute there are fewer rounds; one is never counted, and three always are."""
+    clock, calls = Clock(monkeypatch), list[float]()
+
+    def call() -> None:
+        calls.append(clock.now)
+        clock.now += seconds
+
+    found = time_rounds({"a": call}, enough=60.0)["a"]
+    assert len(calls) == rounds == sum(rounds_within(60.0, seconds))
+    assert found == pytest.approx([seconds] * (20 if rounds == 23 else rounds - 1))
 
 
 def test_calls_take_turns_and_medians_count(monkeypatch: pytest.MonkeyPatch) -> None:
