@@ -121,13 +121,14 @@ def measure(bundle: Bundle, out: Path, samples: int, workers: int, args: argpars
 
 
 def without_ray(bundle: Bundle, samples: int, workers: int, batch_size: int) -> float:
-    """Samples per second of as many processes of `run --workers`, while all of them are at work."""
+    """Samples per second of as many processes of `run --workers`, as PNG, while all of them are at work."""
     batches = [range(start, min(start + batch_size, samples)) for start in range(0, samples, batch_size)]
-    ends = [
-        (time.perf_counter(), len(indices))
-        for indices, _ in draw(bundle, batches, workers=workers, backend=ORT_CPU)
-    ]
-    first, *others = ends[workers - 1 :]
+    ends = []
+    for indices, x in draw(bundle, batches, workers=workers, backend=ORT_CPU):
+        for _ in encode_images(x).values():
+            pass
+        ends.append((time.perf_counter(), len(indices)))
+    first, *others = ends[workers - 1 : len(ends) - workers + 1]
     return sum(size for _, size in others) / (others[-1][0] - first[0])
 
 

@@ -197,8 +197,11 @@ def autocast(module: nn.Module, device: str, *examples: Tensor) -> Callable[...,
                 return module(*inputs)
 
         return call
+    before = [buffer.clone() for buffer in module.buffers()]
     with torch.autocast(device, torch.bfloat16, cache_enabled=False):
         graphed: Callable[..., Any] = torch.cuda.make_graphed_callables(module, examples)
+    for buffer, value in zip(module.buffers(), before, strict=True):
+        buffer.copy_(value)  # BatchNorm has seen the examples
     return graphed
 
 

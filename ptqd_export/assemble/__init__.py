@@ -8,7 +8,7 @@ from pathlib import Path
 from ..bundle.bundle import Bundle
 from ..core.backend import install_hint
 from ..core.estimate import Estimate
-from ..core.pool import Pool
+from ..core.pool import Connect
 from ..errors import BackendUnavailable
 from ..recipe import Recipe
 
@@ -19,7 +19,7 @@ def build(
     *,
     resume: bool = True,
     say: Callable[[str], None] = lambda text: None,
-    pool: Pool | None = None,
+    connect: Connect | None = None,
 ) -> Bundle:
     """Build the bundle of a recipe at `out`, atomically.
 
@@ -27,7 +27,7 @@ def build(
         recipe: a recipe, its path, or the path of a diffusers folder (`Recipe.load`).
         resume: reuse intermediate results of an earlier, stopped build with the same settings.
         say: called with one line of text for each thing that is done.
-        pool: samples the trajectories and measures the noise, such as `farm.connect` gives.
+        connect: opens a pool that samples the trajectories and measures the noise.
     Raises:
         PTQDError: the build failed; the message is one line. `out` is as it was, and `<out>.work` holds
             complete intermediate results or does not exist.
@@ -37,7 +37,7 @@ def build(
         from .assemble import assemble
     except ImportError as error:
         raise _missing(error) from error
-    return assemble(recipe, Path(out), resume=resume, say=say, pool=pool)
+    return assemble(recipe, Path(out), resume=resume, say=say, connect=connect)
 
 
 def estimate(recipe: Recipe, out: Path) -> Estimate:

@@ -7,6 +7,7 @@ two builds from using the same target.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import time
@@ -33,10 +34,10 @@ from ..calibrate import (
     open_source,
     prompts_of,
 )
-from ..core.backend import BACKENDS, OPENVINO
+from ..core.backend import BACKENDS, OPENVINO, TORCH
 from ..core.engine import Array
 from ..core.plan import Plan
-from ..core.pool import Pool
+from ..core.pool import Connect
 from ..core.precision import FP32, HALF_BITS, Precision
 from ..core.quant import QuantizedNetwork
 from ..core.sampling import Sampling
@@ -77,14 +78,14 @@ def assemble(
     *,
     resume: bool = True,
     say: Say = lambda text: None,
-    pool: Pool | None = None,
+    connect: Connect | None = None,
 ) -> Bundle:
     """Build the bundle of a recipe at `out`, atomically.
 
     Args:
         resume: reuse intermediate results of an earlier, stopped build with the same settings.
         say: called with one line of text for each thing that is done.
-        pool: samples the trajectories and measures the noise of simulated networks.
+        connect: opens the pool that samples the trajectories and measures the noise of simulated networks.
     Raises:
         PTQDError: the build failed; the message is one line. `out` is as it was, and `<out>.work` holds
             complete intermediate results or does not exist.
@@ -98,8 +99,10 @@ def assemble(
     network, prompted = _prompted(recipe, source.network, parts, say)
     sampling = Sampling.of(network.info, network.scheduler_config, **asdict(recipe.sampler))
     check_plan(recipe, len(sampling))
-    with work_folder(out, resume) as work:
+    with contextlib.ExitStack() as stack:
+        work = stack.enter_context(work_folder(out, resume))
         held = held_engines(out)
+        pool = None if connect is None else stack.enter_context(connect(TORCH))
         workers = None if pool is None else Workers.of(pool, recipe, network.info)
         with replacing(out, in_the_way) as folder:
             manifest = _fill(recipe, network, parts, prompted, sampling, folder, work, held, say, workers)

@@ -6,7 +6,8 @@ Trajectories are of one batch each, and sums of one trajectory each, put togethe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -17,12 +18,13 @@ from ..core.backend import Emission
 from ..core.engine import Array
 from ..core.model import ModelInfo
 from ..core.noise import NoiseStats
-from ..core.pool import Pool
+from ..core.pool import Pool, check_versions
 from ..core.quant import QuantizedNetwork
 from ..core.sampling import F64, Sampling
-from ..errors import BackendUnavailable, ModelError
+from ..errors import ModelError
 from ..progress import progress
 from ..recipe import Recipe
+from ..version import __version__
 from .intake import open_source
 from .measure import sums_of
 from .network import Network
@@ -30,8 +32,8 @@ from .simulate import simulate
 from .torch_engine import TorchEngine, set_threads
 from .trajectories import F32, Batch, Trajectories, trace
 
-PACKAGES = ("ptqd-export", "torch", "diffusers", "numpy")
-"""That decide what a worker computes."""
+PACKAGES = ("torch", "diffusers", "numpy")
+"""That decide what a worker computes, besides this one."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Workers:
 
     Attributes:
         info: of the network as the build has it, with what stands for no condition.
-        versions: of PACKAGES where the build runs.
+        versions: of the packages where the build runs.
     """
 
     pool: Pool
@@ -50,11 +52,11 @@ class Workers:
 
     @classmethod
     def of(cls, pool: Pool, recipe: Recipe, info: ModelInfo) -> Workers:
-        return cls(pool, recipe, info, {name: metadata.version(name) for name in PACKAGES})
+        return cls(pool, recipe, info, _versions())
 
     def trajectories(
         self, sampling: Sampling, seed: int, batches: Iterator[tuple[range, Mapping[str, Array]]]
-    ) -> Iterator[tuple[range, F32, F32]]:
+    ) -> Generator[tuple[range, F32, F32], None, None]:
         """x_t and the guided epsilon of batches, float32 (T, B, C, H, W), in the order in which they finish.
 
         Args:
@@ -63,8 +65,9 @@ class Workers:
             PTQDError: as `trace`, or a worker has another model or other versions, or died.
         """
         make = partial(_tracer, self.recipe, self.info, self.versions, sampling, seed)
-        for (indices, _), (x, e) in self.pool.map(make, batches):
-            yield indices, x, e
+        with contextlib.closing(self.pool.map(make, batches)) as traced:
+            for (indices, _), (x, e) in traced:
+                yield indices, x, e
 
     def sums(
         self,
@@ -82,20 +85,23 @@ class Workers:
         make = partial(_measurer, self.recipe, self.info, self.versions, sampling, network, emission)
         plain = (b._replace(x=np.array(b.x), e=np.array(b.e)) for b in trajectories)
         found: dict[int, Sequence[NoiseStats]] = {}
-        with progress(trajectories.n * len(sampling), what, "step") as bar:
-            for batch, sums in self.pool.map(make, plain):
+        with (
+            contextlib.closing(self.pool.map(make, plain)) as measured,
+            progress(trajectories.n * len(sampling), what, "step") as bar,
+        ):
+            for batch, sums in measured:
                 found[batch.indices.start] = sums
                 bar.update(len(sums) * len(sampling))
         return [one for start in sorted(found) for one in found[start]]
 
 
+def _versions() -> dict[str, str]:
+    return {"ptqd-export": __version__, **{name: metadata.version(name) for name in PACKAGES}}
+
+
 def _open(recipe: Recipe, info: ModelInfo, versions: Mapping[str, str]) -> Network:
     set_threads(1)
-    for name, version in versions.items():
-        if (here := metadata.version(name)) != version:
-            raise BackendUnavailable(
-                f"this machine has {name} {here}, where the build was started {version}: install the same"
-            )
+    check_versions(versions, _versions())
     network = open_source(recipe).network
     if network.info.sha256 != info.sha256:
         raise ModelError(

@@ -171,6 +171,9 @@ def simulate(network: Network, quantized: QuantizedNetwork, emission: Emission) 
     # channels_last is some 7 % faster here; the original keeps its layout, because this is a copy.
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name, layer in quantized.layers.items():
-        target = module.get_submodule(name)
+        target: Any = module.get_submodule(name)
+        own: Any = network.module.get_submodule(name).weight
+        if id(own) not in kept:  # the shape stays, for who looks at it
+            target.weight = nn.Parameter(own.new_zeros(1).expand_as(own))
         target.forward = SimulatedLayer(layer, emission, geometry_of(target))
     return module

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -33,7 +33,8 @@ from .torch_engine import TorchEngine
 
 F32 = npt.NDArray[np.float32]
 Traced = Callable[
-    [Sampling, int, Iterator[tuple[range, Mapping[str, Array]]]], Iterator[tuple[range, F32, F32]]
+    [Sampling, int, Iterator[tuple[range, Mapping[str, Array]]]],
+    Generator[tuple[range, F32, F32], None, None],
 ]
 CONDITION = "condition."
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
@@ -146,11 +147,12 @@ def collect(
     with progress(len(todo) * len(schedule), "full-precision trajectories", "step") as bar:
         if traced is not None:
             conditions = dict(given)
-            for indices, x, e in traced(sampling, spec.seed, iter(conditions.items())):
-                with _writing(files[indices], key, x.shape, indices, conditions[indices]) as chunk:
-                    for step in range(len(schedule)):
-                        chunk.write(step, x[step], e[step])
-                bar.update(len(schedule))
+            with contextlib.closing(traced(sampling, spec.seed, iter(conditions.items()))) as found:
+                for indices, x, e in found:
+                    with _writing(files[indices], key, x.shape, indices, conditions[indices]) as chunk:
+                        for step in range(len(schedule)):
+                            chunk.write(step, x[step], e[step])
+                    bar.update(len(schedule))
         else:
             with TorchEngine(network.module, sampling) as engine:
                 for indices, own in given:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import shlex
 import time
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import click
 
-from ..core.backend import RUNNABLE, TORCH
+from ..core.backend import RUNNABLE
 from ..core.plan import Rule
 from ..core.scheduler_config import SOLVERS
 from ..errors import RecipeError, need
@@ -125,6 +125,7 @@ def build(
     from ..assemble import estimate
     from ..bundle import check_target
 
+    need(ray is not None or workers is None, f"--workers {workers} is of --ray: give it too")
     if recipe_or_model is None and options["checkpoint"] is None:
         raise RecipeError("nothing to build: give a recipe, a model's folder, or --checkpoint")
     start = Recipe(folder=Path.cwd()) if recipe_or_model is None else Recipe.load(Path(recipe_or_model))
@@ -135,10 +136,8 @@ def build(
         show(to_plain(expected), as_json, estimate_text(expected))
         return
     started = time.monotonic()
-    need(ray is not None or workers is None, f"--workers {workers} is of --ray: give it too")
-    with contextlib.ExitStack() as stack:
-        pool = None if ray is None else stack.enter_context(on_ray(ray, workers, TORCH))
-        bundle = build_bundle(recipe, check_target(out), resume=resume, say=say, pool=pool)
+    connect = None if ray is None else functools.partial(on_ray, ray, workers)
+    bundle = build_bundle(recipe, check_target(out), resume=resume, say=say, connect=connect)
     m = bundle.manifest
     size = sum(entry.size for entry in m.files.values())
     result = {

@@ -1,4 +1,4 @@
-"""run --ray: the samples as shards, by workers on many machines."""
+"""--ray: work done by workers on many machines; of `run`, samples as shards."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy.typing as npt
 
 from ..bundle.bundle import Bundle
 from ..core.engine import Array
-from ..core.pool import Pool
+from ..core.pool import Connect
 from ..core.precision import FP32
 from ..errors import BundleError, RecipeError
 from ..progress import progress
@@ -45,7 +44,6 @@ F64 = npt.NDArray[np.float64]
 SEED = 2_310_059_657
 """Of evaluations: the README, the tests, the benchmarks and the default of every other command use others."""
 NUM_SAMPLES, RESAMPLES, PART = 2048, 1000, 256
-Connect = Callable[[str], AbstractContextManager[Pool]]
 PSNR, SSIM, FRECHET, KERNEL = "PSNR, dB", "SSIM", "Frechet", "kernel"
 TO_DATA = " to data"
 

@@ -6,6 +6,7 @@ float32, named by its range of indices. More samples later are added to those th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -101,7 +102,7 @@ def draw_kept(setting: Setting, candidate: Candidate, advance: Callable[[int], N
     """
     x, there = _read(setting, candidate)
     folder = _folder(setting, candidate)
-    drawn = draw(
+    drawing = draw(
         setting.bundle,
         # Of a pool's size nothing depends: batches of another size have other last bits.
         _batches(there, setting.batch_size, 1 if setting.pool else setting.workers),
@@ -116,9 +117,10 @@ def draw_kept(setting: Setting, candidate: Candidate, advance: Callable[[int], N
         pool=setting.pool,
         advance=advance,
     )
-    for indices, samples in drawn:
-        x[indices.start : indices.stop] = samples
-        store(folder / f"{indices.start:06d}-{indices.stop:06d}.npy", x[indices.start : indices.stop])
+    with contextlib.closing(drawing) as drawn:
+        for indices, samples in drawn:
+            x[indices.start : indices.stop] = samples
+            store(folder / f"{indices.start:06d}-{indices.stop:06d}.npy", x[indices.start : indices.stop])
     return x
 
 

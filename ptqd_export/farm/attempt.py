@@ -1,4 +1,4 @@
-"""What goes wrong in a worker, as a value that travels to the command that gave it the work."""
+"""A worker, and what goes wrong in one, as a value that travels to the command that gave it the work."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Failure:
         return error
 
 
-def attempt(do: Callable[[], Any], where: object = "a file") -> Any:
+def attempt(do: Callable[[], Any], where: object = None) -> Any:
     """What `do` returns, or a Failure in place of an error that users can do something about.
 
     Args:
-        where: it writes.
+        where: a folder, if it writes there.
     """
     kind, message = "PTQDError", "a worker ran out of memory: lower --batch-size or --workers"
     try:
@@ -40,7 +40,10 @@ def attempt(do: Callable[[], Any], where: object = "a file") -> Any:
     except PTQDError as error:
         kind, message = type(error).__name__, str(error)
     except OSError as error:
-        message = f"cannot write {error.filename or where} ({error.strerror or error}): free some space"
+        reason = error.strerror or error
+        message = f"a worker cannot read or write {brief(error.filename)}: {reason}"
+        if where is not None:
+            message = f"cannot write {error.filename or where} ({reason}): free some space"
     except MemoryError:
         pass
     return Failure(kind, message, socket.gethostname())

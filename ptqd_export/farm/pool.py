@@ -1,4 +1,4 @@
-"""Workers on Ray: an actor per core or GPU, which Ray Data's `map_batches` gives one shard after another.
+"""Workers on Ray, an actor per core or GPU: for shards those of Ray Data's `map_batches`, else our own.
 
 The shards' numbers are in memory, and an actor reads the conditions of its own shard: no task of Ray Data has
 to read, so that actors may take every core and starve none.
@@ -6,6 +6,7 @@ to read, so that actors may take every core and starve none.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import logging
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ..core.backend import BACKENDS, install_hint
-from ..core.pool import Make
+from ..core.pool import Make, Results
 from ..errors import BackendUnavailable, PTQDError, RecipeError
 from ..typed import brief
 from .attempt import Failure, Worker
@@ -28,7 +29,7 @@ LOCAL = "local"
 RETRIES = 3
 """How often a shard is given to another worker when its own dies."""
 OBJECT_STORE = 256 << 20
-"""Bytes of shared memory of a Ray of our own: samples do not pass through it."""
+"""Bytes of shared memory of a Ray of our own, for batches; a large model's layers go by disk."""
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # as the processes of --workers; Ray's own is 15
@@ -81,36 +82,39 @@ class Pool:
         except ray.exceptions.RayError as error:
             raise PTQDError(_one_line(ray, error)) from error
 
-    def map(self, make: Make, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        """See `core.pool.Pool`; an item whose worker dies is given to its successor."""
+    def map(self, make: Make, items: Iterable[Any]) -> Results:
+        """See `core.pool.Pool`; an item whose worker dies is given to its successor.
+
+        Workers that get no core, as others hold them, get no items.
+        """
         ray, items = self._ray, iter(items)
         actor = ray.remote(
             num_cpus=1, num_gpus=1 if self._gpu else None, max_restarts=-1, max_task_retries=RETRIES
         )(Worker)
-        made, workers, idle = ray.put(make), list[Any](), list[Any]()
-        running = dict[Any, tuple[Any, Any]]()
+        waiting = collections.deque(itertools.islice(items, self.workers))
+        workers, starting, running = list[Any](), dict[Any, Any](), dict[Any, tuple[Any, Any]]()
         try:
-            while True:
-                for item in itertools.islice(items, self.workers - len(running)):
-                    if not idle:
-                        workers.append(actor.remote(made))
-                        idle.append(workers[-1])
-                    worker = idle.pop()
-                    running[worker.do.remote(item)] = worker, item
-                if not running:
-                    return
-                (done,), _ = ray.wait(list(running))
-                worker, item = running.pop(done)
-                idle.append(worker)
+            made = ray.put(make)
+            workers += [actor.remote(made) for _ in waiting]
+            starting |= {worker.__ray_ready__.remote(): worker for worker in workers}
+            while waiting or running:
+                (done,), _ = ray.wait([*running, *starting])
                 result = ray.get(done)
+                worker, *of = running.pop(done) if done in running else (starting.pop(done),)
                 if isinstance(result, Failure):
                     raise result.raised()
-                yield item, result
+                if waiting:
+                    running[worker.do.remote(waiting[0])] = worker, waiting.popleft()
+                    waiting.extend(itertools.islice(items, 1))
+                for item in of:
+                    yield item, result
         except ray.exceptions.RayError as error:
             raise PTQDError(_one_line(ray, error)) from error
         finally:
-            for worker in workers:
-                ray.kill(worker)
+            if ray.is_initialized():  # else a kill would start another
+                with contextlib.suppress(ray.exceptions.RayError):
+                    for worker in workers:
+                        ray.kill(worker)
 
 
 @contextlib.contextmanager

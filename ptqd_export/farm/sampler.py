@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bundle import Bundle
+from ..core.pool import check_versions
 from ..files import sha256_file, writing_file
 from ..runtime import (
     Job,
     Prompted,
     Runtime,
     Start,
-    check_versions,
     encode_prompts,
     open_worker,
     sample_job,

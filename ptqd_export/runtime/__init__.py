@@ -7,7 +7,7 @@ from .probe import check_probe, probe
 from .prompts import Prompted, encode_prompts
 from .replaced import Replaced
 from .runtime import Runtime, check_seed, check_settings
-from .versions import check_versions, versions
+from .versions import versions
 from .workers import Job, Start, check_batch, draw, open_worker, run, sample_job
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "check_seed",
     "check_settings",
     "check_update",
-    "check_versions",
     "draw",
     "encode_prompts",
     "open_artifact",

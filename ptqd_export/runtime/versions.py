@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from importlib import metadata
 
 from ..bundle.bundle import Bundle
 from ..core.backend import BACKENDS, ORT_CPU
-from ..errors import BackendUnavailable
 from ..version import __version__
 
 
@@ -20,17 +18,3 @@ def versions(bundle: Bundle, backend: str) -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
-
-
-def check_versions(expected: Mapping[str, str], here: Mapping[str, str]) -> None:
-    """Check that a worker's machine computes with the packages of the machine where the work was begun.
-
-    Raises:
-        BackendUnavailable: one of them has another version, or is missing.
-    """
-    for name, version in expected.items():
-        if here.get(name) != version:
-            raise BackendUnavailable(
-                f"this machine has {name} {here.get(name, 'not at all')}, where the run was started "
-                f"{version}: install the same"
-            )

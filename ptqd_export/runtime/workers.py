@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -24,12 +24,12 @@ from ..bundle.manifest import Manifest
 from ..core.backend import BACKENDS, ORT_CPU, TORCH
 from ..core.engine import Array
 from ..core.plan import Plan
-from ..core.pool import Pool
+from ..core.pool import Pool, Results, check_versions
 from ..errors import BackendUnavailable, BundleError, RecipeError
 from .prompts import Prompted, encode_prompts
 from .replaced import Replaced
 from .runtime import Runtime, check_seed
-from .versions import check_versions, versions
+from .versions import versions
 
 F64 = npt.NDArray[np.float64]
 
@@ -160,7 +160,7 @@ def draw(
     pool: Pool | None = None,
     advance: Callable[[int], None] = lambda steps: None,
     opened: Callable[[Runtime], None] = lambda runtime: None,
-) -> Iterator[tuple[range, F64]]:
+) -> Generator[tuple[range, F64], None, None]:
     """Draw batches of samples of `seed`: yields each with its samples, in the order in which they finish.
 
     Args:
@@ -214,9 +214,10 @@ def draw(
     else:
         start = dataclasses.replace(start, path=bundle.path.resolve())
         drawn = pool.map(functools.partial(_drawer, start, versions(bundle, backend)), jobs)
-    for job, x in drawn:
-        advance(len(job.indices) * len(m.sampling))
-        yield job.indices, x
+    with contextlib.closing(drawn):
+        for job, x in drawn:
+            advance(len(job.indices) * len(m.sampling))
+            yield job.indices, x
 
 
 def _batches(n: int, size: int) -> list[range]:
@@ -231,7 +232,7 @@ def sample_job(runtime: Runtime, job: Job, advance: Callable[[int], None] = lamb
     return runtime.decode(x) if job.decode else x
 
 
-def _in_processes(start: Start, jobs: Iterator[Job], workers: int) -> Iterator[tuple[Job, F64]]:
+def _in_processes(start: Start, jobs: Iterator[Job], workers: int) -> Results:
     """Yield every job with its samples, in the order in which they finish."""
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (start,))

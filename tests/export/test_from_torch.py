@@ -48,17 +48,18 @@ def test_every_layer_is_noted_and_nothing_else_of_the_exporter_is_kept(
     )
 
 
-def test_export_is_silent_and_the_model_owns_its_weights(
-    toy: nn.Module, capfd: pytest.CaptureFixture[str]
-) -> None:
-    module, wanted = copy_of(toy), forward(toy, feeds_of(1))
+def test_export_is_silent_and_copies_no_weights(toy: nn.Module, capfd: pytest.CaptureFixture[str]) -> None:
+    """A large model's are gigabytes; what the exporter computed of them is its own."""
+    module = copy_of(toy)
     model = export_fp(module, INFO)
     captured = capfd.readouterr()
     assert captured.out == "" and captured.err == ""
-    with torch.no_grad():
-        for p in module.parameters():
-            p.zero_()
-    np.testing.assert_allclose(run(model, feeds_of(1))["output"], wanted, atol=2e-6)
+    weights = {name: p.detach().numpy() for name, p in module.named_parameters()}
+    values = {str(v.name): v.const_value for v in model.graph.initializers.values()}
+    shared = {
+        name for name in weights.keys() & values.keys() if np.shares_memory(values[name], weights[name])
+    }
+    assert shared == weights.keys() & values.keys() and len(shared) > len(weights) / 2
 
 
 class Frozen(nn.Module):

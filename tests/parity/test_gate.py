@@ -55,7 +55,20 @@ def test_float_engine_is_held_to_the_model(case: Case) -> None:
 @pytest.mark.parametrize("emission", list(Emission))
 def test_a_verdict_per_graph(case: Case, emission: Emission, monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures and the probe's epsilon of a right graph; no file is left; a graph of another correction is
-    refused."""
+    refused. Of all engines one is open at a time: a large model's take gigabytes."""
+    opened, most, start, close = [0], [0], OrtEngine.__init__, OrtEngine.close
+
+    def counted(engine: OrtEngine, *given: Any, **more: Any) -> None:
+        start(engine, *given, **more)
+        opened[0] += 1
+        most[0] = max(most[0], opened[0])
+
+    def closed(engine: OrtEngine) -> None:
+        opened[0] -= 1
+        close(engine)
+
+    monkeypatch.setattr(OrtEngine, "__init__", counted)
+    monkeypatch.setattr(OrtEngine, "close", closed)
     with TorchEngine(simulate(case.network, case.quantized, emission), case.sampling) as engine:
         held_out = measure(engine, case.sampling, case.trajectories, "held_out")
     judged = gate.Case(
@@ -74,6 +87,7 @@ def test_a_verdict_per_graph(case: Case, emission: Emission, monkeypatch: pytest
         verdict.epsilon.shape == (2, *case.network.info.sample_shape) and np.isfinite(verdict.epsilon).all()
     )
     assert sorted(path.name for path in case.folder.iterdir()) == before
+    assert (opened, most) == ([0], [1])
     float_case = replace(judged, correction=None, held_out=())
     with pytest.raises(ParityError, match="step 0 differs from the torch model"):
         judge_graph(float_case, case.sampling, case.trajectories, case.network)
