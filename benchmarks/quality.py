@@ -263,9 +263,8 @@ SECTIONS = {
     "headline": "quality-headline",
     "ablation": "quality-ablation",
     "paper": "quality-paper",
-    "paper-250": "quality-paper-250",
 }
-"""Where tables stand."""
+"""Where tables stand; others are printed alone."""
 
 
 def main() -> None:
@@ -286,7 +285,7 @@ def main() -> None:
     for name in args.only:
         text = "\n\n".join([*(text_of(of, args) for of in every[name]), f"{machine()}."])
         print(text)
-        if args.write:
+        if args.write and name in SECTIONS:
             write_section(SECTIONS[name], text)
 
 

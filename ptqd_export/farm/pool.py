@@ -104,10 +104,11 @@ class Pool:
                 if isinstance(result, Failure):
                     raise result.raised()
                 if waiting:
-                    running[worker.do.remote(waiting[0])] = worker, waiting.popleft()
+                    item = waiting.popleft()
+                    running[worker.do.remote(item)] = worker, item
                     waiting.extend(itertools.islice(items, 1))
-                for item in of:
-                    yield item, result
+                for finished in of:
+                    yield finished, result
         except ray.exceptions.RayError as error:
             raise PTQDError(_one_line(ray, error)) from error
         finally:

@@ -217,7 +217,7 @@ def test_errors_arrive_as_they_are(
     with pytest.raises(BundleError, match="is not a bundle"):
         sampled(replace(task, start=replace(task.start, path=task.folder)))
     with pytest.raises(
-        BackendUnavailable, match=r"has numpy [\d.]+, where the run was started 1\.0: install"
+        BackendUnavailable, match=r"has numpy [\d.]+, where the command was given 1\.0: install"
     ):
         sampled(replace(task, order=replace(task.order, versions={"numpy": "1.0"})))
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
