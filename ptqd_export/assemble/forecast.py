@@ -44,10 +44,10 @@ from .engines import check_builder
 from .timing import ENOUGH
 
 COPIES = 4
-"""Float32 copies of the weights when there are most: the network, its export, and the simulated network,
-which keeps the weights that it replaces."""
-LIBRARIES = 750_000_000
-"""Bytes that Python and the libraries take."""
+"""Float32 copies of the weights when there is most: the network, a simulated one or the gate's engine, and
+what that engine's attention and exposed layers take: of a large model about as much as two more."""
+LIBRARIES = 1_200_000_000
+"""Bytes that Python and the libraries take, and the export while it runs."""
 GRAPH_BYTES = 4000
 """Bytes of a layer in a graph, and of its scales."""
 SIMULATED = 1.5
