@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -146,7 +147,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="few channels, nothing kept")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/models.md")
     options = parser.parse_args()
-    set_threads(1)
+    threads = len(os.sched_getaffinity(0))
+    set_threads(threads)  # as ONNX Runtime takes
     kept: dict[str, Any] = json.loads(KEPT.read_text("utf-8")) if KEPT.is_file() else {}
     OUT.mkdir(parents=True, exist_ok=True)
     for name in CONFIGURATIONS if options.only is None else options.only:
@@ -163,7 +165,7 @@ def main() -> None:
     text = "\n\n".join(tables) + (
         f"\n\n{machines}. fp32 and {options.precision}, calibrated on {options.calib_size} samples of "
         f"{options.n_steps} steps; `run` makes one picture in as many. "
-        "One evaluation of one sample, one thread."
+        f"One evaluation of one sample, {threads} threads."
     )
     print(text)
     if options.write and not options.small:

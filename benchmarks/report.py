@@ -42,6 +42,7 @@ SECTIONS = {
     "stock-pipelines": ROOT / "docs" / "models.md",
     "coverage": ROOT / "docs" / "models.md",
     "ldm-configurations": ROOT / "docs" / "models.md",
+    "full-size": ROOT / "docs" / "models.md",
     "ray-sampling": ROOT / "docs" / "many-machines.md",
 }
 """{section: the file that it stands in}."""
