@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -16,11 +15,11 @@ from onnx import TensorProto, checker, helper, numpy_helper
 from torch import nn
 
 from ptqd_export.backends import OrtEngine
-from ptqd_export.calibrate import LayerSimulator, SimulatedLayer, simulate
+from ptqd_export.calibrate import LayerSimulator, SimulatedLayer
 from ptqd_export.calibrate.simulate import geometry_of
 from ptqd_export.core.backend import Emission
 from ptqd_export.core.precision import Precision
-from ptqd_export.core.quant import Geometry, Grid, LayerQuant, QuantizedNetwork, from_e4m3, to_e4m3
+from ptqd_export.core.quant import Geometry, Grid, LayerQuant, from_e4m3, to_e4m3
 
 
 def ort_model(layer: LayerQuant, emission: Emission, conv: nn.Conv2d | None) -> bytes:
@@ -291,22 +290,6 @@ def test_fp8_inputs_are_rounded_as_the_codes_are(rng: np.random.Generator) -> No
         expected = from_e4m3(to_e4m3(x * np.float32(scale) / np.float32(scale))) * layer.accumulator_scale()
         assert np.array_equal(got, expected) and got.max() == expected.max()
         assert len(np.unique(got)) == 2 * 126 + 1
-
-
-def test_a_simulated_network_holds_no_weights_that_it_replaces(rng: np.random.Generator) -> None:
-    """Of those it keeps the shapes; a weight that another module has too stays, as does the network."""
-    net = nn.ModuleDict({"conv": nn.Conv2d(4, 8, 3), "tied": nn.Linear(6, 5), "table": nn.Embedding(5, 6)})
-    net["table"].weight = net["tied"].weight
-    before = {name: p.clone() for name, p in net.named_parameters()}
-    inputs = {"conv": rng.standard_normal((1, 4, 6, 6)), "tied": rng.standard_normal((3, 6))}
-    layers = {name: make_layer(net[name], W8A8, x.astype(np.float32), name) for name, x in inputs.items()}
-    network = SimpleNamespace(module=net)
-    found: Any = simulate(network, QuantizedNetwork(W8A8, layers), Emission.PORTABLE)  # type: ignore[arg-type]
-    conv, tied = found["conv"].weight, found["tied"].weight
-    assert conv.shape == (8, 4, 3, 3) and conv.untyped_storage().nbytes() == 4
-    assert tied is found["table"].weight and torch.equal(tied, before["tied.weight"])
-    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
-    assert found["conv"].bias is not net["conv"].bias
 
 
 @pytest.mark.parametrize("emission", list(Emission))
