@@ -259,11 +259,7 @@ def text_of(of: Table, args: argparse.Namespace) -> str:
     return f"**{of.title}**\n\n{table(head, rows)}\n\n{note}"
 
 
-SECTIONS = {
-    "headline": "quality-headline",
-    "ablation": "quality-ablation",
-    "paper": "quality-paper",
-}
+SECTIONS = {"headline": "quality-headline", "ablation": "quality-ablation", "paper": "quality-paper"}
 """Where tables stand; others are printed alone."""
 
 

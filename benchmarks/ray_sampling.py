@@ -4,12 +4,11 @@
 
 Per number of workers, while all of them are at work: samples per second, and those of as many processes
 without Ray; seconds of a core per sample, by the workers' own CPU time, which other work on the machine
-disturbs less. Besides, the largest memory of a worker,
-and the seconds until the first shard, with Ray's start. What all of them wrote is compared byte by byte;
-`--kill` kills a worker half-way in each. A second table is computed from the first, for a million samples on
-1, 10 and 1,000 machines like this one. `--many` samples that many once more, by a worker per core. Of every
-folder the indices are counted, and a batch of the first, the middle and the last shard is drawn again without
-Ray and compared byte by byte.
+disturbs less. Besides, the largest memory of a worker, and the seconds until the first shard, with Ray's
+start. What all of them wrote is compared byte by byte; `--kill` kills a worker half-way in each. A second
+table is computed from the first, for a million samples on 1, 10 and 1,000 machines like this one. `--many`
+samples that many once more, by a worker per core. Of every folder the indices are counted, and a batch of the
+first, the middle and the last shard is drawn again without Ray and compared byte by byte.
 """
 
 from __future__ import annotations

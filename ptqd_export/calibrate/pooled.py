@@ -7,7 +7,7 @@ Trajectories are of one batch each, and sums of one trajectory each, put togethe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -18,7 +18,7 @@ from ..core.backend import Emission
 from ..core.engine import Array
 from ..core.model import ModelInfo
 from ..core.noise import NoiseStats
-from ..core.pool import Pool, check_versions
+from ..core.pool import Pool, Results, check_versions
 from ..core.quant import QuantizedNetwork
 from ..core.sampling import F64, Sampling
 from ..errors import ModelError
@@ -56,8 +56,8 @@ class Workers:
 
     def trajectories(
         self, sampling: Sampling, seed: int, batches: Iterator[tuple[range, Mapping[str, Array]]]
-    ) -> Generator[tuple[range, F32, F32], None, None]:
-        """x_t and the guided epsilon of batches, float32 (T, B, C, H, W), in the order in which they finish.
+    ) -> Results:
+        """Batches, each with its x_t and guided epsilon, float32 (T, B, C, H, W), as they are finished.
 
         Args:
             batches: indices of samples, and their conditions.
@@ -65,9 +65,7 @@ class Workers:
             PTQDError: as `trace`, or a worker has another model or other versions, or died.
         """
         make = partial(_tracer, self.recipe, self.info, self.versions, sampling, seed)
-        with contextlib.closing(self.pool.map(make, batches)) as traced:
-            for (indices, _), (x, e) in traced:
-                yield indices, x, e
+        return self.pool.map(make, batches)
 
     def sums(
         self,

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from ..core.engine import Array, Engine
 from ..core.model import InputSpec, ModelInfo
+from ..core.pool import Results
 from ..core.sampling import F64, NoiseSource, Sampling
 from ..errors import ModelError, RecipeError
 from ..files import digest, sha256_file, writing_file
@@ -32,10 +33,7 @@ from .network import Network, one_line
 from .torch_engine import TorchEngine
 
 F32 = npt.NDArray[np.float32]
-Traced = Callable[
-    [Sampling, int, Iterator[tuple[range, Mapping[str, Array]]]],
-    Generator[tuple[range, F32, F32], None, None],
-]
+Traced = Callable[[Sampling, int, Iterator[tuple[range, Mapping[str, Array]]]], Results]
 CONDITION = "condition."
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 CONDITION_STREAM = 1 << 48
@@ -146,10 +144,9 @@ def collect(
     given = ((b, _conditions(network.info, b, spec.seed, sources)) for b in todo)
     with progress(len(todo) * len(schedule), "full-precision trajectories", "step") as bar:
         if traced is not None:
-            conditions = dict(given)
-            with contextlib.closing(traced(sampling, spec.seed, iter(conditions.items()))) as found:
-                for indices, x, e in found:
-                    with _writing(files[indices], key, x.shape, indices, conditions[indices]) as chunk:
+            with contextlib.closing(traced(sampling, spec.seed, given)) as found:
+                for (indices, own), (x, e) in found:
+                    with _writing(files[indices], key, x.shape, indices, own) as chunk:
                         for step in range(len(schedule)):
                             chunk.write(step, x[step], e[step])
                     bar.update(len(schedule))

@@ -80,12 +80,12 @@ def on_ray(address: str, workers: int | None, backend: str) -> Iterator[Pool]:
     """A pool of workers on Ray, whose lines do not reach the terminal; see `farm.connect`."""
     from ..farm import connect
 
-    with alone_on_the_terminal(), connect(address, workers, backend) as pool:
+    with _alone_on_the_terminal(), connect(address, workers, backend) as pool:
         yield pool
 
 
 @contextlib.contextmanager
-def alone_on_the_terminal() -> Iterator[None]:
+def _alone_on_the_terminal() -> Iterator[None]:
     """Only what this package prints on stderr is seen: Ray's lines are in its own logs.
 
     Its core prints to the descriptor, its Python side to sys.stdout too.
@@ -167,7 +167,7 @@ def sample_on_ray(
         bars[0].update(kept)
 
     try:
-        with alone_on_the_terminal():
+        with _alone_on_the_terminal():
             done = sample_shards(
                 bundle,
                 out,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -124,9 +124,18 @@ def evaluate(
                 backend = runtime.backend
         pool = None if connect is None else stack.enter_context(connect(backend))
         setting = Setting(
-            bundle, backend, seed, num_samples, work, tensors or {}, batch_size, workers, device, prompted
+            bundle,
+            backend,
+            seed,
+            num_samples,
+            work,
+            tensors=tensors or {},
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            prompted=prompted,
+            pool=pool,
         )
-        setting = replace(setting, pool=pool)
         every = [reference, *candidates]
         found_gaps = _gaps(setting, every) if gaps and m.sampling.guided else None
         exact = _draw(setting, reference)
