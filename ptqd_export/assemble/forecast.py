@@ -38,6 +38,7 @@ from ..core.quant import bit_operations
 from ..core.sampling import Sampling
 from ..core.sensitivity import step_groups
 from ..core.timing import rounds_within
+from ..parity.judgement import judged_steps
 from ..recipe import Recipe
 from .choose import check_plan
 from .engines import check_builder
@@ -151,10 +152,11 @@ def count_evaluations(
     own = spec.trajectory == "own"
     once = every + spec.size * steps if own else every
     measuring = sum(once * len({e.numerics(p) for e in Emission}) for p in noisy)
-    parity = 0
+    parity, judged = 0, len(judged_steps(steps))
     for p in given:
         graphs = 2 if p.weight_bits == FLOAT_BITS else 3
-        parity += graphs * (4 * steps if p.is_float else spec.held_out * steps + 2 * (steps + 1) + 6)
+        looks = 4 * judged if p.is_float else spec.held_out * judged + 2 * (steps + 1) + 6
+        parity += graphs * looks
     samples = min(plan.sensitivity_samples, spec.held_out)
     groups = step_groups(steps, plan.sensitivity_groups)
     ends = 3 * steps

@@ -27,6 +27,7 @@ def measure(
     trajectories: Trajectories,
     subset: Subset = "all",
     what: str = "quantization noise",
+    steps: Sequence[int] | None = None,
 ) -> list[NoiseStats]:
     """Sums of e and D = eq - e per trajectory, in sample order (see core.noise; PTQD section 3.2).
 
@@ -36,6 +37,7 @@ def measure(
     Args:
         engine: any engine.
         what: title of the progress bar.
+        steps: those to measure, the others' sums being zero; None for all.
     Raises:
         ParityError: the engine returns NaN or infinite values; names the step.
     """
@@ -46,27 +48,33 @@ def measure(
     }
     wanted = parts[subset]
     found: list[NoiseStats] = []
-    with progress(len(wanted) * len(sampling), what, "step") as bar:
+    steps = range(len(sampling)) if steps is None else steps
+    with progress(len(wanted) * len(steps), what, "step") as bar:
         for batch in trajectories:
             if batch.indices.start in wanted:
-                found += sums_of(engine, sampling, batch, bar.update)
+                found += sums_of(engine, sampling, batch, bar.update, steps)
     return found
 
 
 def sums_of(
-    engine: Engine, sampling: Sampling, batch: Batch, advance: Callable[[int], object] = lambda n: None
+    engine: Engine,
+    sampling: Sampling,
+    batch: Batch,
+    advance: Callable[[int], object] = lambda n: None,
+    steps: Sequence[int] | None = None,
 ) -> list[NoiseStats]:
     """The sums of `measure` for each trajectory of a batch.
 
     Args:
         advance: called with the number of trajectories at each step.
+        steps: those to measure; None for all.
     Raises:
         ParityError: as `measure`.
     """
     indices, x, e, conditions = batch
     n_steps = len(sampling)
     sums = [NoiseStats.zeros(n_steps, sampling.model.channels) for _ in indices]
-    for step in range(n_steps):
+    for step in range(n_steps) if steps is None else steps:
         eq = _predict(engine, sampling, x[step], step, indices, conditions)
         for i in range(len(indices)):
             sums[i] += NoiseStats.of_step(step, n_steps, e[step, i : i + 1], eq[i : i + 1])

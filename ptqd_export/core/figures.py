@@ -38,8 +38,8 @@ class NoiseFigures:
             errors of the difference}.
         limit_z: the limit that correct executions stay below; None where too few trajectories were held out
             for it to mean anything.
-        mse_ratio: squared error of the engine divided by that of the simulation, per step.
-        snr_q_corrected: SNR_Q of the engine after correction, per step; None where there is no noise.
+        mse_ratio: squared error of the engine divided by that of the simulation, per judged step.
+        snr_q_corrected: SNR_Q of the engine after correction, per judged step; None where there is no noise.
     """
 
     largest_z: Mapping[str, float]

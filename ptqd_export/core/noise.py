@@ -71,6 +71,11 @@ class NoiseStats:
     def __sub__(self, other: NoiseStats) -> NoiseStats:
         return NoiseStats(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
+    def only(self, steps: Sequence[int]) -> NoiseStats:
+        """These steps' sums; the other steps are zero."""
+        rows = np.isin(np.arange(len(self.count)), steps)
+        return NoiseStats(*((getattr(self, f.name).T * rows).T for f in fields(self)))
+
     @classmethod
     def pool(cls, parts: Sequence[NoiseStats]) -> NoiseStats:
         """The exact sum of at least one set."""

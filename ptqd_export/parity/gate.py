@@ -26,7 +26,7 @@ from ..core.sampling import Sampling
 from ..errors import ParityError
 from ..export import calls, float_convs, op_counts
 from ..runtime.probe import probe
-from .judgement import HALF, ROUNDING, max_float_error
+from .judgement import HALF, ROUNDING, judged_steps, max_float_error
 from .layers import check_layers
 from .noise import check_noise
 
@@ -170,8 +170,9 @@ def _noise_of(
     trajectories: Trajectories,
     rounding: float,
 ) -> NoiseFigures:
-    measured = measure(engine, sampling, trajectories, "held_out")
-    simulated = [part.corrected(correction) for part in case.held_out]
+    steps = judged_steps(len(sampling))
+    measured = measure(engine, sampling, trajectories, "held_out", f"parity of {case.name}", steps)
+    simulated = [part.corrected(correction).only(steps) for part in case.held_out]
     return check_noise(case.name, measured, simulated, rounding)
 
 
@@ -218,7 +219,7 @@ def check_float(
     trajectories: Trajectories,
     allowed: float,
 ) -> FloatFigures:
-    """Compare a float engine with the torch model, per step, on two trajectories.
+    """Compare a float engine with the torch model, per judged step, on two trajectories.
 
     Args:
         allowed: largest RMS difference, relative to the RMS of epsilon.
@@ -227,7 +228,7 @@ def check_float(
     """
     _, x, _, conditions = trajectories.first(2)
     worst = 0.0
-    for step in range(len(sampling)):
+    for step in judged_steps(len(sampling)):
         # One sample at a time: as it is written, a large graph's attention takes gigabytes for each.
         got, expected = (sampling.predict_singly(e, x[step], step, conditions) for e in (engine, reference))
         error = float(np.sqrt(((got - expected) ** 2).mean() / (expected**2).mean()))

@@ -28,11 +28,18 @@ HALF = 2.0**-11
 """Largest relative error of one rounding to float16."""
 ROUNDING: dict[Floats, float] = {"float32": 0.0, "float16": HALF, "bfloat16": 2.0**-8}
 """Largest relative error of one rounding; that of float32 is counted in FLOAT_TOLERANCE."""
+JUDGED_STEPS = 50
+"""At most so many steps of a run are judged one by one."""
 ROUNDINGS = 6.0
 """Standard deviations of a sum of roundings that are allowed."""
 MAX_FLOAT_ERROR, MAX_HALF_ERROR = FLOAT_ERROR["float32"], FLOAT_ERROR["float16"]
 """Largest RMS difference of an fp32 and of an fp16 engine from the torch model, relative to the RMS of
 epsilon."""
+
+
+def judged_steps(n: int) -> list[int]:
+    """The steps of `n` that are judged: all, or JUDGED_STEPS evenly from the first to the last."""
+    return [int(step) for step in np.linspace(0, n - 1, min(n, JUDGED_STEPS)).round()]
 
 
 @dataclass(frozen=True)

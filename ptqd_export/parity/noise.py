@@ -68,6 +68,7 @@ def check_noise(
     one trajectory out of both at once. It is counted beyond the margin of equivalence.
 
     Args:
+        engine, simulated: sums per trajectory; those of a step that is not judged are zero in both.
         rounding: relative error of the engine's floats that the simulation does not have (HALF for float16).
             It adds to the noise in the same way in every trajectory. The standard error counts as at least
             the change that it may make to a statistic.
@@ -96,12 +97,13 @@ def check_noise(
                 f"simulation, {z.max():.1f} standard errors apart beyond what makes no difference "
                 f"(allowed: {limit:.1f})"
             )
+    judged = total.count > 0
     ratio = _mse(total) / np.maximum(_mse(reference), 1e-30)
     return NoiseFigures(
         worst,
         round(limit, 3) if len(engine) >= FEW else None,
-        tuple(ratio.round(4).tolist()),
-        tuple(float(value) if np.isfinite(value) else None for value in total.snr),
+        tuple(ratio[judged].round(4).tolist()),
+        tuple(float(value) if np.isfinite(value) else None for value in total.snr[judged]),
     )
 
 

@@ -35,6 +35,13 @@ def test_measure(case: Case) -> None:
     np.testing.assert_allclose(pooled.count, 6 * 64)
     np.testing.assert_allclose(pooled.k, 0.1, atol=1e-4)
     np.testing.assert_allclose(pooled.bias, 0.5, atol=1e-4)
+    with TorchEngine(network.module, sampling) as engine:
+        biased = FakeEngine(lambda f: 1.1 * engine(f)["epsilon"] + 0.5, engine.inputs)
+        some = measure(biased, sampling, trajectories, "held_out", steps=[1])
+        assert biased.calls == 1
+    for part, whole in zip(some, stats[4:], strict=True):
+        np.testing.assert_array_equal(part.dd, whole.only([1]).dd)
+        assert part.count[1] > 0 and not np.delete(part.count, 1).any()
     with pytest.raises(ParityError, match="NaN or infinite values at step 0"):
         run(FakeEngine(lambda f: f["sample"] * np.nan, ("sample", "timestep", "class_labels")))
 

@@ -14,7 +14,7 @@ from models import own_model
 from torch import nn
 
 from ptqd_export.calibrate import Network, collect, observe, open_model
-from ptqd_export.calibrate.observe import SMOOTHED_SHARE, ObservedLayer, smoothing
+from ptqd_export.calibrate.observe import SMOOTHED_SHARE, ObservedLayer, observed_stride, smoothing
 from ptqd_export.calibrate.torch_engine import TorchEngine
 from ptqd_export.errors import ModelError
 
@@ -76,6 +76,13 @@ def test_every_trajectory_is_observed(tmp_path: Path, size: int, n_steps: int, s
     hits = np.array([[whole[step, i].tobytes() in got for i in range(size)] for step in range(n_steps)])
     assert hits.any(0).all() and hits.sum() == pytest.approx(size * n_steps / share, abs=2)
     assert np.ptp(hits.sum(1)) <= 3
+
+
+def test_long_runs_are_observed_at_some_steps() -> None:
+    """Eight trajectories' worth of 50 steps, however many there are; all of a short run, of all trajectories
+    some steps."""
+    for size, steps, stride in ((8, 20, 1), (32, 20, 4), (8, 50, 1), (8, 250, 5), (32, 250, 20), (64, 4, 4)):
+        assert observed_stride(size, steps) == stride
 
 
 def test_products_outside_layers_are_counted(case: Case) -> None:

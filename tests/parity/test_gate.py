@@ -20,7 +20,7 @@ from ptqd_export.core.noise import Correction
 from ptqd_export.core.sampling import Sampling
 from ptqd_export.core.schedule import NoiseSchedule
 from ptqd_export.errors import ParityError
-from ptqd_export.parity import gate
+from ptqd_export.parity import gate, judgement
 from ptqd_export.parity.gate import FOLD_TOLERANCE, check_float, check_fold, check_structure, judge_graph
 from ptqd_export.parity.judgement import MAX_FLOAT_ERROR
 
@@ -88,6 +88,11 @@ def test_a_verdict_per_graph(case: Case, emission: Emission, monkeypatch: pytest
     )
     assert sorted(path.name for path in case.folder.iterdir()) == before
     assert (opened, most) == ([0], [1])
+    monkeypatch.setattr(judgement, "JUDGED_STEPS", 2)
+    fewer = judge_graph(judged, case.sampling, case.trajectories, case.network).figures
+    assert isinstance(fewer, QuantizedFigures)
+    assert len(fewer.noise.mse_ratio) == 2 < len(verdict.figures.noise.mse_ratio) == len(case.sampling)
+    assert fewer.noise.mse_ratio == tuple(verdict.figures.noise.mse_ratio[i] for i in (0, -1))
     float_case = replace(judged, correction=None, held_out=())
     with pytest.raises(ParityError, match="step 0 differs from the torch model"):
         judge_graph(float_case, case.sampling, case.trajectories, case.network)

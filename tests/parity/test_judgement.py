@@ -13,11 +13,13 @@ from ptqd_export.core.precision import FP32, Precision
 from ptqd_export.parity.judgement import (
     FLOAT_TOLERANCE,
     HALF,
+    JUDGED_STEPS,
     MAX_SHARE_APART,
     MAX_STEPS_APART,
     Apart,
     float_tolerance,
     judge,
+    judged_steps,
     max_float_error,
 )
 
@@ -50,6 +52,16 @@ def off(by: float, steps: int) -> Callable[[np.ndarray], np.ndarray]:
         return y
 
     return change
+
+
+def test_steps_that_are_judged() -> None:
+    """All of a short run; of a long one as many as allowed, from the first to the last, evenly."""
+    assert judged_steps(1) == [0] and judged_steps(JUDGED_STEPS) == list(range(JUDGED_STEPS))
+    for n in (JUDGED_STEPS + 1, 250, 1000):
+        steps = judged_steps(n)
+        assert len(set(steps)) == JUDGED_STEPS and (steps[0], steps[-1]) == (0, n - 1)
+        apart = np.diff(steps)
+        assert apart.min() >= 1 and apart.max() - apart.min() <= 1
 
 
 def test_quantization_steps_apart() -> None:

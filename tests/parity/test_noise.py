@@ -49,6 +49,22 @@ def test_noise_of_two_right_executions_agrees_and_of_a_wrong_one_does_not(rng: n
         check_noise("x", [s.corrected(k) for s in stats(rng, t, 0.1, e=e)], simulated)
 
 
+def test_steps_that_are_not_judged_count_for_nothing(rng: np.random.Generator) -> None:
+    """Their sums are zero on both sides; a wrong one that is judged is named by its number in the run."""
+    t, judged = 9, [0, 4, 8]
+    e: list[Array] = [rng.standard_normal((1, C, PIXELS)) for _ in range(N * t)]
+    simulated = [s.only(judged) for s in stats(rng, t, 0.1, e=e)]
+    right = check_noise("x", [s.only(judged) for s in stats(rng, t, 0.1, e=e)], simulated)
+    assert len(right.mse_ratio) == len(right.snr_q_corrected) == len(judged)
+    assert all(0.9 < ratio < 1.1 for ratio in right.mse_ratio)
+    noisier = [
+        a.only([0, 8]) + b.only([4])
+        for a, b in zip(stats(rng, t, 0.1, e=e), stats(rng, t, 0.2, e=e), strict=True)
+    ]
+    with pytest.raises(ParityError, match="at step 4 is"):
+        check_noise("x", noisier, simulated)
+
+
 def test_float16_in_between_is_let_pass_and_no_more(rng: np.random.Generator) -> None:
     """An error that is a function of e, the same in every trajectory, has next to no spread: rounding to
     float16 passes only where it is said."""
