@@ -22,16 +22,15 @@ import numpy as np
 
 from ..core.backend import BACKENDS, FLOAT_ERROR, OPENVINO, Floats
 from ..core.closing import Closing
-from ..core.engine import TIMESTEP, Array, Feeds, TensorSpec
+from ..core.engine import Array, Feeds, TensorSpec
 from ..core.engine_build import NOT_FOUND, PlanReport
 from ..errors import BackendUnavailable, GraphError
+from .openvino_model import followers, made_of_timesteps, part_normalizations
 from .ort_device import one_line, threads
 from .tensors import check, find, out_of_memory
 
 CPU = "CPU"
 TYPES: Mapping[Floats, str] = {"float32": "f32", "bfloat16": "bf16"}
-LAYERS = frozenset({"Convolution", "GroupConvolution", "MatMul"})
-"""Operators that OpenVINO computes in bfloat16 or in 8 bits, of a model as it is read."""
 NARROW = frozenset({"i8", "u8", "i4", "u4", "f8e4m3"})
 COMPUTING = frozenset({"Convolution", "FullyConnected", "MatMul"})
 """Those of a compiled model."""
@@ -176,7 +175,7 @@ class OpenVinoEngine(Closing):
         )
         self.floats: Floats = floats if quantized and has_bfloat16() else "float32"
         if self.floats != "float32":
-            timed = _made_of_timesteps(self._model)
+            timed = made_of_timesteps(self._model)
             if timed:
                 self._model.add_outputs(timed)
         self._compiled: OrderedDict[tuple[tuple[int, ...], ...], Any] = OrderedDict()
@@ -233,6 +232,8 @@ class OpenVinoEngine(Closing):
         try:
             model = self._model.clone()
             model.reshape({i: ov.PartialShape(list(shape)) for i, shape in enumerate(shapes)})
+            if self.floats == "float32":
+                part_normalizations(model)
             request = _core(ov).compile_model(model, CPU, settings).create_infer_request()
         except Exception as error:
             raise self._failure(error, shapes) from error
@@ -306,11 +307,11 @@ class OpenVinoEngine(Closing):
             if kind in COMPUTING:
                 for name in names.split(","):
                     known.setdefault(name, set()).add(number)
-        followers = _followers(self._model)
+        layers = followers(self._model)
         fell_back = {}
         integers = [name for name, number in meant.items() if number == "int8"]
         for name in integers:
-            found = next((known[n] for n in followers.get(name, (name,)) if n in known), {NOT_FOUND})
+            found = next((known[n] for n in layers.get(name, (name,)) if n in known), {NOT_FOUND})
             if not found <= {"i8", "u8"}:
                 fell_back[name] = ", ".join(sorted(found - {"i8", "u8"}))
         return PlanReport(
@@ -327,37 +328,3 @@ def _spec(value: Any) -> TensorSpec:
     """Of an input or output of a model as it is read."""
     shape = tuple(d.get_length() if d.is_static else None for d in value.partial_shape)
     return TensorSpec(value.any_name, np.dtype(value.get_element_type().to_dtype()).name, shape)
-
-
-def _made_of_timesteps(model: Any) -> list[Any]:
-    """What the first layers on the way from the timestep take, computed from it without a layer or codes."""
-    timed: set[str] = set()
-    found: dict[str, Any] = {}
-    for op in model.get_ordered_ops():
-        name, sources = op.get_friendly_name(), [value.get_source_output() for value in op.inputs()]
-        if op.get_type_name() in LAYERS or op.get_type_name() == "FakeQuantize":
-            source = sources[0]
-            if source.get_node().get_friendly_name() in timed and source.get_element_type().is_real():
-                found[source.get_node().get_friendly_name()] = source
-        elif name == TIMESTEP or any(source.get_node().get_friendly_name() in timed for source in sources):
-            timed.add(name)
-    return list(found.values())
-
-
-def _followers(model: Any) -> dict[str, tuple[str, ...]]:
-    """{layer: its own name, and those of what follows it alone, up to three}.
-
-    A compiled model may name a layer by what was fused into it.
-    """
-    found = {}
-    for op in model.get_ordered_ops():
-        if op.get_type_name() in LAYERS:
-            names, at = [op.get_friendly_name()], op
-            for _ in range(3):
-                targets = list(at.output(0).get_target_inputs()) if at.get_output_size() == 1 else []
-                if len(targets) != 1 or targets[0].get_node().get_type_name() in LAYERS:
-                    break
-                at = targets[0].get_node()
-                names.append(at.get_friendly_name())
-            found[op.get_friendly_name().removesuffix("/WithoutBiases")] = tuple(names)
-    return found

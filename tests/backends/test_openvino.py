@@ -173,7 +173,7 @@ def test_timesteps_keep_their_digits(
     with OpenVinoEngine(path) as engine:
         assert len(engine._model.outputs) == len(engine.outputs) + 1
         right = relative_rms(engine(feeds)["epsilon"], expected)
-    monkeypatch.setattr(openvino, "_made_of_timesteps", lambda model: [])
+    monkeypatch.setattr(openvino, "made_of_timesteps", lambda model: [])
     with OpenVinoEngine(path) as engine:
         wrong = relative_rms(engine(feeds)["epsilon"], expected)
     assert right < FLOAT_ERROR["bfloat16"] and wrong > 1.5 * right, (right, wrong)
@@ -190,3 +190,54 @@ def test_nothing_is_sent() -> None:
         env=environment(PYTHONPATH=":".join(sys.path)),
     )  # fmt: skip
     assert done.stdout.strip() == "[]"
+
+
+SCALED = """agraph (float[N, 4, {size}] sample, float[N, 4, {ones}] shift) => (float[N, 4, {size}] epsilon) {{
+    g = GroupNormalization <num_groups = 2> (sample, weight, bias)
+    scale = Add(shift, one)
+    {last}
+}}"""
+
+
+@pytest.mark.parametrize(("size", "ones"), [("6, 6", "1, 1"), ("6", "1")])
+@pytest.mark.parametrize(
+    ("last", "parted"),
+    [
+        ("epsilon = Mul(g, scale)", 1),
+        ("a = Sigmoid(shift) epsilon = Add(a, g)", 1),
+        ("a = Mul(g, scale) epsilon = Add(a, shift)", 1),
+        ("a = Sigmoid(g) epsilon = Mul(g, a)", 0),
+        ("a = Relu(g) epsilon = Mul(a, scale)", 0),
+        ("epsilon = Mul(g, shift)", 0),
+    ],
+)
+def test_normalizations_beside_other_values(
+    tmp_path: Path, size: str, ones: str, last: str, parted: int
+) -> None:
+    """Networks that scale and shift what they normalize: OpenVINO dies of them where they are not parted, so
+    they run in a process of their own. Activations are left as they are."""
+    constants = [
+        numpy_helper.from_array(np.asarray(value, np.float32), name)
+        for name, value in (("weight", [1, 2, 3, 4]), ("bias", [0, 1, 0, 2]), ("one", 1.0))
+    ]
+    graph = save_text(tmp_path / "scaled.onnx", SCALED.format(size=size, ones=ones, last=last), *constants)
+    code = """
+import sys, numpy as np
+from pathlib import Path
+from ptqd_export.backends import OrtEngine, openvino_model
+from ptqd_export.backends.openvino import OpenVinoEngine
+parted, part = [], openvino_model.part_normalizations
+sys.modules[OpenVinoEngine.__module__].part_normalizations = lambda model: parted.append(part(model))
+rng = np.random.default_rng(0)
+feeds = {}
+with OpenVinoEngine(Path(sys.argv[1])) as engine, OrtEngine(Path(sys.argv[1])) as expected:
+    for spec in engine.specs:
+        feeds[spec.name] = rng.standard_normal([2, *spec.shape[1:]]).astype(np.float32)
+    np.testing.assert_allclose(engine(feeds)["epsilon"], expected(feeds)["epsilon"], atol=1e-5)
+print(*parted)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(graph)], capture_output=True, text=True, check=False,
+        env=environment(PYTHONPATH=":".join(sys.path)),
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.strip()) == (0, str(parted)), done.stderr
