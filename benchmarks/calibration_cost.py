@@ -1,6 +1,6 @@
 """Time and memory of a build against the size of the model, and what `build --dry-run` had said of both.
 
-    python benchmarks/calibration_cost.py [--only SIZE] [--calib-size 4] [--n-steps 5]
+    python benchmarks/calibration_cost.py [--only SIZE] [--calib-size 4] [--n-steps 5] [--write]
 
 Convolutional UNets with attention, 32x32, random weights, default precisions. A build at default settings
 takes hours for the largest, so calibration is short here; the last column says what --dry-run expects of a
@@ -22,11 +22,10 @@ from typing import Any
 import torch
 from architectures import ARCHITECTURES
 from diffusers import DDIMScheduler, UNet2DModel
-from report import OUT, command_cost, machine, table
+from report import OUT, Kept, command_cost, machine, table, write_section
 
 SIZES = {"small": (64, 128, 128), "middle": (128, 256, 384), "large": (256, 512, 640)}
 """Channels of the levels."""
-KEPT = OUT / "calibration-cost.json"
 HEADER = (
     "parameters",
     "multiply-accumulates",
@@ -77,22 +76,23 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=SIZES, help="measure these, keep other figures")
     parser.add_argument("--calib-size", type=int, default=4)
     parser.add_argument("--n-steps", type=int, default=5)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     options = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    kept: dict[str, Any] = json.loads(KEPT.read_text("utf-8")) if KEPT.is_file() else {}
+    kept = Kept("calibration-cost")
     for name in SIZES if options.only is None else options.only:
         with tempfile.TemporaryDirectory(dir=OUT) as folder:
-            kept[name] = measure(name, Path(folder), options)
-        KEPT.write_text(json.dumps(kept, indent=1), "utf-8")
+            kept.keep(name, measure(name, Path(folder), options))
         print(" ".join(kept[name]["row"]))
     rows = [kept[name]["row"] for name in SIZES if name in kept]
     threads = os.environ.get("OMP_NUM_THREADS", "all")
-    machines = "; ".join(sorted({one["machine"] for one in kept.values()}))
     text = (
-        f"{table(HEADER, rows)}\n\n{machines}. Calibrated on {options.calib_size} samples of "
+        f"{table(HEADER, rows)}\n\n{kept.machines()}. Calibrated on {options.calib_size} samples of "
         f"{options.n_steps} steps; w8a8, w4a8 and w4a4; {threads} threads."
     )
     print(text)
+    if options.write:
+        write_section("calibration-cost", text)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """What of diffusers' UNets can be exported, quantized and built: every block type, setting and public model.
 
-    python benchmarks/coverage.py [TEXT ...] [--jobs 1] [--resume] [--rtx] [--write]
+    python benchmarks/coverage.py [TEXT ...] [--jobs 1] [--resume] [--openvino] [--rtx] [--write]
 
 Every UNet of `coverage_models.py` is written as diffusers writes it, with seeded random weights, and built
 as a user's would be: opened from its folder, exported, calibrated on two trajectories of two steps, and
-quantized. Each graph is judged by the parity gate, and read as a bundle's is. With `--rtx`, TensorRT-RTX
-builds the graph of w8a8, which takes time; what another run has found is kept.
+quantized. Each graph is judged by the parity gate, and read as a bundle's is. With `--openvino`, OpenVINO
+runs those of fp32 and w8a8, in a process of its own; with `--rtx`, TensorRT-RTX builds the graph of w8a8.
+Both take time; what another run has found is kept.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import json
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from coverage_models import CONFIGURATIONS, TOKENS, Configuration
 from random_models import randomise
@@ -28,12 +31,14 @@ from report import OUT, machine, table, write_section
 
 from ptqd_export.assemble.graphs import emit, judge
 from ptqd_export.assemble.measure import measure_all
-from ptqd_export.backends import trt
+from ptqd_export.backends import OrtEngine, open_engine, trt
 from ptqd_export.bundle.bundle import WEIGHTS
 from ptqd_export.bundle.graph_check import Expected, check_graph
 from ptqd_export.calibrate import collect, observe, open_model, quantize, set_threads
-from ptqd_export.core.backend import TENSORRT_RTX, Emission
+from ptqd_export.core.backend import FLOAT_ERROR, OPENVINO, OPENVINO_FP32, TENSORRT_RTX, Emission
+from ptqd_export.core.engine import EPSILON, Feeds
 from ptqd_export.core.engine_build import EngineSettings
+from ptqd_export.core.figures import relative_rms
 from ptqd_export.core.precision import FP32, Precision
 from ptqd_export.core.sampling import Sampling
 from ptqd_export.errors import PTQDError
@@ -46,8 +51,8 @@ KEPT = OUT / "coverage.jsonl"
 EXPORT, RTX, PASSED = "export", TENSORRT_RTX, "passes"
 W8A8 = Precision.parse("w8a8")
 PRECISIONS = {EXPORT: FP32, "w8a8": W8A8, "w4a8": Precision.parse("w4a8")}
-COLUMNS = (*PRECISIONS, RTX)
-HEADER = ("configuration", "class", EXPORT, "w8a8", "w4a8", "TensorRT-RTX, w8a8")
+COLUMNS = (*PRECISIONS, OPENVINO, RTX)
+HEADER = ("configuration", "class", EXPORT, "w8a8", "w4a8", "OpenVINO", "TensorRT-RTX, w8a8")
 
 
 @dataclass
@@ -56,7 +61,7 @@ class Found:
 
     Attributes:
         told: by column, PASSED or what was said in its place.
-        seconds: of the columns but RTX's; rtx_seconds of its build.
+        seconds: of PRECISIONS' columns; rtx_seconds of RTX's build.
     """
 
     told: dict[str, str] = field(default_factory=dict)
@@ -98,8 +103,8 @@ def write_model(one: Configuration, folder: Path) -> Recipe:
     return Recipe.from_dict(data, folder)
 
 
-def cover(one: Configuration, folder: Path, rtx: bool) -> Found:
-    """Try every column of a configuration in an empty folder."""
+def cover(one: Configuration, folder: Path, more: Collection[str]) -> Found:
+    """Try a configuration's columns of PRECISIONS, and `more` of them, in an empty folder."""
     found = Found()
     started = time.process_time()
     try:
@@ -121,7 +126,7 @@ def cover(one: Configuration, folder: Path, rtx: bool) -> Found:
 
         for column in PRECISIONS:
             found.attempt(column, fail)
-        found.told[RTX] = found.told[EXPORT]
+        found.told |= dict.fromkeys(more, found.told[EXPORT])
         return found
 
     def build(precision: Precision, out: Path) -> None:
@@ -138,11 +143,53 @@ def cover(one: Configuration, folder: Path, rtx: bool) -> Found:
     for column, precision in PRECISIONS.items():
         found.attempt(column, lambda p=precision, c=column: build(p, folder / c))  # type: ignore[misc]
     found.seconds = time.process_time() - started
-    if rtx:
+    if OPENVINO in more:
+        found.attempt(OPENVINO, lambda: run_apart(folder, feeds_of(sampling)))
+    if RTX in more:
         started = time.monotonic()
         found.attempt(RTX, lambda: build_engine(folder / "w8a8" / f"{W8A8.stem}.{Emission.HALF}.onnx"))
         found.rtx_seconds = time.monotonic() - started
     return found
+
+
+def feeds_of(sampling: Sampling) -> Feeds:
+    """Random inputs for one sample, at the first step."""
+    rng = np.random.default_rng(0)
+    conditions = sampling.model.conditions(None, 1)
+    for spec in sampling.model.inputs:
+        if spec.num_classes is None:
+            conditions[spec.name] = rng.standard_normal((1, *spec.shape)).astype(np.float32)
+    x = rng.standard_normal((1, *sampling.model.sample_shape))
+    return sampling.conditional.feeds(x, 0, conditions)
+
+
+def run_apart(folder: Path, feeds: Feeds) -> None:
+    """`run_openvino` in a process of its own, which it may take along."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            pool.submit(run_openvino, folder, feeds).result()
+        except BrokenProcessPool as error:
+            raise PTQDError("OpenVINO dies of it") from error
+
+
+def run_openvino(folder: Path, feeds: Feeds) -> None:
+    """OpenVINO computes what ONNX Runtime does: fp32 but for roundings, w8a8 within its own noise.
+
+    Roundings to codes fall otherwise here and there, the more so beside bfloat16.
+    """
+    set_threads(1)
+    graphs = {p: folder / c / f"{p.stem}.{Emission.PORTABLE}.onnx" for c, p in PRECISIONS.items()}
+    expected = {}
+    for p in (FP32, W8A8):
+        with OrtEngine(graphs[p], optimise=False) as engine:
+            expected[p] = engine(feeds)[EPSILON]
+    noise = relative_rms(expected[W8A8], expected[FP32])
+    for p, allowed in ((FP32, FLOAT_ERROR["float32"]), (W8A8, noise + FLOAT_ERROR["bfloat16"])):
+        for name in (OPENVINO, OPENVINO_FP32):
+            with open_engine(name, graphs[p]) as engine:
+                off = relative_rms(engine(feeds)[EPSILON], expected[p])
+            if not off <= allowed:
+                raise PTQDError(f"{p} on {name} is off by {off:.2g} of its RMS (allowed: {allowed:.2g})")
 
 
 def build_engine(graph: Path) -> None:
@@ -155,10 +202,10 @@ def build_engine(graph: Path) -> None:
         raise PTQDError("nothing of it runs in 8 bits")
 
 
-def covered(one: Configuration, rtx: bool) -> Found:
+def covered(one: Configuration, more: Collection[str]) -> Found:
     set_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        return cover(one, Path(folder), rtx)
+        return cover(one, Path(folder), more)
 
 
 def key(one: Configuration) -> str:
@@ -176,8 +223,9 @@ def kept() -> dict[str, Found]:
         if known.get(name) == of:
             before = found.get(name)
             found[name] = Found(**data)
-            if before is not None and RTX not in found[name].told and RTX in before.told:
-                found[name].told[RTX], found[name].rtx_seconds = before.told[RTX], before.rtx_seconds
+            if before is not None:
+                found[name].told = before.told | found[name].told
+                found[name].rtx_seconds = found[name].rtx_seconds or before.rtx_seconds
     return found
 
 
@@ -228,19 +276,20 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="TEXT", help="of names; all if there is none")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--resume", action="store_true", help="leave out what an earlier run has found")
+    parser.add_argument("--openvino", action="store_true", help="run graphs on OpenVINO too")
     parser.add_argument("--rtx", action="store_true", help="build engines of TensorRT-RTX too")
     parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
     options = parser.parse_args()
     known = kept()
-    needed = COLUMNS if options.rtx else PRECISIONS
+    more = [column for column, asked in ((OPENVINO, options.openvino), (RTX, options.rtx)) if asked]
     todo = [
         one
         for one in chosen(options.names)
-        if not (options.resume and key(one) in known and known[key(one)].told.keys() >= {*needed})
+        if not (options.resume and key(one) in known and known[key(one)].told.keys() >= {*PRECISIONS, *more})
     ]
     KEPT.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        waiting = {pool.submit(covered, one, options.rtx): one for one in todo}
+        waiting = {pool.submit(covered, one, more): one for one in todo}
         for future in as_completed(waiting):
             one, found = waiting[future], future.result()
             said = "; ".join(f"{c}: {text}" for c, text in found.told.items() if text != PASSED) or "all pass"
@@ -248,7 +297,7 @@ def main() -> None:
             with KEPT.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"name": key(one), "of": repr(one), **asdict(found)}) + "\n")
     known = kept()
-    text = f"{report(known)}\n\n{machine('onnxruntime', 'torch', 'diffusers')}."
+    text = f"{report(known)}\n\n{machine('onnxruntime', 'openvino', 'torch', 'diffusers')}."
     print(text)
     if options.write:
         write_section("coverage", text)

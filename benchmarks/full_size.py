@@ -11,7 +11,6 @@ and 15 GB of disk. To see whether it works: `--small`.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from report import OUT, ROOT, command_cost, machine, table, write_section
+from report import OUT, ROOT, Kept, command_cost, machine, table, write_section
 
 from ptqd_export.bundle.bundle import Bundle
 from ptqd_export.calibrate import open_source, set_threads
@@ -37,7 +36,6 @@ from ptqd_export.runtime.open import open_artifact
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 from ldm_models import CONFIGURATIONS, original, small, write
 
-KEPT = OUT / "full-size.json"
 BUILD = (
     "configuration",
     "UNet",
@@ -149,21 +147,19 @@ def main() -> None:
     options = parser.parse_args()
     threads = len(os.sched_getaffinity(0))
     set_threads(threads)  # as ONNX Runtime takes
-    kept: dict[str, Any] = json.loads(KEPT.read_text("utf-8")) if KEPT.is_file() else {}
+    kept = Kept("full-size")
     OUT.mkdir(parents=True, exist_ok=True)
     for name in CONFIGURATIONS if options.only is None else options.only:
         with tempfile.TemporaryDirectory(dir=OUT) as folder:
             found = measure(name, Path(folder), options)
         print(" ".join([*found["build"], *found["times"][1:]]))
         if not options.small:
-            kept[name] = found
-            KEPT.write_text(json.dumps(kept, indent=1), "utf-8")
+            kept.keep(name, found)
     rows = [kept[name] for name in CONFIGURATIONS if name in kept]
-    machines = "; ".join(sorted({one["machine"] for one in rows}))
     times = [word.format(options.precision) for word in TIMES]
     tables = table(BUILD, [one["build"] for one in rows]), table(times, [one["times"] for one in rows])
     text = "\n\n".join(tables) + (
-        f"\n\n{machines}. fp32 and {options.precision}, calibrated on {options.calib_size} samples of "
+        f"\n\n{kept.machines()}. fp32 and {options.precision}, calibrated on {options.calib_size} samples of "
         f"{options.n_steps} steps; `run` makes one picture in as many. "
         f"One evaluation of one sample, {threads} threads."
     )

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import OUT, ROOT, machine, table, write_section
+from report import ROOT, Kept, machine, table, write_section
 
 from ptqd_export.calibrate import open_source, set_threads
 from ptqd_export.recipe import Recipe
@@ -28,7 +27,6 @@ from ptqd_export.recipe import Recipe
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 from ldm_models import CONFIGURATIONS, original, write
 
-KEPT = OUT / "ldm-configurations.json"
 HEADER = (
     "configuration",
     "UNet",
@@ -105,16 +103,13 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
     options = parser.parse_args()
     set_threads(options.threads)
-    kept: dict[str, Any] = json.loads(KEPT.read_text("utf-8")) if KEPT.is_file() else {}
+    kept = Kept("ldm-configurations")
     for name in [options.only] if options.only else CONFIGURATIONS:
         with tempfile.TemporaryDirectory() as folder:
-            kept[name] = measure(name, Path(folder))
-        OUT.mkdir(parents=True, exist_ok=True)
-        KEPT.write_text(json.dumps(kept, indent=1), "utf-8")
+            kept.keep(name, measure(name, Path(folder)))
         print(" ".join(kept[name]["row"]))
     rows = [kept[name]["row"] for name in CONFIGURATIONS if name in kept]
-    machines = "; ".join(sorted({one["machine"] for one in kept.values()}))
-    text = f"{table(HEADER, rows)}\n\n{machines}; {options.threads} thread. Random weights, float32."
+    text = f"{table(HEADER, rows)}\n\n{kept.machines()}; {options.threads} thread. Random weights, float32."
     print(text)
     if options.write:
         write_section("ldm-configurations", text)

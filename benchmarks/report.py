@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "out"
@@ -42,6 +44,7 @@ SECTIONS = {
     "stock-pipelines": ROOT / "docs" / "models.md",
     "coverage": ROOT / "docs" / "models.md",
     "ldm-configurations": ROOT / "docs" / "models.md",
+    "calibration-cost": _BENCHMARKS,
     "full-size": ROOT / "docs" / "models.md",
     "ray-sampling": ROOT / "docs" / "many-machines.md",
 }
@@ -79,6 +82,27 @@ def machine(*distributions: str) -> str:
         f"{name} {metadata.version(name)}" for name in distributions or ("onnxruntime", "torch")
     )
     return f"{next(names, platform.machine())}, {cores} cores; {versions}"
+
+
+class Kept(dict[str, Any]):
+    """Figures by row, in a JSON file below OUT, so that a rerun of single rows keeps the others.
+
+    What a row holds under "machine" is what it was measured on.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._file = OUT / f"{name}.json"
+        super().__init__(json.loads(self._file.read_text("utf-8")) if self._file.is_file() else {})
+
+    def keep(self, row: str, figures: Any) -> None:
+        """Put a row's figures into the file."""
+        self[row] = figures
+        OUT.mkdir(parents=True, exist_ok=True)
+        self._file.write_text(json.dumps(self, indent=1), "utf-8")
+
+    def machines(self) -> str:
+        """What the rows were measured on."""
+        return "; ".join(sorted({figures["machine"] for figures in self.values()}))
 
 
 def read_section(name: str) -> str:

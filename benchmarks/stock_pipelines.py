@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from report import OUT, table, write_section
+from report import Kept, table, write_section
 
 from ptqd_export import Bundle, run
 from ptqd_export.assemble.stock_folder import write_stock
@@ -27,7 +27,6 @@ from ptqd_export.core.plan import Plan
 from ptqd_export.core.precision import FP32, Precision
 from ptqd_export.core.sampling import NoiseSource
 
-KEPT = OUT / "stock-pipelines.json"
 HEADER = ("pipeline", "network", "PSNR to `ptqd-export run`, dB", "largest difference, of 255", "versions")
 PROMPTS = ("a photo of a cat", "a photo of a dog")
 OPEN = {
@@ -117,21 +116,20 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
     options = parser.parse_args()
     bundle = Bundle.open(options.bundle)
-    kept: dict[str, list[list[str]]] = json.loads(KEPT.read_text("utf-8")) if KEPT.is_file() else {}
+    kept = Kept("stock-pipelines")
     if options.model is not None:
-        kept["diffusers"] = [compare_model(bundle, options.model)]
+        kept.keep("diffusers", [compare_model(bundle, options.model)])
         print(" ".join(kept["diffusers"][0]), flush=True)
     for kind in OPEN:
         python = getattr(options, kind)
         if python is None:
             continue
-        kept[kind] = []
+        rows = []
         for precision in dict.fromkeys(graph.precision for graph in bundle.manifest.graphs):
             with tempfile.TemporaryDirectory() as folder:
-                kept[kind].append(compare(bundle, kind, python, precision, Path(folder)))
-            print(" ".join(kept[kind][-1]), flush=True)
-    OUT.mkdir(parents=True, exist_ok=True)
-    KEPT.write_text(json.dumps(kept, indent=1), "utf-8")
+                rows.append(compare(bundle, kind, python, precision, Path(folder)))
+            print(" ".join(rows[-1]), flush=True)
+        kept.keep(kind, rows)
     m = bundle.manifest
     text = (
         f"{table(HEADER, [row for kind in ('diffusers', *OPEN) for row in kept.get(kind, [])])}\n\n"
