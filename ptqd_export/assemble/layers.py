@@ -12,6 +12,7 @@ from ..calibrate import (
     Observed,
     Trajectories,
     given_layers,
+    layer_precisions,
     quantize,
     refine,
     sensitivity,
@@ -20,7 +21,7 @@ from ..core.bits import LayerSensitivity, assign
 from ..core.precision import Precision
 from ..core.quant import Geometry, QuantizedNetwork
 from ..core.sampling import Sampling
-from ..errors import PTQDError
+from ..errors import ModelError, PTQDError
 from ..files import digest, write_file
 from ..recipe import Recipe
 from ..typed import brief, read_typed, to_plain
@@ -43,6 +44,8 @@ def quantize_all(
         exported: layers of the exported graph, in their geometry there; the others stay float.
         work: folder of intermediate results, from which those of a stopped build are reused.
         key: key of everything before quantization that decides them.
+    Raises:
+        ModelError: nothing is left to quantize.
     """
     spec = recipe.quantization
     for glob in (*spec.skip, *(text.rpartition("=")[0] for text in spec.layer_bits)):
@@ -52,6 +55,13 @@ def quantize_all(
     found: dict[Precision, LayerSensitivity] = {}
     for precision in recipe.precisions:
         assigned = {}
+        given = layer_precisions(network, seen, precision, recipe)
+        if not precision.is_float and not any(used and name in exported for name, used in given.items()):
+            raise ModelError(
+                f"{network.info.name} has no layer left to quantize at {precision}: the exported graph holds "
+                "none of them as itself, such as convs that were folded into the BatchNorm behind them; fold "
+                "these in the model, or ask for fp32 or fp16"
+            )
         if precision.mixed:
             name = digest(key, recipe.digest("quantization"), str(precision))[:16]
             file = work / f"layer-sensitivity-{name}.json"
@@ -60,8 +70,8 @@ def quantize_all(
                 known = sensitivity(network, seen, sampling, trajectories, precision, recipe, exported)
                 write_file(file, json.dumps(to_plain(known)).encode())
             found[precision] = known
-            given = given_layers(recipe, known.layers)
-            assigned = assign(known, precision.levels, spec.layer_budget, given)
+            by_hand = given_layers(recipe, known.layers)
+            assigned = assign(known, precision.levels, spec.layer_budget, by_hand)
             raised = sum(assigned[n] != precision.levels[0] for n in known.layers)
             say(f"{precision}: {raised} of {len(assigned)} layers get more bits than {precision.levels[0]}")
         start = quantize(network, seen, precision, recipe, assigned).exported(exported)

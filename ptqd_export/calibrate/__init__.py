@@ -8,7 +8,7 @@ from .network import Network
 from .observe import Observed, observe
 from .pipeline import DecoderPart, Parts, open_parts
 from .pooled import Workers
-from .quantize import quantize
+from .quantize import layer_precisions, quantize
 from .refine import refine
 from .simulate import LayerSimulator, SimulatedLayer, simulate
 from .text import TextPart
@@ -29,6 +29,7 @@ __all__ = [
     "Workers",
     "collect",
     "given_layers",
+    "layer_precisions",
     "measure",
     "measure_own",
     "observe",

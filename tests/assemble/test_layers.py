@@ -4,7 +4,7 @@ leaves to the next one."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ptqd_export.calibrate import open_model
 from ptqd_export.core.bits import LayerSensitivity
 from ptqd_export.core.precision import Precision
 from ptqd_export.core.quant import QuantizedNetwork
+from ptqd_export.errors import ModelError
 from ptqd_export.recipe import Recipe
 from ptqd_export.typed import read_typed, to_plain
 
@@ -44,10 +45,15 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 def call(case: Case, tmp_path: Path) -> Call:
     """quantize_all at w4a4+ and w4a4, with a work folder of its own."""
 
-    def quantized(key: str = "key", say: Callable[[str], None] = print, **changes: object) -> Found:
+    def quantized(
+        key: str = "key",
+        say: Callable[[str], None] = print,
+        exported: Sequence[str] = (*EDGES, *INNER),
+        **changes: object,
+    ) -> Found:
         recipe = case.recipe.override(quantization={"precisions": ("w4a4+", "w4a4"), **changes})
-        exported = dict.fromkeys((*EDGES, *INNER))
-        rest = case.observed, case.sampling, case.trajectories, exported, tmp_path, key, say
+        layers = dict.fromkeys(exported)
+        rest = case.observed, case.sampling, case.trajectories, layers, tmp_path, key, say
         return quantize_all(recipe, case.network, *rest)
 
     return quantized
@@ -80,6 +86,11 @@ def test_bits_by_hand(call: Call) -> None:
     networks, _ = call(layer_budget=1.0, layer_bits=given)
     by_hand = {name: W8A8 if name.startswith("blocks.0") else Precision(3, 5) for name in INNER}
     assert bits(networks[MIXED]) == by_hand and bits(networks[W4A4]) == dict.fromkeys(INNER, W4A4)
+
+
+def test_a_graph_without_the_layers_is_refused(call: Call) -> None:
+    with pytest.raises(ModelError, match=r"no layer left to quantize at w4a4\+: the exported graph"):
+        call(exported=())
 
 
 def test_globs_that_match_nothing_are_told(call: Call) -> None:
