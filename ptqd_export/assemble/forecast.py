@@ -15,7 +15,7 @@ from typing import Any
 from ..bundle.bundle import check_target
 from ..calibrate import Network, open_source
 from ..calibrate.layer_noise import SENSITIVITY_SAMPLES, SENSITIVITY_STEPS, given_layers
-from ..calibrate.memory import LIVE_LAYERS, available_bytes, largest_layer_bytes
+from ..calibrate.memory import LIVE_LAYERS, largest_layer_bytes
 from ..calibrate.observe import (
     GPTQ_BITS,
     HESSIAN_ROWS,
@@ -33,6 +33,7 @@ from ..calibrate.sizes import part_elements
 from ..calibrate.speed import Speed, measure_speed
 from ..core.backend import Emission
 from ..core.estimate import Estimate, PrecisionEstimate
+from ..core.memory import available_bytes
 from ..core.precision import FLOAT_BITS, HALF_BITS, Precision
 from ..core.quant import bit_operations
 from ..core.sampling import Sampling

@@ -60,6 +60,7 @@ class Bundle:
         tables: corrections, statistics and probes.
         seal: SHA-256 of the manifest, which holds the SHA-256 of everything else: the bundle's own.
         reader: of its files.
+        live_bytes: of the values that a network needs at one time, for one sample in all branches, float32.
     """
 
     path: Path
@@ -67,6 +68,7 @@ class Bundle:
     tables: Tables
     seal: str
     reader: Reader
+    live_bytes: int
 
     def __repr__(self) -> str:
         return f"Bundle({str(self.path)!r}: {self.manifest.sampling.model.name}, {self.manifest.plan})"
@@ -161,7 +163,7 @@ class Bundle:
             ) from error
         reader = Reader(path, manifest.files)
         skipped = {engine.file for engine in manifest.engines if engine.backend == without}
-        _check_graphs(manifest, reader)
+        live = _check_graphs(manifest, reader)
         tables = Tables.parse(
             reader.read(TABLES),
             path / TABLES,
@@ -179,7 +181,7 @@ class Bundle:
             raise BundleError(
                 f"{path / MANIFEST} does not match its own SHA-256: it was changed or damaged; {COPY_AGAIN}"
             )
-        return cls(path, manifest, tables, seal, reader)
+        return cls(path, manifest, tables, seal, reader, 4 * live * manifest.sampling.branches)
 
 
 def _read_manifest(path: Path) -> tuple[bytes, dict[str, Any]]:
@@ -256,15 +258,17 @@ def _check_files(manifest: Manifest) -> None:
             raise BundleError(f"{brief(name)} has {entry.size} bytes: expected at most {most}")
 
 
-def _check_graphs(manifest: Manifest, reader: Reader) -> None:
+def _check_graphs(manifest: Manifest, reader: Reader) -> int:
     """Every graph computes on what the manifest says, and takes its weights from the bundle's own file, all
     of it.
 
+    Returns:
+        elements of the values that any network needs at one time, per row of its batch.
     Raises:
         BundleError: naming the graph.
     """
     weights = manifest.files[WEIGHTS].size
-    used = 0
+    used = live = 0
     emissions: dict[str, Emission | None] = {manifest.update.file: None}
     for graph in manifest.graphs:
         if graph.file in emissions and emissions[graph.file] is None:
@@ -274,7 +278,8 @@ def _check_graphs(manifest: Manifest, reader: Reader) -> None:
         emissions.setdefault(graph.file, graph.emission)
     for name, emission in emissions.items():
         expected = Expected(manifest.sampling, emission, WEIGHTS, weights)
-        used = max(used, check_graph(reader.read(name), str(reader.root / name), expected))
+        needs = check_graph(reader.read(name), str(reader.root / name), expected)
+        used, live = max(used, needs.weights_end), max(live, needs.live)
     _check_used(reader.root / WEIGHTS, weights, used)
     for part in manifest.pipeline.parts:
         name = graph_file(part)
@@ -282,8 +287,9 @@ def _check_graphs(manifest: Manifest, reader: Reader) -> None:
             raise BundleError(f"{reader.root / MANIFEST} is damaged: {brief(name)} is named as two things")
         weights = manifest.files[f"{part.folder}/{WEIGHTS}"].size
         expected = Expected(manifest.sampling, Emission.PORTABLE, WEIGHTS, weights, part.tensors)
-        used = check_graph(reader.read(name), str(reader.root / name), expected)
-        _check_used(reader.root / part.folder / WEIGHTS, weights, used)
+        needs = check_graph(reader.read(name), str(reader.root / name), expected)
+        _check_used(reader.root / part.folder / WEIGHTS, weights, needs.weights_end)
+    return live
 
 
 def _check_used(file: Path, size: int, used: int) -> None:

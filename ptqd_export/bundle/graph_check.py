@@ -72,14 +72,25 @@ class Expected:
     part: Tensors | None = None
 
 
-def check_graph(data: bytes | memoryview, name: str, expected: Expected) -> int:
+@dataclass(frozen=True)
+class Needs:
+    """What a graph needs.
+
+    Attributes:
+        weights_end: where the last of its weights ends in the weights file; 0 without any.
+        live: elements of the values that are there at one time, per sample.
+    """
+
+    weights_end: int
+    live: int
+
+
+def check_graph(data: bytes | memoryview, name: str, expected: Expected) -> Needs:
     """Check one graph file of a bundle.
 
     Args:
         data: the file.
         name: what messages call it.
-    Returns:
-        where the last of its weights ends in the weights file; 0 without any.
     Raises:
         BundleError: one line saying what is wrong.
     """
@@ -109,7 +120,7 @@ class _Refused(ValueError):
     """A rule that is broken; the text goes on from the file's name."""
 
 
-def _check(data: bytes, expected: Expected) -> int:
+def _check(data: bytes, expected: Expected) -> Needs:
     sampling, update = expected.sampling, expected.emission is None
     steps = len(sampling)
     inline = max(MAX_INLINE, 8 * steps) if update else MAX_INLINE
@@ -137,8 +148,7 @@ def _check(data: bytes, expected: Expected) -> int:
             _check_step(node, graph, steps, 1 if update else sampling.model.channels)
     if update:
         _check_timesteps(graph, sampling)
-    _check_values(graph, inputs, outputs, limits)
-    return end
+    return Needs(end, _check_values(graph, inputs, outputs, limits))
 
 
 Interface = Mapping[str, tuple[int, Shape]]
@@ -309,11 +319,13 @@ def _check_timesteps(graph: OnnxGraph, sampling: Sampling) -> None:
             raise _Refused("has other timesteps than the manifest")
 
 
-def _check_values(graph: OnnxGraph, inputs: Interface, outputs: Interface, limits: Limits) -> None:
-    shapes = check_shapes(graph, {name: shape for name, (_, shape) in inputs.items()}, limits)
+def _check_values(graph: OnnxGraph, inputs: Interface, outputs: Interface, limits: Limits) -> int:
+    """How many elements are there at one time, per sample."""
+    shapes, live = check_shapes(graph, {name: shape for name, (_, shape) in inputs.items()}, limits)
     for name, (_, dims) in graph.infos.items():
         if name not in shapes or not agrees(dims, shapes[name]):
             raise _Refused(f"says of {brief(name)} what is not so")
     for name, (_, shape) in outputs.items():
         if shapes.get(name) != shape:
             raise _Refused(f"computes {name} in another shape than {brief(_dims(shape))}")
+    return live

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..core.memory import GIB, available_bytes
 from ..errors import RecipeError
 from .network import Network, trial_tensors
 
@@ -18,7 +17,6 @@ LIVE_LAYERS = 3
 
 They stand for the layer itself, the skip connections and the scratch memory of the convolution.
 """
-GIB = 1 << 30
 
 
 def check_memory(network: Network, batch_size: int, branches: int) -> None:
@@ -69,22 +67,3 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, list | tuple):
         for item in tree:
             yield from tensors_in(item)
-
-
-def available_bytes() -> int:
-    """Free memory in bytes: what the system has left, but no more than the control group's limit leaves."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    else:  # macOS does not report free memory: the installed memory is the bound there
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    group = Path("/sys/fs/cgroup")
-    limit = (group / "memory.max").read_text().strip() if (group / "memory.max").exists() else "max"
-    if limit != "max":
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(
-            stat["inactive_file"]
-        )  # the kernel reclaims inactive page cache
-        free = min(free, max(0, int(limit) - used))
-    return free

@@ -75,7 +75,11 @@ def read_texts(
     return tuple(prompts) if prompts_file is None else read_prompts(prompts_file)
 
 
-batch_size = click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
+batch_size = click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="Samples at a time; without it as many as memory and cores suit.",
+)
 device = click.option(
     "--device", type=click.IntRange(min=0), default=0, show_default=True, help="Index of the GPU."
 )

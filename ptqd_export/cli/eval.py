@@ -94,7 +94,7 @@ def evaluate(
     classifier: Path | None,
     data_stats: Path | None,
     resamples: int,
-    batch_size: int,
+    batch_size: int | None,
     workers: int,
     ray: str | None,
     threads: int | None,

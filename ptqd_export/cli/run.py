@@ -95,7 +95,7 @@ def run(
     negative_prompt: str | None,
     plan_text: str | None,
     seed: int,
-    batch_size: int,
+    batch_size: int | None,
     workers: int,
     backend: str,
     device: int,

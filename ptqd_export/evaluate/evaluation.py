@@ -22,7 +22,7 @@ from ..core.pool import Connect
 from ..core.precision import FP32
 from ..errors import BundleError, RecipeError
 from ..progress import progress
-from ..runtime import Prompted, Runtime
+from ..runtime import Prompted, Runtime, usual_batch
 from .candidates import Candidate, full_precision
 from .features import Classifier, Data, Judged
 from .guidance import SAMPLES, Gap, gap_of, gap_sums
@@ -69,7 +69,7 @@ def evaluate(
     num_samples: int = NUM_SAMPLES,
     seed: int = SEED,
     backend: str | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     workers: int = 1,
     device: int = 0,
     tensors: Mapping[str, Array] | None = None,
@@ -90,6 +90,7 @@ def evaluate(
         against: the reference; None is full precision.
         num_samples: indices 0 to num_samples - 1 of `seed`, at least 2.
         backend: None is the best that works here.
+        batch_size: samples at a time; None is as many as memory and cores suit.
         tensors: float conditions, one row per sample.
         prompted: prompts and their conditions; samples of a latent model are compared as pictures.
         asked: the classifier's class of each prompt, for models without class labels.
@@ -130,7 +131,7 @@ def evaluate(
             num_samples,
             work,
             tensors=tensors or {},
-            batch_size=batch_size,
+            batch_size=batch_size or usual_batch(bundle, backend, workers),
             workers=workers,
             device=device,
             prompted=prompted,

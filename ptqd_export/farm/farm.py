@@ -11,9 +11,9 @@ from ..bundle import Bundle
 from ..core.backend import ORT_CPU
 from ..core.plan import Plan
 from ..errors import RecipeError
-from ..runtime import Prompted, Runtime, Start, check_batch, check_seed, versions
+from ..runtime import Prompted, Runtime, Start, check_batch, check_seed, usual_batch, versions
 from .conditions import Conditions
-from .folder import held_shard_size, open_shards
+from .folder import held_order, open_shards
 from .formats import PROMPT, pyarrow
 from .order import Content, Format, Order, usual_shard_size
 from .pool import LOCAL, connect
@@ -53,7 +53,7 @@ def sample_shards(
     conditions: Path | None = None,
     seed: int = 0,
     plan: Plan | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     shard_size: int | None = None,
     backend: str | None = None,
     model: Path | None = None,
@@ -75,6 +75,8 @@ def sample_shards(
         prompted: prompts in turn, of `encode_prompts`.
         negative_prompt: beside prompts of `conditions`.
         conditions: Parquet file, or a folder of them, with a row per sample.
+        batch_size: samples at a time; None is that of the shards in `out`, or as many as this machine's
+            memory and cores suit.
         shard_size: samples per file, a multiple of batch_size; None is that of the shards in `out`, or the
             usual one.
         model, resident: as for Runtime.
@@ -97,8 +99,18 @@ def sample_shards(
     num_samples = _number(num_samples, data)
     if negative_prompt is not None and (data is None or PROMPT not in data.columns):
         raise RecipeError("a negative prompt was given without a prompt: give both")
+    passed_over: Mapping[str, str] = {}
+    if backend is None:
+        with Runtime(bundle, None, plan) as runtime:
+            backend, passed_over = runtime.backend, dict(runtime.passed_over)
+    held = held_order(out)
+    if batch_size is None and held is not None:
+        batch_size = held.batch_size
+    elif batch_size is None:
+        usual = usual_batch(bundle, backend, workers or backends.threads())
+        batch_size = usual if shard_size is None else _largest_divisor(shard_size, usual)
     if shard_size is None:
-        shard_size = held_shard_size(out) or usual_shard_size(num_samples, batch_size)
+        shard_size = usual_shard_size(num_samples, batch_size) if held is None else held.shard_size
     if shard_size % batch_size:
         raise RecipeError(
             f"--shard-size {shard_size} is no multiple of --batch-size {batch_size}: give one, so that "
@@ -106,10 +118,6 @@ def sample_shards(
         )
     if content != "latents" and m.pipeline.decoder is not None:
         backends.check(ORT_CPU)  # it runs the decoder
-    passed_over: Mapping[str, str] = {}
-    if backend is None:
-        with Runtime(bundle, None, plan) as runtime:
-            backend, passed_over = runtime.backend, dict(runtime.passed_over)
     check_batch(m, backend, min(batch_size, num_samples))
     order = Order(
         bundle=bundle.seal,
@@ -140,6 +148,11 @@ def sample_shards(
                     shards.add(done)
                     advance(done.rows)
         return Sharded(order, num_samples, len(shards.done), shards.kept, used, passed_over)
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    """Of those up to `most`."""
+    return max(d for d in range(1, most + 1) if number % d == 0)
 
 
 def _number(num_samples: int | None, data: Conditions | None) -> int:

@@ -134,10 +134,10 @@ def open_shards(out: Path, order: Order, num_samples: int) -> Iterator[Shards]:
                 parent.rmdir()
 
 
-def held_shard_size(out: Path) -> int | None:
-    """Samples per shard of the order that a folder holds; None where there is none that can be read."""
+def held_order(out: Path) -> Order | None:
+    """The order that a folder holds; None where there is none that can be read."""
     try:
-        return _read(out).order.shard_size if (out / INDEX).exists() else None
+        return _read(out).order if (out / INDEX).exists() else None
     except (OSError, RecipeError):
         return None
 

@@ -1,5 +1,6 @@
 """Sampling from a bundle: open its engines, probe them, and switch between them across timesteps."""
 
+from .batch import check_batch, usual_batch
 from .decoder import PictureDecoder
 from .device_loop import check_update
 from .open import open_artifact, open_update
@@ -8,7 +9,7 @@ from .prompts import Prompted, encode_prompts
 from .replaced import Replaced
 from .runtime import Runtime, check_seed, check_settings
 from .versions import versions
-from .workers import Job, Start, check_batch, draw, open_worker, run, sample_job
+from .workers import Job, Start, draw, open_worker, run, sample_job
 
 __all__ = [
     "Job",
@@ -30,5 +31,6 @@ __all__ = [
     "probe",
     "run",
     "sample_job",
+    "usual_batch",
     "versions",
 ]

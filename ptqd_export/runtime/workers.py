@@ -20,12 +20,12 @@ import numpy.typing as npt
 
 from .. import backends
 from ..bundle.bundle import Bundle
-from ..bundle.manifest import Manifest
 from ..core.backend import BACKENDS, ORT_CPU, TORCH
 from ..core.engine import Array
 from ..core.plan import Plan
 from ..core.pool import Pool, Results, check_versions
 from ..errors import BackendUnavailable, BundleError, RecipeError
+from .batch import check_batch, usual_batch
 from .prompts import Prompted, encode_prompts
 from .replaced import Replaced
 from .runtime import Runtime, check_seed
@@ -66,7 +66,7 @@ def run(
     labels: Sequence[int] | None = None,
     *,
     seed: int = 0,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     workers: int = 1,
     backend: str | None = None,
     plan: Plan | None = None,
@@ -86,6 +86,7 @@ def run(
 
     Args:
         labels: one class per sample; None takes the classes in turn.
+        batch_size: samples at a time; None is as many as memory and cores suit (`usual_batch`).
         workers: number of processes that split the batches, each with one thread on the CPU; 1 samples in
             this process, with all threads.
         backend, plan, model, device, resident: as for Runtime.
@@ -104,7 +105,10 @@ def run(
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     check_seed(seed)
-    for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("workers", workers)):
+    asked = {"num_samples": num_samples, "batch_size": batch_size, "workers": workers}
+    for name, value in asked.items():
+        if name == "batch_size" and value is None:
+            continue
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise RecipeError(f"{name} is {value!r}: give an integer of at least 1")
     m = bundle.manifest
@@ -118,6 +122,8 @@ def run(
         prompts = encode_prompts(bundle, prompts, negative_prompt)
     shape = m.sampling.model.sample_shape if latents else bundle.picture_shape
     out = np.empty((num_samples, *shape))  # first: fails here if memory is short
+    if batch_size is None:
+        batch_size = usual_batch(bundle, backend, workers)
     batch_size = min(batch_size, -(-num_samples // workers))  # so that every worker gets a batch
     drawn = draw(
         bundle,
@@ -259,22 +265,6 @@ def _in_processes(start: Start, jobs: Iterator[Job], workers: int) -> Results:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def check_batch(manifest: Manifest, backend: str, batch_size: int) -> None:
-    """Check that a backend's finished engines take batches of this size.
-
-    Raises:
-        BundleError: the batch is larger than they take.
-    """
-    if backend not in BACKENDS or not BACKENDS[backend].builds_engines:
-        return
-    most = manifest.update_engine(backend).build.settings.rows[2] // manifest.sampling.branches
-    if batch_size > most:
-        raise BundleError(
-            f"{batch_size} samples per batch were asked for, but the {backend} engines take at most {most}: "
-            "lower --batch-size, or rebuild with larger tensorrt.batch_sizes"
-        )
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ def session_of(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
 
 
 def shapes_of(model: onnx.ModelProto, **inputs: Shape) -> dict[str, Shape]:
-    return check_shapes(read_graph(model.SerializeToString(), 1 << 16), inputs, LIMITS)
+    return check_shapes(read_graph(model.SerializeToString(), 1 << 16), inputs, LIMITS)[0]
 
 
 def model_of(text: str) -> onnx.ModelProto:

@@ -31,7 +31,7 @@ RAY = ("--ray", "local")
         ([*RAY, "--content", "npy", "--class-labels", "1"], "has no classes: leave --class-labels out"),
         ([*RAY, "--content", "npy", "--plan", "w2a2"], "w2a2"),
         (
-            [*RAY, "--content", "npy", "--format", "webdataset", "--shard-size", "24"],
+            [*RAY, "--content", "npy", "--format", "webdataset", "--shard-size", "24", "--batch-size", "16"],
             "--shard-size 24 is no multiple of --batch-size 16: give one",
         ),
         (

@@ -10,7 +10,7 @@ import pytest
 from helpers import content, full_disk
 
 from ptqd_export.errors import BundleError, PTQDError, RecipeError
-from ptqd_export.farm.folder import INDEX, JOURNAL, Shards, held_shard_size, open_shards
+from ptqd_export.farm.folder import INDEX, JOURNAL, Shards, held_order, open_shards
 from ptqd_export.farm.order import Done, Order, Shard
 from ptqd_export.files import sha256_file
 
@@ -38,7 +38,7 @@ def missing(out: Path, order: Order, n: int) -> list[int]:
 def test_only_what_is_missing_is_done(tmp_path: Path, order: Order) -> None:
     out = tmp_path / "a" / "out"
     fill(out, order, 11, [2, 0])
-    assert missing(out, order, 11) == [1] and held_shard_size(out) == 4
+    assert missing(out, order, 11) == [1] and held_order(out) == order
     fill(out, order, 11, [1])
     assert missing(out, order, 11) == []
     other = tmp_path / "other"

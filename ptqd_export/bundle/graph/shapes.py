@@ -37,8 +37,10 @@ TWO_RESULTS = {"MaxPool", "TopK"}
 """What they find, and where; both of one shape."""
 
 
-def check_shapes(graph: OnnxGraph, inputs: Mapping[str, Shape], limits: Limits) -> dict[str, Shape]:
-    """The shape of every value.
+def check_shapes(
+    graph: OnnxGraph, inputs: Mapping[str, Shape], limits: Limits
+) -> tuple[dict[str, Shape], int]:
+    """The shape of every value, and how many elements are needed at one time, per sample, beside constants.
 
     Args:
         inputs: shapes of the graph's inputs.
@@ -55,7 +57,7 @@ def check_shapes(graph: OnnxGraph, inputs: Mapping[str, Shape], limits: Limits) 
         except (ArithmeticError, IndexError, TypeError, ValueError) as error:
             # An operator's own rules are broken in a way that its shape rule does not name.
             raise Untraceable(f"{node.op} has inputs or attributes that do not fit") from error
-    return walk.shapes
+    return walk.shapes, walk.most
 
 
 class _Walk:
@@ -76,7 +78,7 @@ class _Walk:
         # Results of constants alone are computed when the graph is loaded, and kept.
         self.fixed = set(graph.initializers)
         self.held: dict[str, int] = {}
-        self.live = self.work = 0
+        self.live = self.most = self.kept = self.work = 0
 
     def remember(self, name: str, tensor: Tensor) -> None:
         if tensor.dtype == INT64 and isinstance(tensor.data, bytes) and tensor.size <= MAX_KNOWN:
@@ -106,6 +108,7 @@ class _Walk:
         self.work += size * call.work
         if self.work > self.limits.work:
             raise Untraceable(f"brings the graph's work to more than {self.limits.work} products per sample")
+        self.most = max(self.most, self.live - self.kept + call.buffer)
         if self.live + call.buffer > self.limits.live:
             raise Untraceable(f"needs more than {self.limits.live} elements of memory per sample")
         value = _value(call, results[0])
@@ -130,6 +133,7 @@ class _Walk:
         self.shapes[name] = shape
         if fixed:
             self.fixed.add(name)
+            self.kept += size
         else:
             self.held[name] = size
         said, output = self.graph.infos.get(name), self.outputs.get(name)
