@@ -1,6 +1,7 @@
 """Which of the backends that run on the host is the fastest at a bundle: measured once, and remembered.
 
-What is remembered lies in the user's cache folder, outside the bundle, and may be lost.
+It is measured in a process of its own: a library may die of a graph that another one runs. What is remembered
+lies in the user's cache folder, outside the bundle, and may be lost.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import subprocess
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +35,13 @@ ROUNDS = range(3, 12)
 """Fewest and most rounds, the first of which is not counted."""
 SECONDS = 2.0
 """Time after which no more than the fewest rounds are made at a precision."""
+CHILD = (
+    "import json, sys; asked = json.loads(sys.argv[1]); sys.path[:] = asked.pop('modules'); "
+    "from ptqd_export.runtime.fastest import answer; answer(**asked)"
+)
+"""What the process runs that measures."""
+OPENING, SECONDS_OF = "opening", "seconds"
+"""What a line of the process tells: which backend it turns to, and in the end the times of all."""
 Seconds = Mapping[str, Mapping[str, float]]
 """Of one evaluation of one sample, by precision and backend."""
 
@@ -92,6 +102,48 @@ def _remembered(file: Path | None, names: Sequence[str]) -> dict[str, Mapping[st
 
 
 def _measure(bundle: Bundle, precision: Precision, names: Sequence[str]) -> dict[str, float]:
+    """Median seconds of one evaluation of a sample; without backends that fail, or that a process dies of."""
+    left = list(names)
+    while left:
+        asked = {
+            "modules": sys.path,
+            "path": str(bundle.path.resolve()),
+            "seal": bundle.seal,
+            "precision": str(precision),
+            "names": left,
+            "threads": backends.threads(),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, json.dumps(asked)], capture_output=True, text=True, check=False
+        )
+        told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        if told and SECONDS_OF in told[-1]:
+            return {str(name): float(value) for name, value in told[-1][SECONDS_OF].items()}
+        if not told:  # it did not start
+            return _in_turn(bundle, precision, names)
+        left.remove(told[-1][OPENING])  # it died of that
+    return {}
+
+
+def answer(path: str, seal: str, precision: str, names: Sequence[str], threads: int) -> None:
+    """Measure in this process, and tell of it line by line."""
+    backends.set_threads(threads)
+    bundle = Bundle.open(path)
+    same = bundle.seal == seal  # else the one who asked finds out
+    seconds = _in_turn(bundle, Precision.parse(precision), names, _tell) if same else {}
+    _tell({SECONDS_OF: seconds})
+
+
+def _tell(line: object) -> None:
+    print(json.dumps(line), flush=True)
+
+
+def _in_turn(
+    bundle: Bundle,
+    precision: Precision,
+    names: Sequence[str],
+    tell: Callable[[object], None] = lambda line: None,
+) -> dict[str, float]:
     """Median seconds of one evaluation of one sample, calls taking turns; without backends that fail."""
     sampling = bundle.manifest.sampling
     feeds = sampling.feeds(np.zeros((1, *sampling.model.sample_shape)), 0, sampling.model.conditions(None, 1))
@@ -99,6 +151,7 @@ def _measure(bundle: Bundle, precision: Precision, names: Sequence[str]) -> dict
     with contextlib.ExitStack() as opened:
         engines = {}
         for name in names:
+            tell({OPENING: name})
             with contextlib.suppress(PTQDError):
                 engine = open_artifact(bundle, bundle.manifest.artifact(precision, name), None)
                 opened.enter_context(engine)(feeds)  # some compile at the first call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +102,47 @@ def test_without_a_cache(
 
 
 def test_real_times(own: Built, both: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of both; one that fails has none, and comes last."""
+    """Of both, by a process of its own; one that fails has none, and comes last."""
     plan = with_plan(own.bundle, "fp32").manifest.plan
-    found = fastest._measure(own.bundle, FP32, NAMES)
-    assert set(found) == set(NAMES) and min(found.values()) > 0
+    if find_spec("openvino") is not None:
+        found = fastest._measure(own.bundle, FP32, NAMES)
+        assert set(found) == set(NAMES) and min(found.values()) > 0
+    assert fastest._measure(own.bundle, FP32, (ORT_CPU,)).keys() == {ORT_CPU}
+    assert fastest._measure(replace(own.bundle, seal="0" * 64), FP32, NAMES) == {}
+    assert set(fastest._in_turn(own.bundle, FP32, NAMES)) == set(NAMES)
 
     def fails(*_: object, **__: object) -> Any:
         raise BackendUnavailable("no")
 
     broken = replace(registry.OPENERS[OPENVINO], open_engine=fails)
     monkeypatch.setattr(registry, "OPENERS", {**registry.OPENERS, OPENVINO: broken})
+    monkeypatch.setattr(fastest, "_measure", fastest._in_turn)
     order, why = fastest.by_speed(own.bundle, plan, NAMES)
     assert order == [ORT_CPU, OPENVINO] and "openvino fails" in why
+
+
+DIES = """
+import os, signal
+from ptqd_export.runtime import fastest
+real = fastest.open_artifact
+def opens(bundle, artifact, device):
+    if artifact.backend == "openvino":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return real(bundle, artifact, device)
+fastest.open_artifact = opens
+"""
+
+
+def test_a_library_that_dies(own: Built, both: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes along the process that measures, and nothing else; the others are measured without it."""
+    plan = with_plan(own.bundle, "fp32").manifest.plan
+    usual = fastest.CHILD
+    monkeypatch.setattr(fastest, "CHILD", usual.replace("from ptqd", f"exec({DIES!r}); from ptqd"))
+    order, why = fastest.by_speed(own.bundle, plan, NAMES)
+    assert order == [ORT_CPU, OPENVINO] and "openvino fails" in why and "ort-cpu fails" not in why
+    monkeypatch.setattr(fastest, "CHILD", "raise SystemExit(1)")  # then it is measured here
+    order, why = fastest.by_speed(own.bundle, plan, NAMES)
+    assert set(order) == set(NAMES) and "fails" not in why
 
 
 def test_a_run_takes_the_fastest_and_says_so(
