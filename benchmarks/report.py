@@ -23,6 +23,7 @@ SECTIONS = {
     "summary": _README,
     "step-time": _BENCHMARKS,
     "step-time-models": _BENCHMARKS,
+    "step-time-threads": _BENCHMARKS,
     "plan-gain": _BENCHMARKS,
     "ort-options": _BENCHMARKS,
     "parity": _BENCHMARKS,

@@ -4,7 +4,8 @@
 
 All from the same weights, each in a process of its own, in turn. OpenVINO and NNCF take part where they are
 installed. The reference model's bundle is that of `make bench`; the other models have random weights, and
-bundles in fp32 and w8a8, which are built and kept in benchmarks/out. To see whether it works: `--models
+bundles in fp32 and w8a8, which are built and kept in benchmarks/out. With several `--threads` the table is
+of what more threads gain. To see whether it works: `--models
 reference --batch 1 --rounds 5`.
 """
 
@@ -68,8 +69,33 @@ def text_of(columns: dict[str, Bench], rounds: int) -> str:
     )
 
 
+def threads_text(columns: dict[str, dict[int, Bench]], rounds: int) -> str:
+    """A table of what more threads gain, with columns for each call by its title."""
+    names = dict.fromkeys(row.name for of in columns.values() for found in of.values() for row in found.rows)
+    header, rows = ["ms per evaluation"], [[name] for name in names]
+    for title, of in columns.items():
+        fewest = min(of)
+        for threads, found in sorted(of.items()):
+            header.append(f"{title}, {_threads(threads)}")
+            median = {row.name: row.median for row in found.rows}
+            once = {row.name: row.median for row in of[fewest].rows}
+            for row in rows:
+                own = median.get(row[0])
+                more = f" ({once[row[0]] / own:.2f}x)" if own and threads > fewest and row[0] in once else ""
+                row.append("-" if own is None else f"{own:.1f}{more}")
+    versions = next(found.versions for of in columns.values() for found in of.values())
+    return (
+        f"{table(header, rows)}\n\n{machine(*(name for name in LIBRARIES if name in versions))}; medians of "
+        f"{rounds} rounds in turn, one number of threads after the other."
+    )
+
+
 def call(batch: int, threads: int) -> str:
-    return f"batch {batch}, {threads} thread{'s' * (threads > 1)}"
+    return f"batch {batch}, {_threads(threads)}"
+
+
+def _threads(n: int) -> str:
+    return f"{n} thread{'s' * (n > 1)}"
 
 
 def main() -> None:
@@ -85,13 +111,19 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
     args = parser.parse_args()
     texts, others = {}, dict[str, Bench]()
+    by_threads: dict[str, dict[int, Bench]] = {}
     for key in args.models:
         found = measure(key, args)
-        if key == REFERENCE:
+        if len(args.threads) > 1:
+            for (batch, threads), one in found.items():
+                by_threads.setdefault(f"{key}, batch {batch}", {})[threads] = one
+        elif key == REFERENCE:
             texts["step-time"] = text_of({call(*at): one for at, one in found.items()}, args.rounds)
         else:
             title = f"{key}, {ARCHITECTURES[key].parameters / 1e6:.1f} M"
             others |= {f"{title}: {call(*at)}": one for at, one in found.items()}
+    if by_threads:
+        texts["step-time-threads"] = threads_text(by_threads, args.rounds)
     if others:
         texts["step-time-models"] = text_of(others, args.rounds)
     for name, text in texts.items():
