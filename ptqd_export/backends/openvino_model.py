@@ -9,11 +9,6 @@ from ..core.engine import TIMESTEP
 LAYERS = frozenset({"Convolution", "GroupConvolution", "MatMul"})
 """Operators that OpenVINO computes in bfloat16 or in 8 bits, of a model as it is read."""
 NORMALIZATION = "GroupNormalization"
-BINARY = frozenset({"Add", "Subtract", "Multiply", "Divide", "Maximum", "Minimum", "Power"})
-UNARY = frozenset({
-    "Abs", "Clamp", "Convert", "Elu", "Erf", "Exp", "Gelu", "HSwish", "Mish", "Negative", "Relu", "Sigmoid",
-    "SoftPlus", "Sqrt", "Swish", "Tanh",
-})  # fmt: skip
 
 
 def made_of_timesteps(model: Any) -> list[Any]:
@@ -53,9 +48,10 @@ def followers(model: Any) -> dict[str, tuple[str, ...]]:
 def part_normalizations(model: Any) -> int:
     """Put group normalizations apart that OpenVINO 2026.4 dies of in float32; returns how many.
 
-    They are multiplied by, or added to, what an elementwise operator makes of something else, as by
-    1 + scale(t): fused with that into one kernel, the compiler reads a null pointer. Between two changes of
-    shape nothing is fused.
+    Their output meets, before the next layer, what was computed of something else: it is multiplied by
+    1 + scale(t), say. Fused with what computes that into one kernel, the compiler reads a null pointer.
+    Between two changes of shape nothing is fused. Some are parted that it would not die of, which costs
+    little.
 
     Args:
         model: its shapes are known; it is changed in place.
@@ -79,33 +75,18 @@ def part_normalizations(model: Any) -> int:
 
 
 def _is_mixed(normalization: Any) -> bool:
-    """Whether its output meets, in one operator, what another elementwise one makes of something else."""
-    consumers = [target.get_node() for target in normalization.output(0).get_target_inputs()]
-    return any(
-        _is_elementwise(other) and not _made_of(other, normalization)
-        for consumer in consumers
-        if consumer.get_type_name() in BINARY
-        for other in _sources(consumer)
-        if other != normalization
-    )
-
-
-def _made_of(op: Any, source: Any) -> bool:
-    """Whether the node `source` leads to `op` through elementwise operators alone."""
-    waiting, seen = [op], set()
+    """Whether its output meets other computed values on its way to the next layers or normalizations."""
+    waiting, made = [normalization], {normalization.get_friendly_name()}
+    inputs = []
     while waiting:
-        for node in _sources(waiting.pop()):
-            if node == source:
-                return True
-            if _is_elementwise(node) and node.get_friendly_name() not in seen:
-                seen.add(node.get_friendly_name())
-                waiting.append(node)
-    return False
-
-
-def _is_elementwise(op: Any) -> bool:
-    return op.get_type_name() in BINARY | UNARY
-
-
-def _sources(op: Any) -> list[Any]:
-    return [value.get_node() for value in op.input_values()]
+        outputs = waiting.pop().outputs()
+        for op in (target.get_node() for output in outputs for target in output.get_target_inputs()):
+            if op.get_type_name() in LAYERS | {NORMALIZATION, "Result"} or op.get_friendly_name() in made:
+                continue
+            made.add(op.get_friendly_name())
+            inputs += [value.get_node() for value in op.input_values()]
+            waiting.append(op)
+    return any(
+        op.get_type_name() not in ("Constant", "Parameter") and op.get_friendly_name() not in made
+        for op in inputs
+    )

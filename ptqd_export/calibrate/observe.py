@@ -28,10 +28,10 @@ from .torch_engine import TorchEngine
 from .trajectories import Trajectories
 
 OBSERVED_TRAJECTORIES, OBSERVED_STEPS = 8, 50
-"""What is observed: so many trajectories, each at so many steps at most. It is spread over all of them.
+"""What is observed: as many samples as so many trajectories of so many steps have, or fewer.
 
-These are millions of values per layer. It is more where there are so many trajectories that each would not be
-seen at one step.
+They are spread over all trajectories and steps: millions of values per layer. It is more where there are so
+many trajectories that each would not be seen at one step.
 """
 SMOOTHED_SHARE = 4
 """One in so many of the observed steps also gives the ranges per channel that inputs are smoothed by."""
@@ -178,8 +178,9 @@ def observe(network: Network, sampling: Sampling, recipe: Recipe, trajectories: 
 
 def observed_stride(size: int, steps: int) -> int:
     """Each of `size` trajectories is observed at every so many-th step."""
-    longer = max(1.0, steps / OBSERVED_STEPS)
-    return min(max(1, int(size * longer / OBSERVED_TRAJECTORIES)), steps)
+    if steps <= OBSERVED_STEPS:
+        return min(max(1, size // OBSERVED_TRAJECTORIES), steps)
+    return min(-(-size * steps // (OBSERVED_TRAJECTORIES * OBSERVED_STEPS)), steps)
 
 
 def _rows(indices: range, step: int, stride: int) -> npt.NDArray[np.int64]:

@@ -162,6 +162,7 @@ def run(
     prompted = encode_prompts(bundle, texts, negative_prompt) if texts else None
     m = bundle.manifest
     used: list[Runtime] = []
+    sizes: list[int] = []
     passed_over: dict[str, str] = {}
     captures: dict[str, str] = {}
     started = time.monotonic()
@@ -189,6 +190,7 @@ def run(
             resident=not swap_weights,
             advance=advance,
             opened=used.append,
+            batched=sizes.append,
         )
     seconds = time.monotonic() - started
     why = ""
@@ -206,6 +208,7 @@ def run(
         "seed": seed,
         "plan": str(plan),
         "backend": backend,
+        "batch_size": sizes[0],
         "labels": info.labels_in_turn(range(num_samples)) if labels is None else labels,
         "conditions": {name: _sha256(value) for name, value in tensors.items()},
         "prompts": None if prompted is None else prompted.prompts,
@@ -219,6 +222,7 @@ def run(
         "grid": next(iter(grid), None),
         "plan": str(plan),
         "backend": backend,
+        "batch_size": sizes[0],
         "passed_over": passed_over,
         "why": why,
         "state": BACKENDS[backend].state,

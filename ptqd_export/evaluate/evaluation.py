@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from .. import backends
 from ..bundle.bundle import Bundle
 from ..core.engine import Array
 from ..core.pool import Connect
@@ -90,7 +91,8 @@ def evaluate(
         against: the reference; None is full precision.
         num_samples: indices 0 to num_samples - 1 of `seed`, at least 2.
         backend: None is the best that works here.
-        batch_size: samples at a time; None is as many as memory and cores suit.
+        batch_size: samples at a time; None is as many as suit this machine's memory with a worker on each of
+            its cores, so that the samples do not depend on how many there are.
         tensors: float conditions, one row per sample.
         prompted: prompts and their conditions; samples of a latent model are compared as pictures.
         asked: the classifier's class of each prompt, for models without class labels.
@@ -130,8 +132,8 @@ def evaluate(
             seed,
             num_samples,
             work,
+            usual_batch(bundle, backend, backends.threads()) if batch_size is None else batch_size,
             tensors=tensors or {},
-            batch_size=batch_size or usual_batch(bundle, backend, workers),
             workers=workers,
             device=device,
             prompted=prompted,
@@ -160,6 +162,7 @@ def evaluate(
         model=m.sampling.model.name,
         bundle=bundle.seal,
         backend=backend,
+        batch_size=setting.batch_size,
         steps=len(m.sampling),
         eta=m.sampling.schedule.eta,
         guidance_scale=m.sampling.guidance_scale,

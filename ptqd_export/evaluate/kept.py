@@ -43,7 +43,8 @@ class Setting:
         tensors: float conditions, one row per sample.
         work: folder of the samples.
         prompted: prompts, in turn, and their conditions.
-        batch_size, workers, device: as for `run`.
+        batch_size: samples at a time.
+        workers, device: as for `run`.
         pool: samples in place of `workers`.
     """
 
@@ -52,8 +53,8 @@ class Setting:
     seed: int
     num_samples: int
     work: Path
+    batch_size: int
     tensors: Mapping[str, Array] = field(default_factory=dict)
-    batch_size: int = 16
     workers: int = 1
     device: int = 0
     prompted: Prompted | None = None

@@ -88,6 +88,7 @@ class Report:
     model: str
     bundle: str
     backend: str
+    batch_size: int
     steps: int
     eta: float
     guidance_scale: float
@@ -156,7 +157,8 @@ def markdown(report: Report) -> str:
     guidance = f", guidance {report.guidance_scale:g}" if guided else ""
     head = (
         f"{report.model}: {report.samples} samples of seed {report.seed}, {report.steps} steps, eta "
-        f"{report.eta:g}{guidance}, on {report.backend}. Compared with {report.reference}, pair by pair."
+        f"{report.eta:g}{guidance}, on {report.backend} in batches of {report.batch_size}. Compared with "
+        f"{report.reference}, pair by pair."
     )
     parts = [head, table(headings, rows)]
     if report.differences:

@@ -75,8 +75,8 @@ def sample_shards(
         prompted: prompts in turn, of `encode_prompts`.
         negative_prompt: beside prompts of `conditions`.
         conditions: Parquet file, or a folder of them, with a row per sample.
-        batch_size: samples at a time; None is that of the shards in `out`, or as many as this machine's
-            memory and cores suit.
+        batch_size: samples at a time; None is that of the shards in `out`, or as many as suit this machine's
+            memory with a worker on each of its cores.
         shard_size: samples per file, a multiple of batch_size; None is that of the shards in `out`, or the
             usual one.
         model, resident: as for Runtime.
@@ -99,23 +99,18 @@ def sample_shards(
     num_samples = _number(num_samples, data)
     if negative_prompt is not None and (data is None or PROMPT not in data.columns):
         raise RecipeError("a negative prompt was given without a prompt: give both")
+    _check_sizes(shard_size, batch_size)
     passed_over: Mapping[str, str] = {}
     if backend is None:
         with Runtime(bundle, None, plan) as runtime:
             backend, passed_over = runtime.backend, dict(runtime.passed_over)
     held = held_order(out)
-    if batch_size is None and held is not None:
-        batch_size = held.batch_size
-    elif batch_size is None:
-        usual = usual_batch(bundle, backend, workers or backends.threads())
-        batch_size = usual if shard_size is None else _largest_divisor(shard_size, usual)
+    if batch_size is None:
+        cores = backends.threads()
+        batch_size = usual_batch(bundle, backend, cores) if held is None else held.batch_size
     if shard_size is None:
         shard_size = usual_shard_size(num_samples, batch_size) if held is None else held.shard_size
-    if shard_size % batch_size:
-        raise RecipeError(
-            f"--shard-size {shard_size} is no multiple of --batch-size {batch_size}: give one, so that "
-            "batches are those of one worker"
-        )
+    _check_sizes(shard_size, batch_size)
     if content != "latents" and m.pipeline.decoder is not None:
         backends.check(ORT_CPU)  # it runs the decoder
     check_batch(m, backend, min(batch_size, num_samples))
@@ -150,9 +145,12 @@ def sample_shards(
         return Sharded(order, num_samples, len(shards.done), shards.kept, used, passed_over)
 
 
-def _largest_divisor(number: int, most: int) -> int:
-    """Of those up to `most`."""
-    return max(d for d in range(1, most + 1) if number % d == 0)
+def _check_sizes(shard_size: int | None, batch_size: int | None) -> None:
+    if shard_size is not None and batch_size is not None and shard_size % batch_size:
+        raise RecipeError(
+            f"--shard-size {shard_size} is no multiple of --batch-size {batch_size}: give one, so that "
+            "batches are those of one worker"
+        )
 
 
 def _number(num_samples: int | None, data: Conditions | None) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import RecipeError
+
 Format = Literal["parquet", "webdataset"]
 Content = Literal["png", "npy", "latents"]
 SUFFIX: Mapping[str, str] = {"parquet": ".parquet", "webdataset": ".tar"}
@@ -50,6 +52,12 @@ class Order:
     negative_prompt: str | None
     conditions: str | None
     versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.shard_size < 1 or self.shard_size % self.batch_size:
+            raise RecipeError(
+                f"shards of {self.shard_size} samples in batches of {self.batch_size}: expected a multiple"
+            )
 
     def shards(self, num_samples: int) -> list[Shard]:
         """The shards of samples 0 .. num_samples - 1; all but the last have shard_size."""

@@ -76,7 +76,8 @@ def check_noise(
         ParityError: a statistic differs; names the step and the statistic.
     """
     total, reference = NoiseStats.pool(engine), NoiseStats.pool(simulated)
-    comparisons = sum(of(reference).size for of in STATISTICS.values())
+    judged = reference.count > 0
+    comparisons = sum(of(reference)[judged].size for of in STATISTICS.values())
     limit = max_standard_errors(len(engine), comparisons)
     # Two executions of one network may differ by float rounding alone, whose spread is close to none.
     rounding = max(rounding, FLOAT_NOISE)
@@ -97,7 +98,6 @@ def check_noise(
                 f"simulation, {z.max():.1f} standard errors apart beyond what makes no difference "
                 f"(allowed: {limit:.1f})"
             )
-    judged = total.count > 0
     ratio = _mse(total) / np.maximum(_mse(reference), 1e-30)
     return NoiseFigures(
         worst,

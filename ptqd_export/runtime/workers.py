@@ -79,6 +79,7 @@ def run(
     resident: bool = True,
     advance: Callable[[int], None] = lambda steps: None,
     opened: Callable[[Runtime], None] = lambda runtime: None,
+    batched: Callable[[int], None] = lambda size: None,
 ) -> F64:
     """Draw samples 0 .. num_samples - 1 of `seed`, in batches; float64 (N, C, H, W), not clamped.
 
@@ -97,6 +98,7 @@ def run(
         advance: called with the number of sample steps (samples x denoising steps) since the last call.
         opened: called, before anything is sampled, with the runtime that this process samples with or chose
             the backend by.
+        batched: called, before anything is sampled, with the number of samples of a batch.
     Raises:
         BackendUnavailable, BundleError, GraphError, ParityError: as Runtime, or a worker died.
         ModelError: a sample is not finite.
@@ -122,28 +124,40 @@ def run(
         prompts = encode_prompts(bundle, prompts, negative_prompt)
     shape = m.sampling.model.sample_shape if latents else bundle.picture_shape
     out = np.empty((num_samples, *shape))  # first: fails here if memory is short
-    if batch_size is None:
-        batch_size = usual_batch(bundle, backend, workers)
-    batch_size = min(batch_size, -(-num_samples // workers))  # so that every worker gets a batch
-    drawn = draw(
-        bundle,
-        _batches(num_samples, batch_size),
-        labels,
-        seed=seed,
-        workers=workers,
-        backend=backend,
-        plan=plan,
-        model=model,
-        tensors=tensors,
-        prompted=prompts,
-        latents=latents,
-        device=device,
-        resident=resident,
-        advance=advance,
-        opened=opened,
-    )
-    for indices, x in drawn:
-        out[indices.start : indices.stop] = x
+    with contextlib.ExitStack() as stack:
+        runtime: Runtime | None = None
+        if backend is None:
+            runtime = stack.enter_context(Runtime(bundle, None, plan, model, device, resident))
+            backend = runtime.backend
+            opened(runtime)
+        if batch_size is None:
+            batch_size = usual_batch(bundle, backend, workers)
+        batch_size = min(batch_size, -(-num_samples // workers))  # so that every worker gets a batch
+        batched(batch_size)
+        batches = _batches(num_samples, batch_size)
+        if workers > 1 and len(batches) > 1:  # which have their own
+            stack.close()
+            runtime = None
+        drawn = draw(
+            bundle,
+            batches,
+            labels,
+            seed=seed,
+            workers=workers,
+            backend=backend,
+            plan=plan,
+            model=model,
+            tensors=tensors,
+            prompted=prompts,
+            latents=latents,
+            device=device,
+            resident=resident,
+            runtime=runtime,
+            advance=advance,
+            opened=opened,
+        )
+        for indices, x in drawn:
+            out[indices.start : indices.stop] = x
     return out
 
 
@@ -152,9 +166,9 @@ def draw(
     batches: Sequence[range],
     labels: Sequence[int] | None = None,
     *,
+    backend: str,
     seed: int = 0,
     workers: int = 1,
-    backend: str | None = None,
     plan: Plan | None = None,
     model: Path | str | None = None,
     tensors: Mapping[str, Array] | None = None,
@@ -164,6 +178,7 @@ def draw(
     resident: bool = True,
     replaced: Replaced | None = None,
     pool: Pool | None = None,
+    runtime: Runtime | None = None,
     advance: Callable[[int], None] = lambda steps: None,
     opened: Callable[[Runtime], None] = lambda runtime: None,
 ) -> Generator[tuple[range, F64], None, None]:
@@ -174,7 +189,8 @@ def draw(
         labels, tensors: one class or row for each sample from 0 on; as for `run`.
         prompted: prompts and their conditions.
         replaced: as for Runtime; the other arguments as for `run`.
-        pool: samples in place of `workers`; with a backend that is named.
+        pool: samples in place of `workers`.
+        runtime: an open one of this bundle, backend and plan, which samples where one worker does.
     Raises:
         PTQDError: as `run`.
     """
@@ -198,21 +214,18 @@ def draw(
     if not batches:
         return
     workers, largest = min(workers, len(batches)), max(map(len, batches))
-    if backend is not None:
-        check_batch(m, backend, largest)
-    with contextlib.ExitStack() as stack:
-        if pool is None and (workers == 1 or backend is None):
-            runtime = stack.enter_context(Runtime(bundle, backend, plan, model, device, resident, replaced))
-            check_batch(m, runtime.backend, largest)
-            backend = runtime.backend
-            opened(runtime)
-        if pool is None and workers == 1:
+    check_batch(m, backend, largest)
+    if pool is None and workers == 1:
+        with contextlib.ExitStack() as stack:
+            if runtime is None:
+                own = Runtime(bundle, backend, plan, model, device, resident, replaced)
+                runtime = stack.enter_context(own)
+                opened(runtime)
             for job in map(job_of, batches):
                 steps = functools.partial(lambda n, step: advance(n), len(job.indices))
                 yield job.indices, sample_job(runtime, job, steps)
-            return
+        return
     source = None if model is None else Path(model)
-    assert backend is not None
     start = Start(bundle.path, bundle.seal, backend, plan, source, device, resident, replaced)
     jobs = map(job_of, batches)
     if pool is None:

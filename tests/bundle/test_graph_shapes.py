@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 import onnxruntime.capi.onnxruntime_pybind11_state as onnx_state
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from ptqd_export.backends.ort_device import share_pool
 from ptqd_export.bundle.graph import operators
@@ -239,3 +239,24 @@ def test_helper_makes_what_is_read() -> None:
     node = helper.make_node("Relu", ["x"], ["y"])
     graph = onnx.GraphProto(node=[node])
     assert shapes_of(onnx.ModelProto(graph=graph), x=(B, 2)) == {"x": (B, 2), "y": (B, 2)}
+
+
+def test_elements_that_are_there_at_one_time() -> None:
+    """Counted by hand, per sample: of constants, and what is computed of them, none."""
+    weight = numpy_helper.from_array(np.zeros((8, 4), np.int8), "codes")
+    scale = numpy_helper.from_array(np.float32(0.5), "scale")
+    model = model_of(
+        """(float[N, 3, 4] x) => (float[N, 3, 8] y) {
+            w = DequantizeLinear(codes, scale)
+            t = Transpose<perm = [1, 0]>(w)
+            a = Relu(x)
+            b = MatMul(a, t)
+            c = Sigmoid(b)
+            y = Mul(b, c)
+        }"""
+    )
+    model.graph.initializer.extend([weight, scale])
+    shapes, most = check_shapes(
+        read_graph(model.SerializeToString(), 1 << 16), {"x": (Batch(1), 3, 4)}, LIMITS
+    )
+    assert shapes["y"] == (Batch(1), 3, 8) and most == 3 * 24  # b, c and y

@@ -83,6 +83,9 @@ def test_long_runs_are_observed_at_some_steps() -> None:
     some steps."""
     for size, steps, stride in ((8, 20, 1), (32, 20, 4), (8, 50, 1), (8, 250, 5), (32, 250, 20), (64, 4, 4)):
         assert observed_stride(size, steps) == stride
+    for size, steps in ((8, 51), (8, 75), (8, 99), (4, 250), (2, 1000), (32, 75), (31, 333)):
+        stride = observed_stride(size, steps)
+        assert size * steps / stride <= 400 < size * steps / max(stride - 1, 1) or stride == 1
 
 
 def test_products_outside_layers_are_counted(case: Case) -> None:

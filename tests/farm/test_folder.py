@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,19 @@ def test_only_what_is_missing_is_done(tmp_path: Path, order: Order) -> None:
     other = tmp_path / "other"
     fill(other, order, 11, [0, 1, 2])  # in one go: the same, whatever was done when
     assert content(out) == content(other) and INDEX in content(out) and JOURNAL not in content(out)
+
+
+@pytest.mark.parametrize(("batch", "shard"), [(0, 4), (2, 0), (3, 4), (-2, 4)])
+def test_odd_numbers_of_an_index(tmp_path: Path, order: Order, batch: int, shard: int) -> None:
+    """It counts as damaged, and nothing is divided by it."""
+    out = tmp_path / "out"
+    fill(out, order, 8, [0, 1])
+    index = json.loads((out / INDEX).read_text())
+    index["order"] |= {"batch_size": batch, "shard_size": shard}
+    (out / INDEX).write_text(json.dumps(index))
+    assert held_order(out) is None
+    with pytest.raises(RecipeError, match=f"damaged .*shards of {shard} samples in batches of {batch}"):
+        missing(out, order, 8)
 
 
 def test_more_samples_later(tmp_path: Path, order: Order) -> None:

@@ -22,6 +22,7 @@ from ptqd_export.bundle.bundle import MANIFEST
 from ptqd_export.errors import BackendUnavailable, ModelError, PTQDError, RecipeError
 from ptqd_export.farm import sample_shards
 from ptqd_export.farm.folder import INDEX, JOURNAL
+from ptqd_export.runtime import usual_batch
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install '.[ray]'")
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed: pip install '.[ray]'")
@@ -121,6 +122,19 @@ def test_only_missing_shards_are_sampled(classes: Built, whole: Path, tmp_path: 
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*")}
     assert {name for name in after if after[name] != before[name]} == {"shard-000004.parquet"}
     assert told == [24, 20, 4] and content(out) == content(whole)
+
+
+def test_a_batch_that_nobody_asked_for(classes: Built, two: None, tmp_path: Path) -> None:
+    """That of the shards that are there; else what suits the machine, whatever the number of workers."""
+
+    def batch(name: str, n: int, count: int = 1, **more: Any) -> int:
+        asked: dict[str, Any] = {"workers": count, "content": "npy", "backend": "ort-cpu", **more}
+        return sample_shards(classes.path, tmp_path / name, n, **asked).order.batch_size
+
+    assert batch("two", 4, count=2) == batch("one", 4) == usual_batch(classes.bundle, "ort-cpu", 2)
+    assert batch("other", 3, batch_size=3) == batch("other", 6) == 3
+    with pytest.raises(RecipeError, match="--shard-size 5 is no multiple of --batch-size 4"):
+        batch("third", 5, shard_size=5)
 
 
 def test_errors_of_workers_are_one_line(classes: Built, two: None, tmp_path: Path) -> None:

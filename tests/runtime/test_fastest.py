@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Precision]:
     """Times that are made up: openvino is the faster one at fp32, and slower at w8a8."""
     asked: list[Precision] = []
 
-    def measure(bundle: Any, precision: Precision, names: Any) -> dict[str, float]:
-        asked.append(precision)
-        return {OPENVINO: 1e-3, ORT_CPU: 2e-3 if precision == FP32 else 0.5e-3}
+    def measure(bundle: Any, precisions: list[Precision], names: Any) -> dict[str, dict[str, float]]:
+        asked.extend(precisions)
+        return {str(p): {OPENVINO: 1e-3, ORT_CPU: 2e-3 if p == FP32 else 0.5e-3} for p in precisions}
 
     monkeypatch.setattr(fastest, "_measure", measure)
     return asked
@@ -102,13 +102,8 @@ def test_without_a_cache(
 
 
 def test_real_times(own: Built, both: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of both, by a process of its own; one that fails has none, and comes last."""
+    """Of both; one that fails has none, and comes last."""
     plan = with_plan(own.bundle, "fp32").manifest.plan
-    if find_spec("openvino") is not None:
-        found = fastest._measure(own.bundle, FP32, NAMES)
-        assert set(found) == set(NAMES) and min(found.values()) > 0
-    assert fastest._measure(own.bundle, FP32, (ORT_CPU,)).keys() == {ORT_CPU}
-    assert fastest._measure(replace(own.bundle, seal="0" * 64), FP32, NAMES) == {}
     assert set(fastest._in_turn(own.bundle, FP32, NAMES)) == set(NAMES)
 
     def fails(*_: object, **__: object) -> Any:
@@ -116,33 +111,75 @@ def test_real_times(own: Built, both: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     broken = replace(registry.OPENERS[OPENVINO], open_engine=fails)
     monkeypatch.setattr(registry, "OPENERS", {**registry.OPENERS, OPENVINO: broken})
-    monkeypatch.setattr(fastest, "_measure", fastest._in_turn)
+    monkeypatch.setattr(fastest, "CHILD", "raise SystemExit(1)")  # then it is measured here
     order, why = fastest.by_speed(own.bundle, plan, NAMES)
     assert order == [ORT_CPU, OPENVINO] and "openvino fails" in why
+
+
+@pytest.fixture
+def apart(both: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Measuring in this process is a failure; given code is run first in the one that measures."""
+
+    def here(*_: object) -> Any:
+        pytest.fail("it was measured in the process of the run")
+
+    monkeypatch.setattr(fastest, "_in_turn", here)
+    usual = fastest.CHILD
+
+    def first(code: str) -> None:
+        monkeypatch.setattr(fastest, "CHILD", usual.replace("from ptqd", f"exec({code!r}); from ptqd"))
+
+    return first
+
+
+def test_measured_apart(
+    own: Built, apart: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In a process of its own, which runs nothing of the current folder, whatever libraries print."""
+    (tmp_path / "json.py").write_text("import os; os._exit(7)")
+    monkeypatch.chdir(tmp_path)
+    apart("import os; os.write(1, b'{bad\\xff\\n{}\\nptqd')")
+    found = fastest._measure(own.bundle, [FP32, W8A8], (ORT_CPU,))
+    assert {p: set(of) for p, of in found.items()} == {"fp32": {ORT_CPU}, "w8a8": {ORT_CPU}}
+    assert all(0 < seconds < 60 for of in found.values() for seconds in of.values())
 
 
 DIES = """
 import os, signal
 from ptqd_export.runtime import fastest
-real = fastest.open_artifact
-def opens(bundle, artifact, device):
-    if artifact.backend == "openvino":
+opens, time_call = fastest.open_artifact, fastest.time_call
+def open_artifact(bundle, artifact, device):
+    if artifact.backend == "openvino" and {first}:
         os.kill(os.getpid(), signal.SIGSEGV)
-    return real(bundle, artifact, device)
-fastest.open_artifact = opens
+    engine = opens(bundle, bundle.manifest.artifact(artifact.precision, "ort-cpu"), device)
+    engine.dies = artifact.backend == "openvino"
+    return engine
+def timed(call):
+    if call.func.dies:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return time_call(call)
+fastest.open_artifact, fastest.time_call = open_artifact, timed
 """
 
 
-def test_a_library_that_dies(own: Built, both: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes along the process that measures, and nothing else; the others are measured without it."""
+@pytest.mark.parametrize("first", [True, False])
+def test_a_library_that_dies(own: Built, both: Path, apart: Callable[[str], None], first: bool) -> None:
+    """When it opens a graph or later: it takes along the process that measures, and nothing else. The others
+    are measured without it, and it is remembered."""
     plan = with_plan(own.bundle, "fp32").manifest.plan
-    usual = fastest.CHILD
-    monkeypatch.setattr(fastest, "CHILD", usual.replace("from ptqd", f"exec({DIES!r}); from ptqd"))
+    apart(DIES.format(first=first))
     order, why = fastest.by_speed(own.bundle, plan, NAMES)
     assert order == [ORT_CPU, OPENVINO] and "openvino fails" in why and "ort-cpu fails" not in why
-    monkeypatch.setattr(fastest, "CHILD", "raise SystemExit(1)")  # then it is measured here
-    order, why = fastest.by_speed(own.bundle, plan, NAMES)
-    assert set(order) == set(NAMES) and "fails" not in why
+    (file,) = both.iterdir()
+    assert json.loads(file.read_text())["fp32"][OPENVINO] is None
+    apart("raise SystemExit(1)")
+    again, remembered = fastest.by_speed(own.bundle, plan, NAMES)
+    assert again == order and "openvino fails (remembered)" in remembered
+
+
+def test_another_bundle_in_its_place(own: Built, both: Path) -> None:
+    """Is not measured by the process; the one that asks has its own, which it finds changed."""
+    assert list(fastest._ask(replace(own.bundle, seal="0" * 64), ["fp32"], NAMES)) == []
 
 
 def test_a_run_takes_the_fastest_and_says_so(
