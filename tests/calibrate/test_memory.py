@@ -36,7 +36,7 @@ def test_memory_of_a_control_group(
     total: int,
     free: int,
 ) -> None:
-    """Of either version: its limit counts where the machine has more, less what is used but for page cache."""
+    """Of either version: its limit counts where the machine has more, less what is used but page cache."""
     folder, most, used, inactive = names
     (tmp_path / folder).mkdir(exist_ok=True)
     for file, text in ((most, limit), (used, "700000"), ("memory.stat", f"anon 1\n{inactive} 200000\n")):
