@@ -48,7 +48,7 @@ def measure(key: str, args: argparse.Namespace) -> dict[tuple[int, int], Bench]:
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(key, Path(folder))
         bundle = bundle_of(key, model)
-        others = make_baselines(model, Path(folder), args.baseline, say)
+        others = make_baselines(bundle, model, Path(folder), args.baseline, say)
         found = {}
         for threads in args.threads:
             for batch in args.batch:

@@ -164,7 +164,10 @@ def _fill(
     base = export_fp(network.module, network.info, sampling.schedule.timesteps.dtype.name)
     pipeline = emit_parts(parts, folder, say)
     traced = None if workers is None else workers.trajectories
-    paths = collect(network, sampling, recipe, work / f"trajectories-{key[:16]}", prompted, traced)
+    folder_of_paths = work / f"trajectories-{key[:16]}"
+    if folder_of_paths.exists():
+        say("trajectories are taken up from a stopped build")
+    paths = collect(network, sampling, recipe, folder_of_paths, prompted, traced)
     seen = observe(network, sampling, recipe, paths)
     exported = exported_layers(base)
     quantized, sensitivities = quantize_all(recipe, network, seen, sampling, paths, exported, work, key, say)
@@ -173,7 +176,7 @@ def _fill(
             f"{len(lost)} layers are not in the exported graph as themselves (such as {lost[0]}): they stay "
             "float"
         )
-    measured = measure_all(recipe, network, sampling, paths, quantized, work, key, workers)
+    measured = measure_all(recipe, network, sampling, paths, quantized, work, key, workers, say)
     graphs = emit(base, sampling, quantized, measured, folder)
     verdicts = judge(graphs, folder, sampling, paths, quantized, measured, network, say)
     compiled = judge_backends(

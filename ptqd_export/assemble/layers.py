@@ -67,8 +67,12 @@ def quantize_all(
             file = work / f"layer-sensitivity-{name}.json"
             known = _load(file)
             if known is None:
-                known = sensitivity(network, seen, sampling, trajectories, precision, recipe, exported)
+                notes = file.with_suffix(".part")
+                known = sensitivity(network, seen, sampling, trajectories, precision, recipe, exported, notes)
                 write_file(file, json.dumps(to_plain(known)).encode())
+                notes.unlink()
+            else:
+                say(f"{precision}: the noise of single layers is taken up from a stopped build")
             found[precision] = known
             by_hand = given_layers(recipe, known.layers)
             assigned = assign(known, precision.levels, spec.layer_budget, by_hand)

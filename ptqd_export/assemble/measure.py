@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -75,6 +75,7 @@ def measure_all(
     work: Path,
     key: str,
     workers: Workers | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[Key, Measured]:
     """Measure the noise per precision and numerics on the simulated network, and fit gated corrections.
 
@@ -94,8 +95,10 @@ def measure_all(
             name = digest(key, recipe.digest("quantization"), str(precision), str(emission))[:16]
             file = work / f"stats-{name}.safetensors"
             parts = _load_stats(file)
-            if parts is None:
-                what = f"noise of {precision}.{emission}"
+            what = f"noise of {precision}.{emission}"
+            if parts is not None:
+                say(f"{what} is taken up from a stopped build")
+            else:
                 if workers is not None and recipe.calibration.trajectory == "full_precision":
                     parts = workers.sums(net, emission, sampling, trajectories, what)
                 else:

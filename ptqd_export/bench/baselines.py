@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from ..bundle.bundle import Bundle
 from ..core.backend import install_hint
 from ..core.engine import SAMPLE, TIMESTEP, Array
 from ..core.model import ModelInfo
 from ..errors import BackendUnavailable
-from ..recipe import Recipe
 from .subject import TORCH_MODES, Subject
 
 EXPORTED = "ORT fp32, as exported"
@@ -33,26 +33,29 @@ CALIBRATION = 10
 Say = Callable[[str], None]
 
 
-def make_baselines(model: Path, folder: Path, wanted: Sequence[str], say: Say) -> list[Subject]:
+def make_baselines(
+    bundle: Bundle, model: Path, folder: Path, wanted: Sequence[str], say: Say
+) -> list[Subject]:
     """Those of BASELINES that can be made here, in `folder`; what cannot is told.
 
     Args:
-        model: a recipe, or what `Recipe.load` takes.
+        model: what the bundle was built from: a recipe, or what `Recipe.load` takes.
         wanted: of BASELINES.
         say: called with a line for each that is left out.
     Raises:
         RecipeError, ModelError, GraphError: the model cannot be read or exported.
+        BundleError: it is not the bundle's.
         BackendUnavailable: torch, diffusers or onnx is not installed.
     """
     # Here, as the engines of a bundle are timed without them.
     try:
-        from ..calibrate import open_model
+        from ..calibrate.reference import open_original
         from ..export import export_fp, save
     except ImportError as error:
         raise BackendUnavailable(
             f"--model needs torch, diffusers and onnx ({error}): {install_hint('build')}"
         ) from error
-    network = open_model(Recipe.load(model))
+    network = open_original(bundle, model)
     file = folder / "exported.onnx"
     save({file.stem: export_fp(network.module, network.info)}, folder, "exported.safetensors")
     every: dict[str, Callable[[], Subject]] = {

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -32,11 +36,14 @@ def sensitivity(
     precision: Precision,
     recipe: Recipe,
     layers: Collection[str],
+    notes: Path,
 ) -> LayerSensitivity:
     """The sensitivity of `layers` at each level of a mixed precision, in the portable arithmetic.
 
     It is measured on SENSITIVITY_SAMPLES trajectories at SENSITIVITY_STEPS steps, evenly spaced.
 
+    Args:
+        notes: file of what is measured so far, which a stopped measurement leaves to the next one.
     Raises:
         ModelError: nothing is left to quantize.
     """
@@ -46,15 +53,23 @@ def sensitivity(
     _, x, e, conditions = trajectories.first(SENSITIVITY_SAMPLES)
     power = [float((e[step].astype(np.float64) ** 2).mean()) for step in steps]
     noise: dict[Precision, list[tuple[float, ...]]] = {level: [] for level in networks}
+    known = _noted(notes, len(steps))
     with (
+        notes.open("w", encoding="utf-8") as noting,
         TorchEngine(network.module, sampling) as engine,
         progress(
             len(first) * len(networks) * len(steps), f"noise of single layers at {precision}", "call"
         ) as bar,
     ):
+        for key, row in known.items():
+            _note(noting, *key, row)
         for name in first:
             target = network.module.get_submodule(name)
             for level, quantized in networks.items():
+                if (row := known.get((name, str(level)))) is not None:
+                    noise[level].append(tuple(row))
+                    bar.update(len(steps))
+                    continue
                 target.forward = SimulatedLayer(
                     quantized.layers[name], Emission.PORTABLE, geometry_of(target)
                 )
@@ -67,6 +82,7 @@ def sensitivity(
                 finally:
                     del target.forward
                 noise[level].append(tuple(row))
+                _note(noting, name, str(level), row)
     gains = (sampling.schedule.epsilon_gains**2)[steps]
     return LayerSensitivity(
         tuple(first),
@@ -75,6 +91,22 @@ def sensitivity(
         tuple(float(f"{gain:.6g}") for gain in gains),
         {level: tuple(rows) for level, rows in noise.items()},
     )
+
+
+def _note(file: TextIO, name: str, level: str, row: Sequence[float]) -> None:
+    file.write(json.dumps([name, level, row]) + "\n")
+    file.flush()
+
+
+def _noted(notes: Path, steps: int) -> dict[tuple[str, str], list[float]]:
+    """Noise at each step by layer and level; of a line that a kill has cut nothing is taken."""
+    found = {}
+    for line in notes.read_text("utf-8").split("\n")[:-1] if notes.exists() else ():
+        with contextlib.suppress(ValueError, TypeError):
+            name, level, row = json.loads(line)
+            if len(row) == steps and all(isinstance(value, float) and value >= 0 for value in row):
+                found[str(name), str(level)] = row
+    return found
 
 
 def given_layers(recipe: Recipe, layers: Collection[str]) -> dict[str, Precision]:

@@ -17,8 +17,26 @@ from ..core.quant import QuantizedNetwork
 from ..errors import BundleError
 from ..recipe import Recipe
 from .intake import open_model
+from .network import Network
 from .simulate import simulate
 from .torch_engine import TorchEngine
+
+
+def open_original(bundle: Bundle, model: Path) -> Network:
+    """The network that a bundle was built from.
+
+    Args:
+        model: a recipe, or what `Recipe.load` takes.
+    Raises:
+        BundleError: it is another one.
+        RecipeError, ModelError: it cannot be read.
+    """
+    network = open_model(Recipe.load(model))
+    if network.info.sha256 != bundle.manifest.sampling.model.sha256:
+        raise BundleError(
+            f"{model} is not the model that {bundle.path} was built from: its weights have another SHA-256"
+        )
+    return network
 
 
 def simulated_engines(
@@ -38,11 +56,7 @@ def simulated_engines(
             "backend torch simulates from the original weights, which a bundle does not hold: give --model "
             "RECIPE_OR_MODEL"
         )
-    network, sampling = open_model(Recipe.load(model)), bundle.manifest.sampling
-    if network.info.sha256 != sampling.model.sha256:
-        raise BundleError(
-            f"{model} is not the model that {bundle.path} was built from: its weights have another SHA-256"
-        )
+    network, sampling = open_original(bundle, model), bundle.manifest.sampling
 
     def parameters(name: str) -> Mapping[str, npt.NDArray[np.float32]]:
         found = network.module.get_submodule(name).named_parameters(recurse=False)

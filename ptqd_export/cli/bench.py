@@ -106,7 +106,7 @@ def bench(
         click.echo(text, err=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        others = [] if model is None else make_baselines(model, Path(folder), names, say)
+        others = [] if model is None else make_baselines(bundle, model, Path(folder), names, say)
         found = measure(bundle, settings, others, say)
     if plot is not None:
         plot_bench(found, Known.of(bundle.manifest).errors("paired"), asked, plot)

@@ -81,6 +81,8 @@ def verify(
         f"{bundle_dir}: {result['files']} files match their SHA-256; evaluated: "
         f"{', '.join(engines) or 'nothing'}"
     )
+    if key is not None:
+        lines += f"\nsigned by the owner of {key}"
     lines += "".join(f"\nnot evaluated here: {what}: {why}" for what, why in left_out.items())
     if compare is not None:
         states, parsed = backend_states(bundle), compare.parsers(bundle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from ptqd_export.bench import BASELINES, make_baselines
 from ptqd_export.bench.baselines import EXPORTED, OPENVINO, STATIC
 from ptqd_export.bench.subject import Place, Subject, feeds_of
 from ptqd_export.calibrate.eager import eager_call
+from ptqd_export.errors import BundleError
 from ptqd_export.recipe import Recipe
 
 TORCH = "PyTorch eager"
@@ -22,7 +24,7 @@ TORCH = "PyTorch eager"
 def made(rgb: Built, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Subject], list[str]]:
     said: list[str] = []
     wanted = (EXPORTED, STATIC, *OPENVINO, TORCH)
-    found = make_baselines(rgb.recipe, tmp_path_factory.mktemp("baselines"), wanted, said.append)
+    found = make_baselines(rgb.bundle, rgb.recipe, tmp_path_factory.mktemp("baselines"), wanted, said.append)
     return {one.name: one for one in found}, said
 
 
@@ -49,6 +51,15 @@ def test_what_is_not_installed_is_told(made: tuple[dict[str, Subject], list[str]
     assert there or said == [
         f"{n} is left out: openvino is not installed: pip install openvino" for n in OPENVINO
     ]
+
+
+def test_another_model_is_refused(rgb: Built, own: Built, tmp_path: Path) -> None:
+    """Before anything is exported."""
+    with pytest.raises(
+        BundleError, match=r"is not the model that .* was built from: its weights have another"
+    ):
+        make_baselines(rgb.bundle, own.recipe, tmp_path, BASELINES, print)
+    assert not list(tmp_path.iterdir())
 
 
 def test_rows_are_alone(rgb: Built) -> None:

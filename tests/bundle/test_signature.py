@@ -43,6 +43,7 @@ def test_a_signed_bundle(signed: tuple[Path, Path, Path], invoke: Invoke, tmp_pa
     bundle, private, public = signed
     result = invoke("verify", bundle, "--key", public, "--json")
     assert (result.code, result.err) == (0, "") and result.json["signed"] is True
+    assert f"\nsigned by the owner of {public}\n" in invoke("verify", bundle, "--key", public).out
     assert invoke("verify", bundle, "--json").json["signed"] is False
     other = tmp_path / "elsewhere.sig"
     assert invoke("sign", bundle, "--key", private, "--out", other).code == 0

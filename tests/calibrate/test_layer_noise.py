@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +22,11 @@ MIXED = Precision.parse("w4a4+")
 LAYERS = ("down_blocks.0.resnets.0.conv1", "mid_block.resnets.0.conv2", "down_blocks.1.attentions.0.to_q")
 
 
-def measured(case: Case, layers: tuple[str, ...] = LAYERS) -> LayerSensitivity:
+def measured(
+    case: Case, layers: tuple[str, ...] = LAYERS, notes: Path = Path(os.devnull)
+) -> LayerSensitivity:
     recipe, network, sampling, trajectories, observed = case
-    return sensitivity(network, observed, sampling, trajectories, MIXED, recipe, layers)
+    return sensitivity(network, observed, sampling, trajectories, MIXED, recipe, layers, notes)
 
 
 def patched(case: Case) -> list[str]:
@@ -67,6 +72,31 @@ def test_it_is_the_noise_of_a_layer_alone(case: Case, found: LayerSensitivity) -
 def test_it_repeats_itself(case: Case, found: LayerSensitivity) -> None:
     """To the last digit, whatever the order in which layers are named."""
     assert measured(case, LAYERS[::-1]) == found
+
+
+def test_what_a_stop_left_is_taken_up(
+    case: Case, found: LayerSensitivity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Line by line, but for one that was cut or is none; what the file says is what counts."""
+    made: list[str] = []
+
+    class Counted(SimulatedLayer):
+        def __init__(self, layer: Any, *more: Any) -> None:
+            made.append(layer.name)
+            super().__init__(layer, *more)
+
+    monkeypatch.setattr(layer_noise, "SimulatedLayer", Counted)
+    notes = tmp_path / "notes.part"
+    assert measured(case, notes=notes) == found and len(made) == 9
+    lines = notes.read_text().splitlines(keepends=True)
+    assert len(lines) == 9
+    for left in (lines[:4] + [lines[4][:-3]], ["[1]\n", "nonsense\n", *lines[:4], '["a", "b", [-1.0]]\n']):
+        notes.write_text("".join(left))
+        made.clear()
+        assert measured(case, notes=notes) == found and len(made) == 5
+    name, level, row = json.loads(lines[0])
+    notes.write_text(json.dumps([name, level, [0.5, *row[1:]]]) + "\n")
+    assert measured(case, notes=notes).noise[Precision.parse(level)][0][0] == 0.5
 
 
 def test_the_network_is_left_as_it_was(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
