@@ -48,11 +48,11 @@ def fill(
     """
     expected = module.state_dict()
     missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
-    for what, keys in (("lack", missing), ("hold unexpected", unexpected)):
+    for what, keys in (("lack", missing), ("have beyond the config", unexpected)):
         if keys:
             raise ModelError(
-                f"the weights in {where} {what} {len(keys)} tensors, such as {brief(min(keys))}: config and "
-                "weights are of different models"
+                f"the weights in {where} {what} {len(keys)} tensor{'s' * (len(keys) > 1)}, such as "
+                f"{brief(min(keys))}: config and weights are of different models"
             )
     for key, value in sorted(state.items()):
         if value.shape != expected[key].shape:

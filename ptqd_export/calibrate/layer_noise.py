@@ -61,13 +61,13 @@ def sensitivity(
             len(first) * len(networks) * len(steps), f"noise of single layers at {precision}", "call"
         ) as bar,
     ):
-        for key, row in known.items():
-            _note(noting, *key, row)
+        for key, held in known.items():
+            _note(noting, *key, held)
         for name in first:
             target = network.module.get_submodule(name)
             for level, quantized in networks.items():
-                if (row := known.get((name, str(level)))) is not None:
-                    noise[level].append(tuple(row))
+                if (done := known.get((name, str(level)))) is not None:
+                    noise[level].append(tuple(done))
                     bar.update(len(steps))
                     continue
                 target.forward = SimulatedLayer(

@@ -347,7 +347,8 @@ def read_tensors(conditions: Sequence[str]) -> Mapping[str, Array]:
         try:
             tensors[name] = np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else "it holds no numbers"
             raise RecipeError(
-                f"--condition {text}: cannot read {file or 'a file'} as .npy ({error}); give NAME=FILE.npy"
+                f"--condition {text}: cannot read {file or 'a file'} as .npy ({why}); give NAME=FILE.npy"
             ) from error
     return tensors

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ..backends import OrtEngine
-from ..errors import RecipeError
+from ..errors import GraphError, RecipeError
 from ..files import sha256_file
 from .metrics import feature_stats, pixels
 
@@ -44,15 +44,18 @@ class Classifier:
     Attributes:
         sha256: of the file.
     Raises:
-        RecipeError: no such file, or another interface.
-        BackendUnavailable, GraphError: it does not load.
+        RecipeError: no such file, it does not load, or has another interface.
+        BackendUnavailable: onnxruntime is not installed.
     """
 
     def __init__(self, path: Path, sample_shape: tuple[int, ...]) -> None:
         if not path.is_file():
             raise RecipeError(f"the classifier {path} does not exist: give an ONNX file")
         self.sha256 = sha256_file(path)
-        self._engine = OrtEngine(path)
+        try:
+            self._engine = OrtEngine(path)
+        except GraphError as error:
+            raise RecipeError(f"the classifier {path} is no ONNX file that runs here: give one") from error
         wanted = [(None, *sample_shape)]
         shapes = [spec.shape for spec in self._engine.specs]
         if shapes != wanted or FEATURES not in self._engine.outputs:

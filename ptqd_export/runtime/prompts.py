@@ -136,8 +136,8 @@ def _encode(
 
 def _note(text: str, cut: int, encoder: TextEncoder) -> str:
     return (
-        f"the prompt {brief(text)} is longer than {encoder.tokens - 2} tokens: the last {cut} of it "
-        f"{'does' if cut == 1 else 'do'} not count"
+        f"the prompt {brief(text)} has {encoder.tokens - 2 + cut} tokens, of which the first "
+        f"{encoder.tokens - 2} count"
     )
 
 

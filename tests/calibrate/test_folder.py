@@ -176,11 +176,11 @@ def scheduler_text(folder: Path) -> None:
         (lambda f: edit_config(f, num_class_embeds="four"), "num_class_embeds 'four': expected an integer"),
         (
             lambda f: edit_weights(f, lambda s: (s.pop("conv_in.bias"), None)[1]),
-            "lack 1 tensors, such as 'conv_in.bias'",
+            "lack 1 tensor, such as 'conv_in.bias'",
         ),
         (
             lambda f: edit_weights(f, lambda s: s.update(extra=torch.zeros(1))),
-            "hold unexpected 1 tensors, such as 'extra'",
+            "have beyond the config 1 tensor, such as 'extra'",
         ),
         *(
             (lambda f, key=key, value=value: edit_config(f, **{key: value}), f"says '{key}' {says}")

@@ -90,7 +90,7 @@ def test_what_a_stop_left_is_taken_up(
     assert measured(case, notes=notes) == found and len(made) == 9
     lines = notes.read_text().splitlines(keepends=True)
     assert len(lines) == 9
-    for left in (lines[:4] + [lines[4][:-3]], ["[1]\n", "nonsense\n", *lines[:4], '["a", "b", [-1.0]]\n']):
+    for left in ([*lines[:4], lines[4][:-3]], ["[1]\n", "nonsense\n", *lines[:4], '["a", "b", [-1.0]]\n']):
         notes.write_text("".join(left))
         made.clear()
         assert measured(case, notes=notes) == found and len(made) == 5

@@ -136,9 +136,7 @@ def test_workers_decode_their_own(exact: Bundle, texts: Built, pictures: F64) ->
 
 def test_long_prompts_are_cut_with_a_note(texts: Built) -> None:
     found = encode_prompts(texts.bundle, ["cat " * 9, "cat " * 6])
-    assert found.notes == (
-        f"the prompt {'cat ' * 9!r} is longer than 6 tokens: the last 3 of it do not count",
-    )
+    assert found.notes == (f"the prompt {'cat ' * 9!r} has 9 tokens, of which the first 6 count",)
     first, second = found.conditions["encoder_hidden_states"]
     assert (first == second).all()
 
