@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -247,15 +248,22 @@ def _corrections(bundle: Bundle) -> list[str]:
     return lines
 
 
+def _decibels(snr: float | None) -> str:
+    """Of a ratio of powers; None where there is no noise, 0 where there is nothing else."""
+    if snr is None:
+        return "inf"
+    return f"{10 * math.log10(snr):.1f}" if snr > 0 else "-inf"
+
+
 def _steps(rows: Sequence[StepRow]) -> list[str]:
-    columns = f"{'k':>9}{'bias':>10}{'sigma':>9}{SIGMA_PRIME:>9}{'SNR_Q':>10}{'SNR_F':>10}"
+    columns = f"{'k':>9}{'bias':>10}{'sigma':>9}{SIGMA_PRIME:>9}{'SNR_Q, dB':>11}{'SNR_F, dB':>11}"
     lines = [f"{'step':>4}{'t':>6}  {'precision':<10}{'corr':<7}{columns}"]
     for r in rows:
-        snr_q = "inf" if r.snr_q is None else f"{r.snr_q:.4g}"
+        snr_q, snr_f = _decibels(r.snr_q), _decibels(r.snr_f)
         lines.append(
             f"{r.step:>4}{r.timestep:>6.5g}  "
             f"{r.precision:<10}{'-' if r.kept == 'nothing' else r.kept:<7}{r.k:>9.4f}{r.bias:>10.5f}"
-            f"{r.sigma:>9.4f}{r.sigma_recalibrated:>9.4f}{snr_q:>10}{r.snr_f:>10.4g}"
+            f"{r.sigma:>9.4f}{r.sigma_recalibrated:>9.4f}{snr_q:>11}{snr_f:>11}"
         )
     return lines
 

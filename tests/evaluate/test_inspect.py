@@ -14,7 +14,7 @@ from ptqd_export.bundle.manifest import GateRecord
 from ptqd_export.core.backend import Emission
 from ptqd_export.core.figures import QuantizedFigures
 from ptqd_export.core.gate import Kept
-from ptqd_export.evaluate.inspect import KINDS, _memory, per_step, plan_lines, plot_bundle, text
+from ptqd_export.evaluate.inspect import KINDS, _decibels, _memory, per_step, plan_lines, plot_bundle, text
 
 
 def test_rows_are_those_of_the_tables(rgb: Built) -> None:
@@ -129,3 +129,8 @@ def test_plots_of_a_bundle(rgb: Built, own: Built, tmp_path: Path) -> None:
         replace(rgb.bundle, manifest=replace(rgb.bundle.manifest, choice=choice)), tmp_path / "no.png"
     )
     assert (tmp_path / "no.png").is_file() and not (tmp_path / "no-pareto.png").exists()
+
+
+def test_ratios_of_powers_in_decibels() -> None:
+    found = [_decibels(snr) for snr in (None, 100.0, 1.0, 0.5, 0.0)]
+    assert found == ["inf", "20.0", "0.0", "-3.0", "-inf"]
