@@ -5,6 +5,7 @@ It is a bar on a terminal, and elsewhere a line now and then.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from types import TracebackType
@@ -13,7 +14,8 @@ from typing import Protocol, Self
 from tqdm import tqdm
 
 LINE_SECONDS = 30.0
-"""Seconds between two lines where stderr is not a terminal; shorter work prints none."""
+"""Seconds between two lines where stderr is not a terminal; shorter work prints none, unless it follows other
+work that printed none."""
 
 
 class Progress(Protocol):
@@ -27,7 +29,7 @@ class Progress(Protocol):
     ) -> object: ...
 
 
-def progress(total: int, what: str, unit: str = "it") -> Progress:
+def progress(total: int, what: str, unit: str = "step") -> Progress:
     """Show progress of `total` units: `with progress(100, "sampling", "step") as bar: bar.update()`."""
     if sys.stderr.isatty():
         bar: Progress = tqdm(total=total, desc=what, unit=unit, leave=True, dynamic_ncols=True)
@@ -36,25 +38,37 @@ def progress(total: int, what: str, unit: str = "it") -> Progress:
 
 
 class _Lines:
-    """Shows progress as lines."""
+    """Shows progress as lines.
+
+    Attributes:
+        told: when the last line was printed, or the first of the bars began that follow each other; of all
+            bars, as each of many may be short.
+        seen: when any of them was last told of work.
+    """
+
+    told = seen = -math.inf
 
     def __init__(self, total: int, what: str, unit: str) -> None:
         self._total, self._what, self._unit = total, what, unit
         self._done, self._phase = 0.0, ""
-        self._start = self._told = time.monotonic()
+        self._start = time.monotonic()
+        if self._start - _Lines.seen >= LINE_SECONDS:
+            _Lines.told = self._start
+        _Lines.seen = self._start
 
     def update(self, n: float = 1, /) -> None:
         self._done += n
-        now = time.monotonic()
-        if now - self._told >= LINE_SECONDS:
-            self._told = now
+        now = _Lines.seen = time.monotonic()
+        if now - _Lines.told >= LINE_SECONDS:
+            _Lines.told = now
             print(self._line(now - self._start), file=sys.stderr, flush=True)
 
     def _line(self, seconds: float) -> str:
         share = self._done / max(self._total, 1)
         left = f", about {seconds * (1 - share) / share:.0f} s left" if share > 0 else ""
         phase = f" ({self._phase})" if self._phase else ""
-        return f"{self._what}{phase}: {self._done:.0f} of {self._total} {self._unit}, {share:.0%}{left}"
+        units = self._unit if self._unit == "%" else f"{self._unit}s"
+        return f"{self._what}{phase}: {self._done:.0f} of {self._total} {units}, {share:.0%}{left}"
 
     def set_postfix_str(self, text: str, /, refresh: bool = True) -> None:
         self._phase = text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import pytest
@@ -24,6 +25,8 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(module.time, "monotonic", clock)
+    for name in ("told", "seen"):
+        monkeypatch.setattr(module._Lines, name, -math.inf)
     return clock
 
 
@@ -37,7 +40,7 @@ def test_a_line_every_half_minute(clock: Clock, capsys: pytest.CaptureFixture[st
             if captured.err:
                 done, seconds = 5 * (i + 1), LINE_SECONDS / 2 * (i + 1)
                 left = seconds * (100 - done) / done
-                line = f"sampling: {done} of 100 step, {done}%, about {left:.0f} s left\n"
+                line = f"sampling: {done} of 100 steps, {done}%, about {left:.0f} s left\n"
                 assert captured.err == line
 
 
@@ -50,7 +53,22 @@ def test_short_work_prints_nothing(clock: Clock, capsys: pytest.CaptureFixture[s
     with progress(3, "sampling") as bar:
         clock.now += LINE_SECONDS  # the test can fail
         bar.update()
-    assert capsys.readouterr().err == "sampling: 1 of 3 it, 33%, about 60 s left\n"
+    assert capsys.readouterr().err == "sampling: 1 of 3 steps, 33%, about 60 s left\n"
+
+
+def test_short_work_after_short_work(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line every half minute all the same; not after a pause in which nothing was to be told."""
+    for i in range(7):
+        with progress(2, f"part {i}") as bar:
+            for _ in range(2):
+                clock.now += LINE_SECONDS / 4
+                bar.update()
+    lines = [f"part {i}: 2 of 2 steps, 100%, about 0 s left" for i in (1, 3, 5)]
+    assert capsys.readouterr().err.splitlines() == lines
+    clock.now += LINE_SECONDS
+    with progress(2, "later") as bar:
+        bar.update()
+    assert capsys.readouterr().err == ""
 
 
 def test_the_phase_is_named(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,13 +80,13 @@ def test_the_phase_is_named(clock: Clock, capsys: pytest.CaptureFixture[str]) ->
         clock.now += LINE_SECONDS
         bar.update(1.5)
     assert capsys.readouterr().err.splitlines() == [
-        "engines (tactics): 2 of 4 engine, 50%, about 30 s left",
-        "engines: 4 of 4 engine, 88%, about 9 s left",
+        "engines (tactics): 2 of 4 engines, 50%, about 30 s left",
+        "engines: 4 of 4 engines, 88%, about 9 s left",
     ]
 
 
 def test_nothing_done_and_nothing_to_do(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    for total, line in ((5, "work: 0 of 5 it, 0%\n"), (0, "work: 0 of 0 it, 0%\n")):
+    for total, line in ((5, "work: 0 of 5 steps, 0%\n"), (0, "work: 0 of 0 steps, 0%\n")):
         with progress(total, "work") as bar:
             clock.now += LINE_SECONDS
             bar.update(0)
