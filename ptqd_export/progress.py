@@ -5,7 +5,6 @@ It is a bar on a terminal, and elsewhere a line now and then.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from types import TracebackType
@@ -14,8 +13,7 @@ from typing import Protocol, Self
 from tqdm import tqdm
 
 LINE_SECONDS = 30.0
-"""Seconds between two lines where stderr is not a terminal; shorter work prints none, unless it follows other
-work that printed none."""
+"""Seconds between two lines where stderr is not a terminal; shorter work prints none."""
 
 
 class Progress(Protocol):
@@ -38,29 +36,18 @@ def progress(total: int, what: str, unit: str = "step") -> Progress:
 
 
 class _Lines:
-    """Shows progress as lines.
-
-    Attributes:
-        told: when the last line was printed, or the first of the bars began that follow each other; of all
-            bars, as each of many may be short.
-        seen: when any of them was last told of work.
-    """
-
-    told = seen = -math.inf
+    """Shows progress as lines."""
 
     def __init__(self, total: int, what: str, unit: str) -> None:
         self._total, self._what, self._unit = total, what, unit
         self._done, self._phase = 0.0, ""
-        self._start = time.monotonic()
-        if self._start - _Lines.seen >= LINE_SECONDS:
-            _Lines.told = self._start
-        _Lines.seen = self._start
+        self._start = self._told = time.monotonic()
 
     def update(self, n: float = 1, /) -> None:
         self._done += n
-        now = _Lines.seen = time.monotonic()
-        if now - _Lines.told >= LINE_SECONDS:
-            _Lines.told = now
+        now = time.monotonic()
+        if now - self._told >= LINE_SECONDS:
+            self._told = now
             print(self._line(now - self._start), file=sys.stderr, flush=True)
 
     def _line(self, seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 
 import pytest
@@ -25,8 +24,6 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(module.time, "monotonic", clock)
-    for name in ("told", "seen"):
-        monkeypatch.setattr(module._Lines, name, -math.inf)
     return clock
 
 
@@ -54,21 +51,6 @@ def test_short_work_prints_nothing(clock: Clock, capsys: pytest.CaptureFixture[s
         clock.now += LINE_SECONDS  # the test can fail
         bar.update()
     assert capsys.readouterr().err == "sampling: 1 of 3 steps, 33%, about 60 s left\n"
-
-
-def test_short_work_after_short_work(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    """A line every half minute all the same; not after a pause in which nothing was to be told."""
-    for i in range(7):
-        with progress(2, f"part {i}") as bar:
-            for _ in range(2):
-                clock.now += LINE_SECONDS / 4
-                bar.update()
-    lines = [f"part {i}: 2 of 2 steps, 100%, about 0 s left" for i in (1, 3, 5)]
-    assert capsys.readouterr().err.splitlines() == lines
-    clock.now += LINE_SECONDS
-    with progress(2, "later") as bar:
-        bar.update()
-    assert capsys.readouterr().err == ""
 
 
 def test_the_phase_is_named(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
