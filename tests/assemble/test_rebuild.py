@@ -293,7 +293,8 @@ def _short(place: Path) -> Path:
     return place / "bundle"
 
 
-def _zeros(bundle: Bundle, num_samples: int, *rest: object, **more: object) -> Any:
+def _zeros(bundle: Bundle, num_samples: int, *rest: object, **more: Any) -> Any:
     import numpy as np
 
+    more["batched"](num_samples)
     return np.zeros((num_samples, *bundle.manifest.sampling.model.sample_shape))
