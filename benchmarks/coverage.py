@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -52,6 +54,10 @@ EXPORT, RTX, PASSED = "export", TENSORRT_RTX, "passes"
 W8A8 = Precision.parse("w8a8")
 PRECISIONS = {EXPORT: FP32, "w8a8": W8A8, "w4a8": Precision.parse("w4a8")}
 COLUMNS = (*PRECISIONS, OPENVINO, RTX)
+FOLDERS = re.compile(r"\S+/(?=[\w.-]+\.onnx)")
+"""Where a graph lay, which is gone."""
+REASON = 400
+"""Most characters of a reason."""
 HEADER = ("configuration", "class", EXPORT, "w8a8", "w4a8", "OpenVINO", "TensorRT-RTX, w8a8")
 
 
@@ -237,6 +243,7 @@ def report(found: dict[str, Found]) -> str:
         said = one.told.get(column)
         if said is None or said == PASSED:
             return "not tried" if said is None else PASSED
+        said = textwrap.shorten(FOLDERS.sub("", said), REASON, placeholder=" ...")
         return f"no [{reasons.setdefault(said, len(reasons) + 1)}]"
 
     parts = []
