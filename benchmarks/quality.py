@@ -263,7 +263,7 @@ SECTIONS = {
     "headline": "quality-headline",
     "ablation": "quality-ablation",
     "paper": "quality-paper",
-    "paper-250": "quality-paper-250",
+    "paper-250": "quality-paper-long",
 }
 """Where tables stand."""
 

@@ -34,7 +34,7 @@ SECTIONS = {
     "quality-headline": _BENCHMARKS,
     "quality-ablation": _BENCHMARKS,
     "quality-paper": _BENCHMARKS,
-    "quality-paper-250": _BENCHMARKS,
+    "quality-paper-long": _BENCHMARKS,
     "text-model": _BENCHMARKS,
     "one-step": _BENCHMARKS,
     "plan-ranking": _BENCHMARKS,
