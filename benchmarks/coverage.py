@@ -25,10 +25,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from coverage_models import CONFIGURATIONS, TOKENS, Configuration
-from random_models import randomise
+from random_models import random_feeds, randomise
 from report import OUT, machine, table, write_section
 
 from ptqd_export.assemble.graphs import emit, judge
@@ -150,23 +149,12 @@ def cover(one: Configuration, folder: Path, more: Collection[str]) -> Found:
         found.attempt(column, lambda p=precision, c=column: build(p, folder / c))  # type: ignore[misc]
     found.seconds = time.process_time() - started
     if OPENVINO in more:
-        found.attempt(OPENVINO, lambda: run_apart(folder, feeds_of(sampling)))
+        found.attempt(OPENVINO, lambda: run_apart(folder, random_feeds(sampling, 0)))
     if RTX in more:
         started = time.monotonic()
         found.attempt(RTX, lambda: build_engine(folder / "w8a8" / f"{W8A8.stem}.{Emission.HALF}.onnx"))
         found.rtx_seconds = time.monotonic() - started
     return found
-
-
-def feeds_of(sampling: Sampling) -> Feeds:
-    """Random inputs for one sample, at the first step."""
-    rng = np.random.default_rng(0)
-    conditions = sampling.model.conditions(None, 1)
-    for spec in sampling.model.inputs:
-        if spec.num_classes is None:
-            conditions[spec.name] = rng.standard_normal((1, *spec.shape)).astype(np.float32)
-    x = rng.standard_normal((1, *sampling.model.sample_shape))
-    return sampling.conditional.feeds(x, 0, conditions)
 
 
 def run_apart(folder: Path, feeds: Feeds) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from random_models import random_feeds
 from report import OUT, ROOT, Kept, command_cost, machine, table, write_section
 
 from ptqd_export.bundle.bundle import Bundle
@@ -68,14 +69,7 @@ def engines(folder: Path, bundle: Bundle, precision: Precision) -> tuple[float, 
     The distance is relative, root mean square.
     """
     network = open_source(Recipe.load(folder)).network
-    sampling = bundle.manifest.sampling.conditional
-    rng = np.random.default_rng(1)
-    x = rng.standard_normal((1, *sampling.model.sample_shape))
-    conditions = sampling.model.conditions(None, 1)
-    for spec in sampling.model.inputs:
-        if spec.num_classes is None:
-            conditions[spec.name] = rng.standard_normal((1, *spec.shape)).astype(np.float32)
-    feeds = sampling.feeds(x, 0, conditions)
+    feeds = random_feeds(bundle.manifest.sampling, 1)
     inputs = {name: torch.from_numpy(value) for name, value in feeds.items() if name != STEP}
     sample, timestep = inputs.pop(SAMPLE), inputs.pop(TIMESTEP)
 

@@ -8,9 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ptqd_export.core.engine import Feeds
+from ptqd_export.core.sampling import Sampling
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -308,3 +312,14 @@ def _all() -> dict[str, Architecture]:
 
 ARCHITECTURES: Mapping[str, Architecture] = _all()
 """Every network, by name."""
+
+
+def random_feeds(sampling: Sampling, seed: int) -> Feeds:
+    """What a network takes for one sample at the first step: noise, also in the place of float conditions."""
+    rng = np.random.default_rng(seed)
+    conditions = sampling.model.conditions(None, 1)
+    for spec in sampling.model.inputs:
+        if spec.num_classes is None:
+            conditions[spec.name] = rng.standard_normal((1, *spec.shape)).astype(np.float32)
+    x = rng.standard_normal((1, *sampling.model.sample_shape))
+    return sampling.conditional.feeds(x, 0, conditions)

@@ -75,10 +75,10 @@ def threads_text(columns: dict[str, dict[int, Bench]], rounds: int) -> str:
     header, rows = ["ms per evaluation"], [[name] for name in names]
     for title, of in columns.items():
         fewest = min(of)
+        once = {row.name: row.median for row in of[fewest].rows}
         for threads, found in sorted(of.items()):
             header.append(f"{title}, {_threads(threads)}")
             median = {row.name: row.median for row in found.rows}
-            once = {row.name: row.median for row in of[fewest].rows}
             for row in rows:
                 own = median.get(row[0])
                 more = f" ({once[row[0]] / own:.2f}x)" if own and threads > fewest and row[0] in once else ""

@@ -107,10 +107,9 @@ def run(
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     check_seed(seed)
-    asked = {"num_samples": num_samples, "batch_size": batch_size, "workers": workers}
+    asked = {"num_samples": num_samples, "workers": workers}
+    asked |= {} if batch_size is None else {"batch_size": batch_size}
     for name, value in asked.items():
-        if name == "batch_size" and value is None:
-            continue
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise RecipeError(f"{name} is {value!r}: give an integer of at least 1")
     m = bundle.manifest
