@@ -25,7 +25,7 @@ from ..core.closing import Closing
 from ..core.engine import Array, Feeds, TensorSpec
 from ..core.engine_build import NOT_FOUND, PlanReport
 from ..errors import BackendUnavailable, GraphError
-from .openvino_model import followers, made_of_timesteps, part_normalizations
+from .openvino_model import followers, made_of_timesteps, part_concatenations, part_normalizations
 from .ort_device import one_line, threads
 from .tensors import check, find, out_of_memory
 
@@ -232,6 +232,7 @@ class OpenVinoEngine(Closing):
         try:
             model = self._model.clone()
             model.reshape({i: ov.PartialShape(list(shape)) for i, shape in enumerate(shapes)})
+            part_concatenations(model)
             if self.floats == "float32":
                 part_normalizations(model)
             request = _core(ov).compile_model(model, CPU, settings).create_infer_request()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -249,3 +250,57 @@ print(*parted)
         env=environment(PYTHONPATH=":".join(sys.path)),
     )  # fmt: skip
     assert (done.returncode, done.stdout.strip()) == (0, str(parted)), done.stderr
+
+
+JOINED = """agraph (float[N, {size}] sample, float[N, {size}] hint) => (float[N, {out}] epsilon) {{
+    {first}
+    codes = QuantizeLinear({last}, scale, zero)
+    x = DequantizeLinear(codes, scale, zero)
+    w = DequantizeLinear <axis = {axis}> (weight, scales)
+    {layer}
+}}"""
+IMAGES = {
+    "size": "4, 6, 6", "out": "8, 6, 6", "axis": 0, "layer": "epsilon = Conv <pads = [1, 1, 1, 1]> (x, w)",
+}  # fmt: skip
+SEQUENCES = {"size": "3, 8", "out": "6, 8", "axis": 1, "layer": "epsilon = MatMul(x, w)"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "last"),
+    [
+        (IMAGES, "cat = Concat <axis = 1> (sample, hint)", "cat"),
+        (IMAGES, "a = Tanh(hint) cat = Concat <axis = 1> (a, sample) s = Mul(cat, smooth)", "s"),
+        (SEQUENCES, "cat = Concat <axis = 1> (sample, hint)", "cat"),
+        (SEQUENCES, "m = Tanh(hint) cat = Concat <axis = 1> (m, sample)", "cat"),
+    ],
+)
+def test_concatenations_that_are_quantized(
+    tmp_path: Path, kind: dict[str, Any], first: str, last: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hints and texts beside images: OpenVINO alone computes something else, or fails to compile."""
+    rng = np.random.default_rng(0)
+    weight = rng.integers(-127, 128, (8, 8, 3, 3) if kind is IMAGES else (8, 8)).astype(np.int8)
+    constants = [
+        numpy_helper.from_array(value, name)
+        for name, value in {
+            "weight": weight,
+            "scales": rng.uniform(0.001, 0.01, 8).astype(np.float32),
+            "scale": np.float32(0.03),
+            "zero": np.int8(-9),
+            "smooth": rng.uniform(0.5, 1.5, (1, 8, 1, 1)).astype(np.float32),
+        }.items()
+        if name != "smooth" or last == "s"
+    ]
+    graph = save_text(tmp_path / "joined.onnx", JOINED.format(**kind, first=first, last=last), *constants)
+    with OrtEngine(graph, optimise=False) as reference:
+        feeds = {s.name: rng.standard_normal([2, *s.shape[1:]]).astype(np.float32) for s in reference.specs}
+        expected = reference(feeds)["epsilon"]
+
+    def off() -> float:
+        with OpenVinoEngine(graph, floats="float32") as engine:
+            return relative_rms(engine(feeds)["epsilon"], expected)
+
+    assert off() < 1e-5
+    monkeypatch.setattr(openvino, "part_concatenations", lambda model: 0)
+    with contextlib.suppress(GraphError):
+        assert off() > 0.1

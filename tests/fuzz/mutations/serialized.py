@@ -133,12 +133,17 @@ def _converted(model: bytes) -> bytes:
         return target.read_bytes()
 
 
+def _update(draft: Draft) -> bytes:
+    """The sampler's graph, by whatever name the manifest knows it meanwhile."""
+    return draft.base.read(draft.base.manifest["update"]["file"])
+
+
 @mutation("bytes/ort-format", refuse=True, weight=2)
 def other_format(draft: Draft) -> object:
     """ONNX Runtime's own format by the name of an ONNX file."""
     update = draft.data["update"]["file"]
     name = draft.rng.choice([*draft.base.graphs, update])
-    data = ort_format(draft.base.read(update))
+    data = ort_format(_update(draft))
     if draft.rng.random() < 0.5:
         out = bytearray(data)
         for _ in range(draft.rng.choice([1, 20])):
@@ -154,9 +159,7 @@ def polyglot(draft: Draft) -> object:
     """Protobuf whose bytes 4 to 8 are those by which ONNX Runtime knows its own format."""
     name, data = choose(draft)
     rng = draft.rng
-    tail = rng.choice(
-        [b"", bytes(24), ort_format(draft.base.read(draft.base.manifest["update"]["file"]))[8:]]
-    )
+    tail = rng.choice([b"", bytes(24), ort_format(_update(draft))[8:]])
     content = rng.choice([b"\0\0", b"xx", b"\xff\xff"]) + b"ORTM" + tail
     # producer_name, doc_string or a field that nobody knows
     number = rng.choice([2, 6, 15])
