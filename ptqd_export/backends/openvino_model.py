@@ -96,8 +96,8 @@ def _is_mixed(normalization: Any) -> bool:
 def part_concatenations(model: Any) -> int:
     """Put concatenations apart from the quantization of what they give; returns how many.
 
-    OpenVINO 2026.4 quantizes what comes into a concatenation instead. The codes of images are wrong then (off
-    by up to a whole unit, where a step is 0.03), and sequences fail to compile. Past a change of shape it does
+    OpenVINO 2026.4 quantizes what comes into a concatenation instead. The codes of images are wrong then, off
+    by up to a whole unit where a step is 0.03, and sequences fail to compile. Past a change of shape it does
     not look. Images that something else takes too it leaves alone, such as a UNet's skip connections.
 
     Args:
