@@ -170,10 +170,14 @@ class Draft:
         return content
 
     def model(self, name: str) -> onnx.ModelProto:
+        content = self.read(name)
         try:
-            return onnx.load_model_from_string(self.read(name))
+            model = onnx.load_model_from_string(content)
         except DecodeError as error:
             raise NotApplicable(f"{name} is no graph by now") from error
+        if name in self.contents and model.SerializeToString() != content:
+            raise NotApplicable(f"{name} has bytes that would be lost if it were written again")
+        return model
 
     def put_model(self, name: str, model: onnx.ModelProto) -> None:
         self.contents[name] = model.SerializeToString()
