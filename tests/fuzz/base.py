@@ -206,7 +206,10 @@ class Draft:
         if isinstance(before, dict):
             for name in self.unlisted:
                 before.pop(name, None)
-            before |= files | self.entries
+            right = self.base.manifest["files"]
+            # What another mutation made of an entry stands.
+            before |= {n: e for n, e in files.items() if n not in right or before.get(n) == right[n]}
+            before |= self.entries
         if self.manifest_as is not None:
             place(folder, MANIFEST, self.manifest_as)
         else:
