@@ -76,7 +76,8 @@ MEANING: Mapping[str, str] = {
     "quantization.iterations": "for adaround: steps of gradient descent per block, at least 1",
     "quantization.weight_scales": "one scale per output channel, or one per layer",
     "quantization.skip": "globs of module paths that stay float, such as `up_blocks.*`",
-    "quantization.layer_budget": "bit operations of the layers of w4a4+ relative to w4a4's, at least 1",
+    "quantization.layer_budget": "what the layers of w4a4+ may cost, relative to w4a4's, at least 1: bit "
+    "operations; estimated time at w8a8+",
     "quantization.layer_bits": "layers of such a precision by hand, such as `*.conv_shortcut=w4a8`",
     "quantization.correction": "ptqd: gain per step, offset per step and channel; bias: the offset alone; "
     "affine: both per channel",

@@ -32,6 +32,7 @@ from ..calibrate.sequential import STAGES, STRIDE
 from ..calibrate.sizes import part_elements
 from ..calibrate.speed import Speed, measure_speed
 from ..core.backend import Emission
+from ..core.bits import most_operations
 from ..core.estimate import Estimate, PrecisionEstimate
 from ..core.memory import available_bytes
 from ..core.precision import FLOAT_BITS, HALF_BITS, Precision
@@ -148,7 +149,7 @@ def count_evaluations(
         if p.mixed:
             layers = sum(used is not None for used in given[p].values())
             looks = min(SENSITIVITY_STEPS, steps) * min(SENSITIVITY_SAMPLES, spec.size)
-            calibration += layers * len(p.levels) * looks
+            calibration += layers * sum(not level.is_float for level in p.levels) * looks
         calibration += _rounding(recipe, p, steps, len(sampling.model.labels))
     own = spec.trajectory == "own"
     once = every + spec.size * steps if own else every
@@ -199,15 +200,16 @@ def _of_precision(
         if used is not None
     ]
     inside = sum(macs for macs, _, _ in rows)
-    room = 0
-    if precision.mixed:
-        base = precision.levels[0].weight_bits * precision.levels[0].activation_bits
-        spent = sum(macs * wide * high for macs, wide, high in rows)
-        room = max(0, int(inside * base * recipe.quantization.layer_budget) - spent)
-    whole, half = (
-        bit_operations(precision, rows, _macs(counted) - inside, bits) + room
-        for bits in (FLOAT_BITS, HALF_BITS)
-    )
+
+    def count(float_bits: int) -> tuple[int, int]:
+        """Bit operations, and how many of them a choice may add."""
+        spent, room = bit_operations(precision, rows, _macs(counted) - inside, float_bits), 0
+        if precision.mixed:
+            most = most_operations(precision, recipe.quantization.layer_budget, float_bits)
+            room = max(0, int(inside * most) - sum(macs * wide * high for macs, wide, high in rows))
+        return spent + room, room
+
+    (whole, room), (half, _) = count(FLOAT_BITS), count(HALF_BITS)
     layers = Counter("float" if used is None else str(used) for used in given.values())
     return PrecisionEstimate(precision, dict(layers), whole, half, room > 0)
 

@@ -38,7 +38,7 @@ def sensitivity(
     layers: Collection[str],
     notes: Path,
 ) -> LayerSensitivity:
-    """The sensitivity of `layers` at each level of a mixed precision, in the portable arithmetic.
+    """The sensitivity of `layers` at each quantized level of a mixed precision, in the portable arithmetic.
 
     It is measured on SENSITIVITY_SAMPLES trajectories at SENSITIVITY_STEPS steps, evenly spaced.
 
@@ -47,7 +47,11 @@ def sensitivity(
     Raises:
         ModelError: nothing is left to quantize.
     """
-    networks = {level: quantize(network, observed, level, recipe).only(layers) for level in precision.levels}
+    networks = {
+        level: quantize(network, observed, level, recipe).only(layers)
+        for level in precision.levels
+        if not level.is_float
+    }
     first = networks[precision.levels[0]].layers
     steps = np.unique(np.linspace(0, len(sampling) - 1, SENSITIVITY_STEPS).round().astype(int)).tolist()
     _, x, e, conditions = trajectories.first(SENSITIVITY_SAMPLES)

@@ -92,7 +92,7 @@ def layer_precisions(
             or (name in edges and recipe.quantization.edge_layers == "float")
         )
         usual = _edge(precision) if name in edges else (assigned or {}).get(name, precision.levels[0])
-        given[name] = None if stays else usual
+        given[name] = None if stays or usual.is_float else usual
     if not precision.is_float and not any(given.values()):
         raise ModelError(
             f"{network.info.name} has no layer left to quantize at {precision}: check quantization.skip and "

@@ -2,7 +2,8 @@
 
 A few layers carry most of the noise (MixDQ, Zhao et al. 2024). Noise of different layers is uncorrelated to a
 good approximation, so the noise of a choice is the sum over layers of what each makes alone; what is left is
-a knapsack: least noise within a budget of bit operations.
+a knapsack: least noise within a budget, of bit operations where integers alone are to choose from, of time
+where float layers are.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import RecipeError
-from .precision import Precision
+from .precision import FLOAT_BITS, Precision
+
+FLOAT_TIME = 3.0
+"""Time of a float layer beside that of the same layer in 8 bits, about: whole networks take 2.4 to 3.2 times
+as long (docs/benchmarks.md). That of fewer bits is the same as of 8. It is not measured for each machine, as
+the same recipe has to give the same layers everywhere."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class LayerSensitivity:
         macs: multiply-accumulates of each for one sample.
         steps: S steps at which it was measured.
         weights: how much the noise of each of them counts, c_i^2 of the sampler.
-        noise: E D^2 / E e^2 by the precision of the layer, (L, S).
+        noise: E D^2 / E e^2 by the precision of the layer, (L, S); float layers make none.
     """
 
     layers: tuple[str, ...]
@@ -45,6 +51,8 @@ class LayerSensitivity:
 
     def total(self, precision: Precision) -> tuple[float, ...]:
         """Noise of each layer, weighted over the steps."""
+        if precision.is_float:
+            return (0.0,) * len(self.layers)
         return tuple(float(np.dot(row, self.weights)) for row in self.noise[precision])
 
 
@@ -53,24 +61,26 @@ def assign(
 ) -> dict[str, Precision]:
     """The precision of each layer, with the least noise that is predicted within a budget.
 
-    Raises layers level by level, along the lower convex hull of (bit operations, noise) of each, in order of
-    noise saved per bit operation; a step that does not fit is left out.
+    Raises layers level by level, along the lower convex hull of (cost, noise) of each, in order of noise
+    saved per cost; a step that does not fit is left out. The cost is in bit operations, or in estimated time
+    if one of the levels is float.
 
     Args:
         levels: fewest bits first (`Precision.levels`).
-        budget: bit operations of all layers, relative to those with the lowest level everywhere.
-        given: layers that are decided; their bit operations count.
+        budget: cost of all layers, relative to that with the lowest level everywhere.
+        given: layers that are decided; their cost counts.
     """
     base = levels[0]
+    cost_of = _time if levels[-1].is_float else _operations
     noise = {level: sensitivity.total(level) for level in levels}
     chosen = {name: given.get(name, base) for name in sensitivity.layers}
-    room = sum(sensitivity.macs) * _bits(base) * budget
+    room = sum(sensitivity.macs) * cost_of(base) * budget
     room -= sum(
-        macs * _bits(chosen[name]) for name, macs in zip(sensitivity.layers, sensitivity.macs, strict=True)
+        macs * cost_of(chosen[name]) for name, macs in zip(sensitivity.layers, sensitivity.macs, strict=True)
     )
     edges: list[tuple[float, int, int, float, Precision]] = []
     for i, (name, macs) in enumerate(zip(sensitivity.layers, sensitivity.macs, strict=True)):
-        hull = [] if name in given else _hull([(macs * _bits(p), noise[p][i], p) for p in levels])
+        hull = [] if name in given else _hull([(macs * cost_of(p), noise[p][i], p) for p in levels])
         for j in range(1, len(hull)):
             (cost, error, _), (more, less, level) = hull[j - 1], hull[j]
             edges.append(((less - error) / (more - cost), i, j, more - cost, level))
@@ -82,8 +92,25 @@ def assign(
     return chosen
 
 
-def _bits(precision: Precision) -> int:
+def most_operations(precision: Precision, budget: float, float_bits: int = FLOAT_BITS) -> float:
+    """The most bit operations per multiply-accumulate that `assign` may spend on a mixed precision.
+
+    Args:
+        float_bits: the width at which float layers are counted.
+    """
+    base, *_, highest = precision.levels
+    if not highest.is_float:
+        return _operations(base) * budget
+    share = min(1.0, (budget - 1) / (_time(highest) - 1))
+    return _operations(base) + share * (float_bits**2 - _operations(base))
+
+
+def _operations(precision: Precision) -> float:
     return precision.weight_bits * precision.activation_bits
+
+
+def _time(precision: Precision) -> float:
+    return FLOAT_TIME if precision.is_float else 1.0
 
 
 Point = tuple[float, float, Precision]

@@ -24,9 +24,9 @@ class Precision:
     """Bits of weights and activations.
 
     `str` gives "w4a8", "w8a8-fp8", "w4a16" (only weights are quantized), "w4a4+" (layers that carry most of
-    the noise get more bits), "fp32" or "fp16". The label names the numerics only. How a backend computes them
-    (INT8 container, packed INT4, float simulation) is recorded per artifact as its lowering; no speed follows
-    from the label.
+    the noise get more bits), "w8a8+" (they stay float), "fp32" or "fp16". The label names the numerics only.
+    How a backend computes them (INT8 container, packed INT4, float simulation) is recorded per artifact as
+    its lowering; no speed follows from the label.
     """
 
     weight_bits: int
@@ -47,7 +47,7 @@ class Precision:
         if text == "w8a8-fp8":
             return cls(8, 8, "fp8")
         match = re.fullmatch(r"w([2-8])a([2-8]|16)(\+?)", text)
-        if not match or (match[3] and (match[2] == "16" or match[1] == match[2] == "8")):
+        if not match or (match[3] and match[2] == "16"):
             raise RecipeError(
                 f"precision {brief(text)} is not known: give fp32, fp16, wXaY with 2 to 8 bits each (such as "
                 "w8a8, w4a8, w4a4), wXaY+ where single layers may get more, wXa16 for weights alone, or "
@@ -85,6 +85,8 @@ class Precision:
         base = replace(self, mixed=False)
         if not self.mixed:
             return (base,)
+        if base == Precision(8, 8):
+            return (base, FP32)
         return tuple(dict.fromkeys((base, replace(base, activation_bits=8), Precision(8, 8))))
 
     @property

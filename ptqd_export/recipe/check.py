@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ..core.backend import ENGINE_BACKENDS, RUNNABLE
+from ..core.bits import FLOAT_TIME
 from ..core.engine_build import CAPABILITY
 from ..core.precision import Precision
 from ..errors import need
@@ -72,6 +73,11 @@ def check(recipe: Recipe) -> None:
     need(
         len(set(precisions)) == len(precisions),
         f"quantization.precisions holds a precision twice: {', '.join(q.precisions)}",
+    )
+    need(
+        q.layer_budget < FLOAT_TIME or not any(p.levels[-1].is_float and p.mixed for p in precisions),
+        f"quantization.layer_budget is {q.layer_budget}, which leaves all layers of w8a8+ in float: give "
+        f"less than {FLOAT_TIME:g}",
     )
     adaround = q.rounding == "adaround"
     need(

@@ -92,7 +92,8 @@ class QuantizationSpec:
     `conv_outputs`: on ORT CPU, 8-bit grids of conv outputs per "channel", or one for the whole "tensor".
     `smoothing`: how much of the inputs' differences between channels goes into the weights of convs: alpha of
         SmoothQuant, 0 for none.
-    `layer_budget`: bit operations that the layers of a precision such as w4a4+ may take, relative to w4a4.
+    `layer_budget`: what the layers of a precision such as w4a4+ may cost, relative to w4a4: bit operations,
+        or, at w8a8+, time as `core.bits` estimates it.
     `layer_bits`: layers of such a precision whose bits are given, as "glob=precision"; the rest is chosen by
         measured sensitivity.
     """

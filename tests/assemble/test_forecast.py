@@ -71,6 +71,17 @@ def test_a_mixed_precision_is_bounded_by_its_budget(recipe: Recipe, tmp_path: Pa
     assert not decided.open and set(decided.layers) == {"float", "w8a8"}
 
 
+def test_float_layers_are_bounded_by_their_time(recipe: Recipe, tmp_path: Path) -> None:
+    """A quarter of the multiply-accumulates in float, three times as slow, are half as much time again."""
+    quantization = {"precisions": ("w8a8", "w8a8+"), "layer_budget": 1.5}
+    plain, mixed = estimate(recipe.override(quantization=quantization), tmp_path / "b").precisions
+    inside = (mixed.bops - plain.bops) / (32 * 32 - 8 * 8) * 4
+    assert mixed.open and mixed.half_bops - plain.half_bops == pytest.approx(
+        inside / 4 * (16 * 16 - 8 * 8), abs=2
+    )
+    assert plain.bops > inside * 8 * 8  # edge layers and products are float in both
+
+
 def test_wrong_inputs_are_refused_as_in_a_build(recipe: Recipe, tmp_path: Path) -> None:
     fixed = {"rule": "fixed", "steps": ("w8a8*2",)}
     cases: list[tuple[dict[str, dict[str, object]], type[PTQDError], str]] = [

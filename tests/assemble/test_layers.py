@@ -21,10 +21,11 @@ from ptqd_export.assemble.layers import quantize_all
 from ptqd_export.bundle.bundle import MANIFEST
 from ptqd_export.bundle.layers import read_layers
 from ptqd_export.calibrate import open_model
+from ptqd_export.core.backend import Emission
 from ptqd_export.core.bits import LayerSensitivity
 from ptqd_export.core.precision import Precision
 from ptqd_export.core.quant import QuantizedNetwork
-from ptqd_export.errors import ModelError
+from ptqd_export.errors import ModelError, RecipeError
 from ptqd_export.recipe import Recipe
 from ptqd_export.typed import read_typed, to_plain
 
@@ -78,6 +79,25 @@ def test_sensitive_layers_get_more_bits(call: Call) -> None:
     assert networks[MIXED].bops <= 1.5 * networks[W4A4].bops
     assert sum(net.bops for net in call(layer_budget=1.0)[0].values()) == 2 * networks[W4A4].bops
     assert bits(call(layer_budget=16.0)[0][MIXED]) == dict.fromkeys(INNER, W8A8)
+
+
+def test_layers_that_stay_float(call: Call) -> None:
+    """At w8a8+: by their noise at w8a8, as far as their time goes. Not all of them can."""
+    mixed, precisions = Precision.parse("w8a8+"), ("w8a8", "w8a8+")
+    networks, sensitivities = call(precisions=precisions, layer_budget=1.9)
+    found = sensitivities.pop(mixed)
+    assert not sensitivities and found.layers == INNER and set(found.noise) == {W8A8}
+    kept = bits(networks[mixed])
+    left = [name for name in INNER if name not in kept]
+    assert 0 < len(kept) < len(INNER) and set(kept.values()) == {W8A8}
+    macs = dict(zip(found.layers, found.macs, strict=True))
+    assert sum(macs[name] for name in left) <= 0.45 * sum(macs.values())
+    assert max(INNER, key=lambda name: found.total(W8A8)[INNER.index(name)] / macs[name]) in left
+    assert {*networks[mixed].float_macs} == {*EDGES, "mix", *left}
+    assert bits(networks[W8A8]) == dict.fromkeys(INNER, W8A8)
+    assert bits(call(precisions=precisions, layer_budget=1.0)[0][mixed]) == bits(networks[W8A8])
+    with pytest.raises(RecipeError, match=r"leaves all layers of w8a8\+ in float: give less than 3"):
+        call(precisions=precisions, layer_budget=3.0)
 
 
 def test_bits_by_hand(call: Call) -> None:
@@ -175,3 +195,20 @@ def test_a_bundle_of_a_mixed_precision(tmp_path: Path, monkeypatch: pytest.Monke
     assert second.manifest.layer_sensitivity == m.layer_sensitivity and second.manifest.layers == m.layers
     unlike = {name for name, data in content(first.path).items() if content(second.path)[name] != data}
     assert unlike == {MANIFEST}
+
+
+def test_a_bundle_with_layers_left_float(tmp_path: Path) -> None:
+    """Less noise than w8a8 by whatever backend, and the layers listed as what they are."""
+    mixed = Precision.parse("w8a8+")
+    quantization = {"precisions": ("w8a8", "w8a8+"), "gate": False, "layer_budget": 1.9}
+    plan = {"rule": "fixed", "steps": ("w8a8+", "w8a8", "w8a8+"), "sensitivity": "uniform"}
+    bundle = build(
+        chain_recipe(tmp_path, "nearest").override(quantization=quantization, plan=plan), tmp_path / "b"
+    )
+    m = bundle.manifest
+    left = set(m.layers[mixed]["float"]) - set(m.layers[W8A8]["float"])
+    assert left and left < set(m.layer_sensitivity[mixed].layers) and m.bops[W8A8] < m.bops[mixed]
+    assert {g.file for g in m.graphs if g.precision == mixed} > {"w8a8-mixed.half.onnx"}
+    for emission in (Emission.PORTABLE, Emission.ORT_CPU):
+        assert (bundle.stats(mixed, emission).snr > 1.1 * bundle.stats(W8A8, emission).snr).all()
+    assert run(bundle.path, 2, seed=0).shape == (2, 1, 6, 6)

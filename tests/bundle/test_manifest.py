@@ -97,6 +97,24 @@ def mixed(changes: object = None) -> Change:
     return change
 
 
+def floating(layers: list[str], left: str = "float") -> Change:
+    """w8a8+ in the place of w8a8, with a layer left float."""
+
+    def change(m: dict[str, Any]) -> None:
+        mixed()(m)
+        m.update(json.loads(json.dumps(m).replace('"w4a4+', '"w8a8+')))
+        m["layers"] = {"w8a8+": {"w8a8": [], left: ["conv"]}}
+        m["layer_sensitivity"] = {"w8a8+": TABLE | {"layers": layers, "noise": {"w8a8": [[0.1, 0.2]]}}}
+
+    return change
+
+
+def test_a_mixed_precision_with_float_layers_is_read(bundle: Path) -> None:
+    seal(bundle, floating(["conv"]))
+    with pytest.raises(BundleError, match=r"names 'w8a8\+\.ort-cpu\.onnx' but has no hash"):
+        Bundle.open(bundle)
+
+
 def test_a_mixed_precision_is_read(bundle: Path) -> None:
     seal(bundle, mixed())
     with pytest.raises(BundleError, match=r"names 'w4a4\+\.ort-cpu\.onnx' but has no hash"):
@@ -234,6 +252,7 @@ def test_a_mixed_precision_is_read(bundle: Path) -> None:
         (layers(w8a8=["\u202e"]), r"a layer's name, '\\u202e', holds characters"),
         (layers(w8a8=["x" * 1001]), "a text of 1001 characters"),
         (layers(w8a8="conv"), r"layers\.w8a8\.w8a8: expected an array, got 'conv'"),
+        (floating(["other"]), r"a sensitivity of 'other', which is not quantized at w8a8\+"),
         (mixed({"layers": ["other"]}), r"a sensitivity of 'other', which is not quantized at w4a4\+"),
         (mixed({"noise": {"w4a4": [[0.1, 0.2]]}}), "of other precisions than w4a4, w4a8, w8a8"),
         (mixed({"macs": [9, 9]}), "rows differ in length"),

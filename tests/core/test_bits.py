@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from ptqd_export.core.bits import LayerSensitivity, assign
+from ptqd_export.core.bits import LayerSensitivity, assign, most_operations
 from ptqd_export.core.precision import Precision
 from ptqd_export.errors import RecipeError
 from ptqd_export.typed import read_typed, to_plain
@@ -142,3 +142,20 @@ def test_plain_form_and_rows_that_differ_in_length() -> None:
     ):
         with pytest.raises(RecipeError, match="rows differ in length"):
             LayerSensitivity(("a", "b"), macs, steps, weights, {LEVELS[0]: noise})
+
+
+def test_float_layers_cost_time_and_make_no_noise() -> None:
+    """Three times the time of an 8-bit layer, whatever their bit operations."""
+    w8a8, full = Precision.parse("w8a8+").levels
+    s = LayerSensitivity(("a", "b", "c"), (10, 10, 80), (0,), (1.0,), {w8a8: ((2.0,), (1.0,), (4.0,))})
+    assert s.total(full) == (0.0, 0.0, 0.0)
+    for budget, raised in ((1.0, 0), (1.19, 0), (1.2, 1), (1.4, 2), (2.9, 2), (3.0, 3)):
+        chosen = assign(s, (w8a8, full), budget, {})
+        assert list(chosen.values()) == [full] * raised + [w8a8] * (3 - raised), budget
+
+
+def test_most_operations_are_what_the_dearest_choice_takes() -> None:
+    assert most_operations(Precision.parse("w4a4+"), 1.15) == pytest.approx(16 * 1.15)
+    mixed = Precision.parse("w8a8+")
+    assert most_operations(mixed, 1.0) == 64 and most_operations(mixed, 3.0) == 32 * 32
+    assert most_operations(mixed, 2.0, 16) == (64 + 256) / 2 and most_operations(mixed, 9.0) == 1024

@@ -38,7 +38,7 @@ def test_precision_round_trip(text: str) -> None:
         "w4a8-fp8",
         "w8a16-fp8",
         "w8a8-fp4",
-        "w8a8+",
+        "w8a8++",
         "w4a16+",
         "w8a8-fp8+",
         "w4a4++",
@@ -67,6 +67,7 @@ def test_precision_order_and_fp32() -> None:
         ("w4a8+", ["w4a8", "w8a8"]),
         ("w8a4+", ["w8a4", "w8a8"]),
         ("w2a6+", ["w2a6", "w2a8", "w8a8"]),
+        ("w8a8+", ["w8a8", "fp32"]),
         ("w4a4", ["w4a4"]),
         ("w8a8-fp8", ["w8a8-fp8"]),
         ("w4a16", ["w4a16"]),
@@ -85,6 +86,7 @@ def test_levels_of_a_mixed_precision(text: str, levels: list[str]) -> None:
 
 def test_a_mixed_precision_is_none_of_its_levels() -> None:
     mixed, plain = Precision.parse("w4a4+"), Precision.parse("w4a4")
+    assert Precision(8, 8) < Precision.parse("w8a8+") < FP32 and not Precision.parse("w8a8+").is_float
     assert mixed != plain and len({mixed, plain}) == 2 and not mixed.is_float and not mixed.weight_only
     assert sorted([Precision(4, 8), mixed, plain]) == [plain, mixed, Precision(4, 8)]
 

@@ -131,7 +131,7 @@ def test_wrong_type(path: str, value: Any, expected: str) -> None:
         ("quantization.precisions", ["w8a8", "w8a8"]),
         ("quantization.precisions", ["w16a16"]),
         ("quantization.precisions", ["w4a16+"]),
-        ("quantization.precisions", ["w8a8+"]),
+        ("quantization.precisions", ["w8a8-fp8+"]),
         ("quantization.iterations", 0),
         ("quantization.precisions", ["w4a4+", "w4a4+"]),
         ("quantization.smoothing", -0.1),
