@@ -26,6 +26,7 @@ SECTIONS = {
     "step-time-threads": _BENCHMARKS,
     "plan-gain": _BENCHMARKS,
     "ort-options": _BENCHMARKS,
+    "float-layers": _BENCHMARKS,
     "parity": _BENCHMARKS,
     "false-alarms": _BENCHMARKS,
     "weights": _BENCHMARKS,

@@ -46,7 +46,7 @@ ENGINES = Path("engines")
     "precisions",
     multiple=True,
     help="fp32, fp16, w8a8, w4a8, w4a4, w8a8-fp8, w4a16, w4a4+ (layers that carry most of the noise get more "
-    "bits), ...; repeat for several.",
+    "bits), w8a8+ (they stay float), ...; repeat for several.",
 )
 @click.option("--solver", type=click.Choice(SOLVERS), help="Default: what the scheduler config names.")
 @click.option("--n-steps", type=int, help="Denoising steps.")

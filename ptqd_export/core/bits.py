@@ -101,7 +101,7 @@ def most_operations(precision: Precision, budget: float, float_bits: int = FLOAT
     base, *_, highest = precision.levels
     if not highest.is_float:
         return _operations(base) * budget
-    share = min(1.0, (budget - 1) / (_time(highest) - 1))
+    share = min(1.0, (budget - 1) / (FLOAT_TIME - 1))
     return _operations(base) + share * (float_bits**2 - _operations(base))
 
 
