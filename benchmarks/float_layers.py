@@ -24,7 +24,7 @@ from report import OUT, REFERENCE_MODEL, TEXT_MODEL, machine, table, write_secti
 
 from ptqd_export.backends import set_threads
 from ptqd_export.bundle.bundle import Bundle
-from ptqd_export.core.backend import OPENVINO, ORT_CPU
+from ptqd_export.core.backend import OPENVINO, OPENVINO_FP32, ORT_CPU
 from ptqd_export.core.plan import Plan, parse_plan
 from ptqd_export.core.precision import FP32, Precision
 from ptqd_export.core.timing import feeds_to_time, time_rounds
@@ -139,7 +139,7 @@ def main() -> None:
     rows = [
         row
         for name in args.only
-        for backend in (ORT_CPU, OPENVINO)
+        for backend in (ORT_CPU, OPENVINO, OPENVINO_FP32)
         for row in rows_of(name, backend, args.budget, args.samples)
     ]
     text = f"{table(HEADER, rows)}\n\n{args.samples} samples, {machine('onnxruntime', 'openvino')}."

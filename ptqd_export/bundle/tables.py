@@ -36,6 +36,8 @@ QUANTIZATION = "quantization.safetensors"
 NULL = "null."
 LARGEST = 1e30
 """Of all numbers in tables: sums over a run's elements are far below, and products of two do not overflow."""
+SMALLEST = 1e-100
+"""Of all numbers in tables but 0: products of two float32 are above, and no ratio overflows."""
 Arrays = Mapping[str, npt.NDArray[Any]]
 F64 = npt.NDArray[np.float64]
 Key = tuple[Precision, Emission]
@@ -88,7 +90,7 @@ class Tables:
             texts: inputs that text is made for.
         Raises:
             BundleError: not safetensors, a table that is missing, unknown or of another type or shape, or a
-                value that is not finite.
+                value that is not finite, too large or too small.
         """
         _check_header(data, file, table_layout(sampling, precisions, texts))
         arrays = {name: array.astype(np.float64) for name, array in parse_arrays(data, file).items()}
@@ -98,10 +100,11 @@ class Tables:
                     f"{file} is damaged (table {brief(name)} holds NaN or infinite values): "
                     "rebuild the bundle"
                 )
-            if np.abs(array).max(initial=0) > LARGEST:
+            sizes = np.abs(array[array != 0])
+            if sizes.max(initial=0) > LARGEST or sizes.min(initial=1) < SMALLEST:
                 raise BundleError(
-                    f"{file} is damaged (table {brief(name)} holds values above {LARGEST:g}): "
-                    "rebuild the bundle"
+                    f"{file} is damaged (table {brief(name)} holds values above {LARGEST:g} or below "
+                    f"{SMALLEST:g}): rebuild the bundle"
                 )
         return cls(file, sampling, arrays)
 
