@@ -51,6 +51,10 @@ class NoiseSource:
         return np.stack([generator.standard_normal(self._shape) for generator in self._generators])
 
 
+MOST_GUIDANCE = 1000.0
+"""Far above what pictures bear; far below what overflows."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """What is sampled and how; the statistics and tables of a bundle are valid for one Sampling only.
@@ -64,7 +68,7 @@ class Sampling:
             standard deviation of the conditional one, per sample.
     Raises:
         RecipeError: guidance needs an unconditional prediction that the model does not have, or
-            guidance_rescale is out of range.
+            guidance_scale or guidance_rescale is out of range.
     """
 
     model: ModelInfo
@@ -73,6 +77,10 @@ class Sampling:
     guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.guidance_scale <= MOST_GUIDANCE:
+            raise RecipeError(
+                f"guidance_scale is {self.guidance_scale}: give a value from 0 to {MOST_GUIDANCE:g}"
+            )
         self.model.check_guidance(self.guidance_scale)
         if not 0 <= self.guidance_rescale <= 1:
             raise RecipeError(f"guidance_rescale is {self.guidance_rescale}: give a value in [0, 1]")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from ..core.backend import ENGINE_BACKENDS, RUNNABLE
 from ..core.bits import FLOAT_TIME
 from ..core.engine_build import CAPABILITY
 from ..core.precision import Precision
+from ..core.sampling import MOST_GUIDANCE
 from ..errors import need
 from ..typed import brief
 
@@ -35,8 +35,8 @@ def check(recipe: Recipe) -> None:
         f"sampler.guidance_rescale is {s.guidance_rescale}: give a value in [0, 1]",
     )
     need(
-        math.isfinite(s.guidance_scale) and s.guidance_scale >= 0,
-        f"sampler.guidance_scale is {s.guidance_scale}: give a finite value >= 0",
+        0 <= s.guidance_scale <= MOST_GUIDANCE,
+        f"sampler.guidance_scale is {s.guidance_scale}: give a value from 0 to {MOST_GUIDANCE:g}",
     )
     need(c.size >= 2, f"calibration.size is {c.size}: give at least 2 trajectories")
     need(c.held_out >= 2, f"calibration.held_out is {c.held_out}: give at least 2 trajectories")

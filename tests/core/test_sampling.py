@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import numpy as np
 import pytest
 
@@ -229,6 +232,9 @@ def test_sampling_of_a_scheduler_config(class_info: ModelInfo) -> None:
         Sampling.of(class_info, {}, n_steps=0)
     with pytest.raises(ModelError, match="use_lu_lambdas"):
         Sampling.of(class_info, {"use_lu_lambdas": True}, n_steps=7)
+    for scale in (-1.0, 1001.0, -1e308, math.nan):
+        with pytest.raises(RecipeError, match=f"guidance_scale is {re.escape(str(scale))}: give a value"):
+            Sampling.of(class_info, {}, n_steps=7, guidance_scale=scale)
     with pytest.raises(RecipeError, match="guidance_rescale is 2"):
         Sampling.of(class_info, {}, n_steps=7, guidance_rescale=2.0)
 

@@ -121,6 +121,7 @@ def test_wrong_type(path: str, value: Any, expected: str) -> None:
         ("sampler.guidance_scale", -1.0),
         ("sampler.guidance_scale", float("inf")),
         ("sampler.guidance_scale", float("nan")),
+        ("sampler.guidance_scale", 1000.5),
         ("calibration.size", 1),
         ("calibration.held_out", 1),
         ("calibration.batch_size", 0),
