@@ -31,6 +31,11 @@ def brief(value: object) -> str:
     return text if len(text) <= SHOWN else text[:SHOWN] + "..."
 
 
+def visible(text: str) -> str:
+    """`text` with all characters that cannot be printed, but ends of lines, as their escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def to_plain(value: Any) -> Any:
     """`value` in the form that JSON holds: dataclasses as tables, tuples as arrays, enums as text.
 

@@ -17,7 +17,7 @@ from ptqd_export.core.precision import FP32, Precision
 from ptqd_export.core.sampling import Sampling
 from ptqd_export.errors import RecipeError
 from ptqd_export.recipe import Recipe
-from ptqd_export.typed import SHOWN, brief, read_typed, to_plain
+from ptqd_export.typed import SHOWN, brief, read_typed, to_plain, visible
 
 
 class Colour(StrEnum):
@@ -231,6 +231,14 @@ def test_nothing_of_a_key_reaches_a_terminal_as_it_is(key: str) -> None:
             read_typed(kind, value, "place")
         message = str(caught.value)
         assert len(message) < 500 and message.isascii() and message.isprintable(), message
+
+
+def test_visible_text() -> None:
+    """Line ends stay, and every script that can be printed."""
+    assert visible("a\nb \u00e9 \u4e2d \U0001f40e") == "a\nb \u00e9 \u4e2d \U0001f40e"
+    shown = visible(ESCAPES * 2)
+    assert shown.isascii() and all(c.isprintable() or c == "\n" for c in shown)
+    assert r"\x1b[2J\r" in shown and r"\u202e\u2028" in shown
 
 
 def test_brief_shows_short_values_whole() -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import PTQDError, RecipeError
+from ..typed import visible
 
 if TYPE_CHECKING:
     from ..bundle.manifest import Artifact, UpdateEngine
@@ -95,12 +96,12 @@ workers = click.option(
 def say(text: str) -> None:
     """Print a line on what is being done, for people who watch."""
     if sys.stderr.isatty():
-        click.echo(text, err=True)
+        click.echo(visible(text), err=True)
 
 
 def show(result: dict[str, Any], as_json: bool, text: str) -> None:
     """Print a command's result on stdout."""
-    click.echo(json.dumps(result, indent=1, allow_nan=False) if as_json else text)
+    click.echo(json.dumps(result, indent=1, allow_nan=False) if as_json else visible(text))
 
 
 def engine_notes(engines: Iterable[Artifact | UpdateEngine]) -> list[str]:
@@ -129,5 +130,5 @@ def in_one_line(error: BaseException) -> str:
 
 def fail(line: str, code: int = 1) -> None:
     """End the program with one line on stderr."""
-    click.echo(f"Error: {line}", err=True)
+    click.echo(f"Error: {visible(line)}", err=True)
     raise SystemExit(code)

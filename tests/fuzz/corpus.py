@@ -178,6 +178,26 @@ def sums_that_overflow(draft: Draft) -> None:
     draft.contents[TABLES] = save({**arrays, key: np.full_like(arrays[key], -1e300)})
 
 
+@known
+def sums_that_ratios_overflow_by(draft: Draft) -> None:
+    """numpy warned of it, on stderr."""
+    arrays = load(draft.read(TABLES))
+    key = next(key for key in arrays if key.endswith(".ort-cpu.dd"))
+    draft.contents[TABLES] = save({**arrays, key: np.full_like(arrays[key], 1e-320)})
+
+
+@known
+def guidance_that_overflows(draft: Draft) -> None:
+    """numpy warned of it, on stderr."""
+    draft.data["sampling"]["guidance_scale"] = -1e308
+
+
+@harmless
+def plan_that_is_written_backwards(draft: Draft) -> None:
+    """`inspect` printed it as it was."""
+    draft.data["choice"]["compared"][0]["plan"] = "\u202e gnp.exe"
+
+
 @bounded
 def schedule_at_the_edge(draft: Draft) -> None:
     """numpy warned of it, on stderr."""

@@ -234,8 +234,8 @@ def values(draft: Draft) -> object:
     start, end = header[key]["data_offsets"]
     array = np.frombuffer(body[start:end], WIDE[header[key]["dtype"]]).copy()
     value = draft.rng.choice([np.nan, np.inf, -np.inf, 1e300, -1e300, 0.0, -1.0, 1e-320, 1e30, 2.0])
-    if not array.size:
-        raise NotApplicable("empty")
+    if not array.size or not np.isfinite(array).all():
+        raise NotApplicable("empty, or spoilt already")
     with np.errstate(over="ignore"):
         if draft.rng.random() < 0.5:
             array[:] = value
