@@ -76,8 +76,10 @@ def quantize_all(
             found[precision] = known
             by_hand = given_layers(recipe, known.layers)
             assigned = assign(known, precision.levels, spec.layer_budget, by_hand)
-            raised = sum(assigned[n] != precision.levels[0] for n in known.layers)
-            say(f"{precision}: {raised} of {len(assigned)} layers get more bits than {precision.levels[0]}")
+            base, *higher = precision.levels
+            raised = sum(assigned[n] in higher for n in known.layers)
+            what = "stay float" if higher[-1].is_float else f"get more bits than {base}"
+            say(f"{precision}: {raised} of {len(assigned)} layers {what}")
         start = quantize(network, seen, precision, recipe, assigned).exported(exported)
         quantized[precision] = refine(network, sampling, start, trajectories, recipe, work / "codes", key)
     return quantized, found

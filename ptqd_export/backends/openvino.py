@@ -32,6 +32,7 @@ from .tensors import check, find, out_of_memory
 CPU = "CPU"
 TYPES: Mapping[Floats, str] = {"float32": "f32", "bfloat16": "bf16"}
 NARROW = frozenset({"i8", "u8", "i4", "u4", "f8e4m3"})
+FLOATS = frozenset({"f32", "bf16", "f16"})
 COMPUTING = frozenset({"Convolution", "FullyConnected", "MatMul"})
 """Those of a compiled model."""
 KEPT = 2
@@ -300,10 +301,13 @@ class OpenVinoEngine(Closing):
         known: dict[str, set[str]] = {}
         types: Counter[str] = Counter()
         for op in request.get_compiled_model().get_runtime_model().get_ordered_ops():
-            kind, number, names = (
+            kind, number, names, kernel = (
                 op.get_rt_info()[key].astype(str)
-                for key in ("layerType", "runtimePrecision", "originalLayersNames")
+                for key in ("layerType", "runtimePrecision", "originalLayersNames", "primitiveType")
             )
+            # The number may be that of the weights; kernels are called such as brgconv_avx512_I8.
+            suffix = kernel.rpartition("_")[2].lower()
+            number = suffix if suffix in FLOATS else number
             types[kind] += 1
             if kind in COMPUTING:
                 for name in names.split(","):

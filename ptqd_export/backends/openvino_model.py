@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
+
+import numpy as np
 
 from ..core.engine import TIMESTEP
 
@@ -94,11 +95,12 @@ def _is_mixed(normalization: Any) -> bool:
 
 
 def part_concatenations(model: Any) -> int:
-    """Put concatenations apart from the quantization of what they give; returns how many.
+    """Put an operator that changes nothing behind concatenations that one thing takes; returns how many.
 
-    OpenVINO 2026.4 quantizes what comes into a concatenation instead. The codes of images are wrong then, off
-    by up to a whole unit where a step is 0.03, and sequences fail to compile. Past a change of shape it does
-    not look. Images that something else takes too it leaves alone, such as a UNet's skip connections.
+    Where that is a quantization, OpenVINO 2026.4 quantizes what comes into the concatenation instead
+    (`MoveFakeQuantize`): codes of images are wrong then, off by up to a whole unit where a step is 0.03, and
+    sequences fail to compile. A PRelu of slope 1 is not taken for the identity that it is, and leaves the
+    next layer in 8 bits, which a change of shape would not.
 
     Args:
         model: its shapes are known; it is changed in place.
@@ -106,22 +108,11 @@ def part_concatenations(model: Any) -> int:
     from openvino import opset13 as ops
 
     count = 0
-    for op in [op for op in model.get_ordered_ops() if op.get_type_name() == "FakeQuantize"]:
-        if max(math.prod(limit.get_shape()) for limit in op.input_values()[1:]) > 1:
-            continue
-        at = source = op.input_value(0)
-        shared = len(source.get_target_inputs()) > 1
-        while at.get_node().get_type_name() in ("Multiply", "Add", "Subtract"):  # what smoothing puts there
-            at = at.get_node().input_value(0)
-            shared |= len(at.get_target_inputs()) > 1
-        if at.get_node().get_type_name() != "Concat" or (shared and len(source.get_shape()) > 3):
-            continue
-        shape, targets = list(source.get_shape()), op.output(0).get_target_inputs()
-        op.input(0).replace_source_output(ops.reshape(source, [shape[0], -1], False).output(0))
-        op.validate_and_infer_types()
-        whole = ops.reshape(op.output(0), shape, False)
-        for target in targets:
-            target.replace_source_output(whole.output(0))
-        count += 1
-    model.validate_nodes_and_infer_types()
+    for op in [op for op in model.get_ordered_ops() if op.get_type_name() == "Concat"]:
+        # What asks for the shape alone goes when the model is compiled.
+        targets = [t for t in op.output(0).get_target_inputs() if t.get_node().get_type_name() != "ShapeOf"]
+        if len(targets) == 1 and op.get_element_type().is_real():
+            apart = ops.prelu(op.output(0), np.ones(1, np.float32))
+            targets[0].replace_source_output(apart.output(0))
+            count += 1
     return count

@@ -91,7 +91,9 @@ def layer_precisions(
             or any(fnmatch.fnmatchcase(name, glob) for glob in recipe.quantization.skip)
             or (name in edges and recipe.quantization.edge_layers == "float")
         )
-        usual = _edge(precision) if name in edges else (assigned or {}).get(name, precision.levels[0])
+        usual = (assigned or {}).get(name, precision.levels[0])
+        if name in edges and not usual.is_float:
+            usual = _edge(precision)
         given[name] = None if stays or usual.is_float else usual
     if not precision.is_float and not any(given.values()):
         raise ModelError(

@@ -29,7 +29,8 @@ def estimate_text(e: Estimate) -> str:
 def _precision(one: PrecisionEstimate, macs: int) -> str:
     layers = ", ".join(f"{count} {bits}" for bits, count in one.layers.items())
     shares = one.bops / (macs * FLOAT_BITS**2), one.half_bops / (macs * FLOAT_BITS**2)
-    more = "; some layers will get more bits, by measured noise" if one.open else ""
+    what = "stay float" if one.precision.levels[-1].is_float else "get more bits"
+    more = f"; some layers will {what}, by measured noise" if one.open else ""
     most = "at most " if one.open else ""
     return (
         f"{one.precision}: layers {layers}; {most}{shares[0]:.1%} of fp32's bit operations, {shares[1]:.1%} "

@@ -114,7 +114,8 @@ class Backend:
             if self.emission is Emission.ORT_CPU
             else f"S8 x S8 at layer inputs, {floats} in between"
         )
-        return f"{kernel}; {narrow or 'full 8-bit range'}"
+        few = "; the noisiest layers in float" if precision.levels[-1].is_float else ""
+        return f"{kernel}; {narrow or 'full 8-bit range'}{few}"
 
 
 BACKENDS: Mapping[str, Backend] = {

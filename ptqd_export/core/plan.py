@@ -153,7 +153,7 @@ def by_snr(snr: Mapping[Precision, F64], bops: Mapping[Precision, float], schedu
         bops: bit operations of each candidate; they order the candidates.
     """
     order = sorted(snr, key=lambda p: bops[p])
-    best = max(order, key=lambda p: (_bits(p), bops[p]))
+    best = max(order, key=lambda p: (_fineness(p), bops[p]))
     return Plan(
         tuple(next((p for p in order if snr[p][i] > schedule.snr[i]), best) for i in range(len(schedule)))
     )
@@ -174,7 +174,7 @@ def first_last(errors: Mapping[Precision, F64], costs: Mapping[Precision, float]
     for precise, cheap in permutations(errors, 2):
         left = budget * (1 + 1e-9) - n * costs[cheap]
         more = costs[precise] - costs[cheap]
-        if _bits(precise) > _bits(cheap) and left >= 0 and more >= 0:
+        if _fineness(precise) > _fineness(cheap) and left >= 0 and more >= 0:
             edge = n // 2 if more == 0 else min(n // 2, int(left / (2 * more)))
             inside = n - 2 * edge
             plans.append(Plan((precise,) * edge + (cheap,) * inside + (precise,) * edge))
@@ -206,8 +206,9 @@ def by_paper(precisions: Sequence[Precision], n_steps: int) -> Plan:
     return Plan((PAPER_PRECISIONS[0],) * first + (PAPER_PRECISIONS[1],) * (n_steps - first))
 
 
-def _bits(precision: Precision) -> int:
-    return precision.weight_bits + precision.activation_bits
+def _fineness(precision: Precision) -> tuple[int, bool]:
+    """By bits; of equal ones, that which gives single layers more."""
+    return precision.weight_bits + precision.activation_bits, precision.mixed
 
 
 def step_weights(schedule: NoiseSchedule) -> F64:

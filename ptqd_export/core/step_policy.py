@@ -105,7 +105,7 @@ def modes(precisions: Iterable[Precision]) -> tuple[Precision, Precision]:
             f"a {NAME} needs a precision with {lacks} and there is none among {', '.join(map(str, held))}: "
             f"build with --precision {such}"
         )
-    native = max(quantized, key=lambda p: p.weight_bits + p.activation_bits)
+    native = max(quantized, key=lambda p: (p.weight_bits + p.activation_bits, p.mixed, p.number == "int"))
     same = [p for p in wide if p.weight_bits == native.weight_bits]
     return native, (same or sorted((p for p in wide if p.is_float), key=lambda p: p.weight_bits) or wide)[0]
 

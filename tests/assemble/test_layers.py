@@ -100,6 +100,18 @@ def test_layers_that_stay_float(call: Call) -> None:
         call(precisions=precisions, layer_budget=3.0)
 
 
+def test_edges_that_stay_float(call: Call) -> None:
+    """Where they are in 8 bits otherwise, they may be what makes most noise."""
+    mixed, said = Precision.parse("w8a8+"), list[str]()
+    networks, found = call(
+        say=said.append, precisions=("w8a8", "w8a8+"), edge_layers="w8a8", layer_budget=1.5
+    )
+    left = set(networks[W8A8].layers) - set(networks[mixed].layers)
+    noise = dict(zip(found[mixed].layers, found[mixed].total(W8A8), strict=True))
+    assert max(noise, key=lambda name: noise[name]) in left & {*EDGES}
+    assert said == [f"w8a8+: {len(left)} of 6 layers stay float"]
+
+
 def test_bits_by_hand(call: Call) -> None:
     """The last glob that matches counts; nothing is left of the budget for others."""
     given = ("blocks.*=w8a8", "blocks.1.*=w3a5")

@@ -254,28 +254,35 @@ print(*parted)
 
 JOINED = """agraph (float[N, {size}] sample, float[N, {size}] hint) => (float[N, {out}] epsilon) {{
     {first}
-    codes = QuantizeLinear({last}, scale, zero)
+    codes = QuantizeLinear(joined, scale, zero)
     x = DequantizeLinear(codes, scale, zero)
     w = DequantizeLinear <axis = {axis}> (weight, scales)
     {layer}
 }}"""
 IMAGES = {
-    "size": "4, 6, 6", "out": "8, 6, 6", "axis": 0, "layer": "epsilon = Conv <pads = [1, 1, 1, 1]> (x, w)",
+    "size": "4, 6, 6", "out": "8, 6, 6", "axis": 0,
+    "layer": "layer = Conv <pads = [1, 1, 1, 1]> (x, w) epsilon = Tanh(layer)",
 }  # fmt: skip
-SEQUENCES = {"size": "3, 8", "out": "6, 8", "axis": 1, "layer": "epsilon = MatMul(x, w)"}
+SEQUENCES = {"size": "3, 8", "out": "6, 8", "axis": 1, "layer": "layer = MatMul(x, w) epsilon = Tanh(layer)"}
+JOIN = "cat = Concat <axis = 1> (sample, hint)"
 
 
 @pytest.mark.parametrize(
-    ("kind", "first", "last"),
+    ("kind", "first"),
     [
-        (IMAGES, "cat = Concat <axis = 1> (sample, hint)", "cat"),
-        (IMAGES, "a = Tanh(hint) cat = Concat <axis = 1> (a, sample) s = Mul(cat, smooth)", "s"),
-        (SEQUENCES, "cat = Concat <axis = 1> (sample, hint)", "cat"),
-        (SEQUENCES, "m = Tanh(hint) cat = Concat <axis = 1> (m, sample)", "cat"),
+        (IMAGES, f"{JOIN} joined = Identity(cat)"),
+        (IMAGES, "a = Tanh(hint) cat = Concat <axis = 1> (a, sample) joined = Mul(cat, smooth)"),
+        (IMAGES, f"{JOIN} joined = Mul(smooth, cat)"),
+        (IMAGES, f"{JOIN} joined = Div(cat, half)"),
+        (IMAGES, f"{JOIN} joined = Relu(cat)"),
+        (IMAGES, f"{JOIN} flat = Reshape(cat, flatly) shape = Shape(cat) joined = Reshape(flat, shape)"),
+        (SEQUENCES, f"{JOIN} joined = Identity(cat)"),
+        (SEQUENCES, "m = Tanh(hint) cat = Concat <axis = 1> (m, sample) joined = Identity(cat)"),
+        (SEQUENCES, f"{JOIN} joined = Relu(cat)"),
     ],
 )
 def test_concatenations_that_are_quantized(
-    tmp_path: Path, kind: dict[str, Any], first: str, last: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kind: dict[str, Any], first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hints and texts beside images: OpenVINO alone computes something else, or fails to compile."""
     rng = np.random.default_rng(0)
@@ -288,10 +295,14 @@ def test_concatenations_that_are_quantized(
             "scale": np.float32(0.03),
             "zero": np.int8(-9),
             "smooth": rng.uniform(0.5, 1.5, (1, 8, 1, 1)).astype(np.float32),
+            "half": np.float32(0.7),
+            "flatly": np.array([0, -1]),
         }.items()
-        if name != "smooth" or last == "s"
+        if name not in ("smooth", "half", "flatly") or name in first
     ]
-    graph = save_text(tmp_path / "joined.onnx", JOINED.format(**kind, first=first, last=last), *constants)
+    graph = save_text(tmp_path / "joined.onnx", JOINED.format(**kind, first=first), *constants)
+    (named := onnx.load(graph)).graph.node[-2].name = "layer"
+    onnx.save(named, graph)
     with OrtEngine(graph, optimise=False) as reference:
         feeds = {s.name: rng.standard_normal([2, *s.shape[1:]]).astype(np.float32) for s in reference.specs}
         expected = reference(feeds)["epsilon"]
@@ -301,6 +312,9 @@ def test_concatenations_that_are_quantized(
             return relative_rms(engine(feeds)["epsilon"], expected)
 
     assert off() < 1e-5
+    for floats in ("float32", "bfloat16"):
+        with OpenVinoEngine(graph, floats=floats) as engine:  # type: ignore[arg-type]
+            assert not engine.report({"layer": "int8"}, feeds).fell_back
     monkeypatch.setattr(openvino, "part_concatenations", lambda model: 0)
     with contextlib.suppress(GraphError):
         assert off() > 0.1

@@ -215,6 +215,9 @@ def test_first_and_last_steps_precise() -> None:
     assert str(first_last(errors, costs, 14.0)) == "w8a8*2 w4a4*6 w8a8*2"
     assert str(first_last(errors, costs, 60.0)) == "fp32*10"
     assert str(first_last(errors, costs, 5.0)) == "w4a4*10"  # nothing fits: the cheapest
+    mixed = Precision.parse("w8a8+")
+    same_bits = first_last({W8A8: np.full(10, 1.0), mixed: np.full(10, 0.1)}, {W8A8: 1.0, mixed: 1.2}, 11.0)
+    assert str(same_bits) == "w8a8+*2 w8a8*6 w8a8+*2"
     for budget in np.linspace(10, 60, 23):
         plan = first_last(errors, costs, budget)
         assert plan.total(costs) <= budget + 1e-6 and plan.steps == plan.steps[::-1]

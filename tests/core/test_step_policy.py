@@ -116,6 +116,8 @@ def test_what_stands_for_the_modes() -> None:
     assert modes([FP32, fp16, W8A8, w4a16]) == (W8A8, fp16)
     assert modes([FP32, fp16, W8A8, w8a16]) == (W8A8, w8a16)
     assert modes([W4A8, W4A4, w4a16]) == (W4A8, w4a16)
+    mixed, fp8 = Precision.parse("w8a8+"), Precision.parse("w8a8-fp8")
+    assert modes([fp16, fp8, W8A8]) == (W8A8, fp16) and modes([fp16, W8A8, mixed, fp8]) == (mixed, fp16)
     for lacking, what in (([W8A8, W4A4], "16-bit activations"), ([FP32, w8a16], "quantized activations")):
         with pytest.raises(RecipeError, match=f"needs a precision with {what}"):
             modes(lacking)

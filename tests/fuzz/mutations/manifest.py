@@ -31,6 +31,8 @@ def places(data: Any, draft: Draft, stop: float = 0.15) -> list[Any]:
     lists. Never to the seal alone, which is written last, over whatever stands there."""
     path: list[Any] = []
     value = data
+    if isinstance(data, dict) and [*data] == ["sha256"]:
+        raise NotApplicable("nothing but the seal")
     while isinstance(value, dict | list) and value and (not path or draft.rng.random() > stop):
         keys = list(value) if isinstance(value, dict) else range(min(len(value), 40))
         key = draft.rng.choice(keys)
