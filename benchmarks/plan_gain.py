@@ -29,9 +29,17 @@ HEADER = ("plan", "backend", "ms per sample", "times faster", "over its calls", 
 
 
 def plans_of(bundle: Bundle) -> list[str]:
-    """Full precision, the bundle's plan, w8a8 throughout, and w8a8 with full precision first or last."""
+    """Full precision, w8a8 and w8a8+ throughout, the bundle's plan, and w8a8 with full precision first or last."""
     n = len(bundle.manifest.sampling)
-    return ["fp32", "w8a8", str(bundle.manifest.plan), f"fp32*2,w8a8*{n - 2}", f"w8a8*{n - 2},fp32*2", "w4a8"]
+    return [
+        "fp32",
+        "w8a8",
+        "w8a8+",
+        str(bundle.manifest.plan),
+        f"fp32*2,w8a8*{n - 2}",
+        f"w8a8*{n - 2},fp32*2",
+        "w4a8",
+    ]
 
 
 def closeness(bundle: Bundle, backend: str, plans: list[Plan], samples: int) -> dict[str, str]:
@@ -53,7 +61,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundle", nargs="?", type=Path, default=REFERENCE_BUNDLE)
-    parser.add_argument("--plan", nargs="+", help="instead of full precision, w8a8, w4a8 and mixtures")
+    parser.add_argument("--plan", nargs="+", help="instead of full precision, w8a8, w8a8+, w4a8 and mixtures")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--runs", type=int, default=5)
