@@ -29,7 +29,7 @@ HEADER = ("plan", "backend", "ms per sample", "times faster", "over its calls", 
 
 
 def plans_of(bundle: Bundle) -> list[str]:
-    """Full precision, w8a8 and w8a8+ throughout, the bundle's plan, and w8a8 with full precision first or last."""
+    """Full precision, w8a8, w8a8+, the bundle's plan, and w8a8 with full precision first or last."""
     n = len(bundle.manifest.sampling)
     return [
         "fp32",
