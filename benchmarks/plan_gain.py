@@ -34,7 +34,7 @@ def plans_of(bundle: Bundle) -> list[str]:
     return [
         "fp32",
         "w8a8",
-        "w8a8+",
+        *(str(p) for p in bundle.manifest.bops if p.mixed and p.levels[-1].is_float),
         str(bundle.manifest.plan),
         f"fp32*2,w8a8*{n - 2}",
         f"w8a8*{n - 2},fp32*2",

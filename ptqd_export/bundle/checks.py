@@ -71,17 +71,14 @@ def check_layers(
     for precision, own in sensitivities.items():
         _check_names(precision, own.layers)
         levels = [level for level in precision.levels if not level.is_float]
-        chosen = [
-            names
-            for bits, names in layers[precision].items()
-            if bits != "float" or len(levels) < len(precision.levels)
-        ]
-        quantized = {name for names in chosen for name in names}
+        may_be_float = len(levels) < len(precision.levels)
+        named = layers[precision].items()
+        quantized = {n for bits, names in named if bits != "float" or may_be_float for n in names}
         if unknown := [name for name in own.layers if name not in quantized]:
             raise RecipeError(f"a sensitivity of {brief(unknown[0])}, which is not quantized at {precision}")
         if set(own.noise) != set(levels):
-            named = ", ".join(map(str, levels))
-            raise RecipeError(f"sensitivities of {precision} are of other precisions than {named}")
+            expected = ", ".join(map(str, levels))
+            raise RecipeError(f"sensitivities of {precision} are of other precisions than {expected}")
         if len(set(own.steps)) < len(own.steps) or not set(own.steps) <= set(range(n_steps)):
             raise RecipeError(f"sensitivities at steps {brief(own.steps)}: expected some of {n_steps}")
 
