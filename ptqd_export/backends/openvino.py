@@ -25,8 +25,14 @@ from ..core.closing import Closing
 from ..core.engine import Array, Feeds, TensorSpec
 from ..core.engine_build import NOT_FOUND, PlanReport
 from ..errors import BackendUnavailable, GraphError
-from .openvino_model import followers, made_of_timesteps, part_concatenations, part_normalizations
-from .ort_device import one_line, threads
+from .openvino_model import (
+    followers,
+    made_of_timesteps,
+    part_concatenations,
+    part_normalizations,
+    widen_weights,
+)
+from .ort_device import one_line, saturates, threads
 from .tensors import check, find, out_of_memory
 
 CPU = "CPU"
@@ -174,6 +180,8 @@ class OpenVinoEngine(Closing):
             for op in self._model.get_ops()
             if op.get_type_name() == "Constant"
         )
+        if quantized and saturates():
+            widen_weights(self._model)
         self.floats: Floats = floats if quantized and has_bfloat16() else "float32"
         if self.floats != "float32":
             timed = made_of_timesteps(self._model)

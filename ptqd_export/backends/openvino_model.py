@@ -11,6 +11,8 @@ from ..core.engine import TIMESTEP
 LAYERS = frozenset({"Convolution", "GroupConvolution", "MatMul"})
 """Operators that OpenVINO computes in bfloat16 or in 8 bits, of a model as it is read."""
 NORMALIZATION = "GroupNormalization"
+NARROW = 64
+"""Largest weight code of which two products with uint8 always fit into int16: 2 * 64 * 255 < 2^15."""
 
 
 def made_of_timesteps(model: Any) -> list[Any]:
@@ -26,6 +28,50 @@ def made_of_timesteps(model: Any) -> list[Any]:
         elif name == TIMESTEP or any(source.get_node().get_friendly_name() in timed for source in sources):
             timed.add(name)
     return list(found.values())
+
+
+def widen_weights(model: Any) -> int:
+    """Make constants in float32 of the weights of layers whose products may saturate; returns of how many.
+
+    For processors where products of uint8 and int8 do (`ort_device.saturates`). OpenVINO has no exact kernels
+    for them, and computes such a layer in float32 then, from the codes that its input is rounded to.
+
+    Args:
+        model: as it is read; it is changed in place.
+    """
+    from openvino import opset13 as ops
+
+    found = model.get_ordered_ops()
+    if not any(op.get_type_name() == "FakeQuantize" for op in found):
+        return 0  # inputs are float
+    count = 0
+    for op in found:
+        codes, scale = _dequantized(op)
+        if codes is not None and np.abs(codes.astype(np.int16)).max(initial=0) > NARROW:
+            wide = ops.constant(codes.astype(np.float32) * scale)
+            wide.set_friendly_name(op.get_friendly_name())
+            for target in op.output(0).get_target_inputs():
+                target.replace_source_output(wide.output(0))
+            count += 1
+    return count
+
+
+def _dequantized(op: Any) -> tuple[Any, Any]:
+    """The int8 codes and the scales that an operator multiplies, as arrays; None for any other operator."""
+    if op.get_type_name() != "Multiply":
+        return None, None
+    cast, scale = (value.get_node() for value in op.input_values())
+    if cast.get_type_name() != "Convert":
+        return None, None
+    codes = cast.input_value(0).get_node()
+    if codes.get_type_name() != "Constant" or codes.get_element_type().get_type_name() != "i8":
+        return None, None
+    shape = list(scale.output(0).shape)
+    if scale.get_type_name() == "Reshape":
+        scale = scale.input_value(0).get_node()
+    if scale.get_type_name() != "Constant":
+        return None, None
+    return codes.data, np.array(scale.data).reshape(shape)
 
 
 def followers(model: Any) -> dict[str, tuple[str, ...]]:

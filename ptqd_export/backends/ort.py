@@ -22,6 +22,7 @@ from .ort_device import (
     layout,
     one_line,
     runtime,
+    saturates,
     set_threads,
     share_pool,
 )
@@ -157,8 +158,9 @@ class OrtEngine(Closing):
         options.enable_mem_reuse = self.kind != "cpu"
         # Else weights that alone are quantized make ONNX Runtime quantize their inputs to 8 bits too.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        # Without VNNI instructions, U8 x S8 products saturate (microsoft/onnxruntime#14642): there, U8 x U8.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        if self.kind == "cpu" and saturates():
+            # Large weights are taken as U8 then: exact, and slower.
+            options.add_session_config_entry("session.x64quantprecision", "1")
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if self._optimise else level.ORT_DISABLE_ALL
         if optimised_path is not None:

@@ -7,6 +7,7 @@ the cores from the others (two warm engines called in turn ran 2.7 times slower 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import io
 import os
@@ -39,6 +40,12 @@ GPU_FAILURE = re.compile(r"\b(CUDA|CUDNN|CUDNN_FE|CUBLAS) failure -?\d+: [^;]*[^
 MAX_TEXT = 400
 QUIET = 4
 """Log severity: fatal only. Errors arrive as exceptions, and are told once."""
+
+PRODUCT = (
+    b'\x08\x05\x12\x00:>\n\x18\n\x01a\n\x01b\x12\x01y"\rMatMulInteger\x12\x01gZ\t\n\x01a\x12\x04\n\x02\x08\x02'
+    b"Z\t\n\x01b\x12\x04\n\x02\x08\x03b\t\n\x01y\x12\x04\n\x02\x08\x06B\x04\n\x00\x10\n"
+)
+"""An ONNX graph: y = MatMulInteger(a, b), of uint8 and int8."""
 
 _threads: int | None = None
 _pool_exists = False
@@ -144,6 +151,27 @@ def share_pool(ort: Any) -> None:
             "session first"
         ) from error
     _pool_exists = True
+
+
+@functools.cache
+def saturates() -> bool:
+    """Whether ONNX Runtime's products of uint8 and int8 are wrong here where both are large.
+
+    They are on x86 without VNNI instructions, which adds pairs of them in 16 bits
+    (microsoft/onnxruntime#14642).
+
+    Raises:
+        BackendUnavailable: as `runtime`.
+    """
+    ort = runtime()
+    share_pool(ort)
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    options.log_severity_level = QUIET
+    a, b = np.full((1, 16), 255, np.uint8), np.full((16, 16), 127, np.int8)
+    session = ort.InferenceSession(PRODUCT, options, providers=[PROVIDERS["cpu"]])
+    (y,) = session.run(None, {"a": a, "b": b})
+    return not np.array_equal(y, a.astype(np.int32) @ b.astype(np.int32))
 
 
 def one_line(error: Exception) -> str:

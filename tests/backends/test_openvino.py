@@ -126,10 +126,13 @@ def narrow(rgb: Built) -> tuple[Path, Path, Feeds, dict[str, str]]:
     return rgb.path / graph.file, rgb.path / full.file, feeds, dict(graph.quantized)
 
 
-def test_layers_in_8_bits(narrow: tuple[Path, Path, Feeds, dict[str, str]]) -> None:
+def test_layers_in_8_bits(
+    narrow: tuple[Path, Path, Feeds, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All that are meant to, in both kinds of floats; one that is not there is told, and those that are not
     meant to do not."""
     path, _, feeds, meant = narrow
+    monkeypatch.setattr(openvino, "saturates", lambda: False)
     nodes = onnx.load(path, load_external_data=False).graph.node
     others = [n.name for n in nodes if n.op_type in ("Conv", "Gemm") and n.name not in meant]
     assert len(meant) > 5 and len(others) > 2
@@ -143,6 +146,50 @@ def test_layers_in_8_bits(narrow: tuple[Path, Path, Feeds, dict[str, str]]) -> N
             assert report.taken == 0 and report.is_float
             assert set(report.fell_back.values()) == {openvino.TYPES[engine.floats]}
             assert len(report.complaints()) == len(others)
+
+
+@pytest.mark.parametrize(("largest", "eight_bit"), [(127, False), (65, False), (64, True)])
+@pytest.mark.parametrize("kind", ["conv", "grouped", "linear"])
+def test_large_weights_where_products_saturate(
+    tmp_path: Path, kind: str, largest: int, eight_bit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their layers are computed in float32, from rounded inputs; on every machine as exact arithmetic is."""
+    rng = np.random.default_rng(0)
+    layer = {
+        "conv": "y = Conv <pads = [1, 1, 1, 1]> (v, w)",
+        "grouped": "y = Conv <group = 2> (v, w)",
+        "linear": "y = MatMul(v, w)",
+    }[kind]
+    weight = np.full(
+        {"conv": (8, 8, 3, 3), "grouped": (8, 4, 1, 1), "linear": (8, 8)}[kind], largest, np.int8
+    )
+    weight[rng.random(weight.shape) < 0.1] *= -1
+    size, axis = ("3, 8", 1) if kind == "linear" else ("8, 6, 6", 0)
+    graph = save_text(
+        tmp_path / "large.onnx",
+        f"""g (float[N, {size}] sample) => (float[N, {size}] epsilon) {{
+            codes = QuantizeLinear(sample, scale, zero)
+            v = DequantizeLinear(codes, scale, zero)
+            w = DequantizeLinear <axis = {axis}> (weight, scales)
+            {layer}
+            epsilon = Tanh(y)
+        }}""",
+        numpy_helper.from_array(weight, "weight"),
+        numpy_helper.from_array(rng.uniform(1e-5, 1e-4, 8).astype(np.float32), "scales"),
+        numpy_helper.from_array(np.float32(0.01), "scale"),
+        numpy_helper.from_array(np.int8(-128), "zero"),
+    )
+    (named := onnx.load(graph)).graph.node[-2].name = "layer"
+    onnx.save(named, graph)
+    with OrtEngine(graph, optimise=False) as reference:
+        feeds = {"sample": rng.uniform(2, 2.6, (2, *reference.specs[0].shape[1:])).astype(np.float32)}
+        expected = reference(feeds)["epsilon"]
+    for here in (openvino.saturates(), True):
+        monkeypatch.setattr(openvino, "saturates", lambda here=here: here)
+        with OpenVinoEngine(graph, floats="float32") as engine:
+            assert relative_rms(engine(feeds)["epsilon"], expected) < 1e-5
+    with OpenVinoEngine(graph, floats="float32") as engine:
+        assert engine.report({"layer": "int8"}, feeds).taken == eight_bit
 
 
 def test_what_is_in_between(
@@ -312,6 +359,7 @@ def test_concatenations_that_are_quantized(
             return relative_rms(engine(feeds)["epsilon"], expected)
 
     assert off() < 1e-5
+    monkeypatch.setattr(openvino, "saturates", lambda: False)
     for floats in ("float32", "bfloat16"):
         with OpenVinoEngine(graph, floats=floats) as engine:  # type: ignore[arg-type]
             assert not engine.report({"layer": "int8"}, feeds).fell_back

@@ -297,6 +297,37 @@ def test_structure_of_the_optimised_graph(tmp_path: Path, rng: np.random.Generat
     assert op_counts(tmp_path / "float_optimised.onnx")["QLinearConv"] == 0
 
 
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_products_of_large_numbers_are_exact(tmp_path: Path, kind: str, rng: np.random.Generator) -> None:
+    """Weights and inputs at the ends of their 8 bits, on every processor (microsoft/onnxruntime#14642)."""
+    conv = kind == "conv"
+    weight = np.where(rng.random((16, 16, 3, 3) if conv else (16, 16)) < 0.1, -127, 127).astype(np.int8)
+    layer = "Conv <pads = [1, 1, 1, 1]> (v, w)" if conv else "MatMul(v, w)"
+    size, axis = ("16, 6, 6", 0) if conv else ("9, 16", 1)
+    behind = "y = QuantizeLinear(raw, wide, zero) epsilon = DequantizeLinear(y, wide, zero)"
+    graph = save_text(
+        tmp_path / "large.onnx",
+        f"""g (float[B, {size}] sample) => (float[B, {size}] epsilon) {{
+            codes = QuantizeLinear(sample, scale, zero)
+            v = DequantizeLinear(codes, scale, zero)
+            w = DequantizeLinear <axis = {axis}> (weight, scales, zeros)
+            raw = {layer}
+            {behind if conv else "epsilon = Identity(raw)"}
+        }}""",
+        numpy_helper.from_array(weight, "weight"),
+        numpy_helper.from_array(np.full(16, 2**-7, np.float32), "scales"),
+        numpy_helper.from_array(np.zeros(16, np.int8), "zeros"),
+        numpy_helper.from_array(np.float32(2**-7), "scale"),
+        numpy_helper.from_array(np.uint8(0), "zero"),
+        *([numpy_helper.from_array(np.float32(2), "wide")] if conv else []),
+    )
+    feeds = {"sample": rng.uniform(1.8, 2, (2, *map(int, size.split(", ")))).astype(np.float32)}
+    saved = tmp_path / "fused.onnx"
+    with OrtEngine(graph, optimised_path=saved) as fused, OrtEngine(graph, optimise=False) as plain:
+        np.testing.assert_allclose(fused(feeds)["epsilon"], plain(feeds)["epsilon"], rtol=1e-6)
+    assert op_counts(saved)["QLinearConv" if conv else "MatMulIntegerToFloat"] == 1
+
+
 def test_weights_of_a_saved_graph_lie_beside_it(tmp_path: Path, rng: np.random.Generator) -> None:
     """Protobuf holds no more than 2 GB."""
     weight = rng.standard_normal((64, 64)).astype(np.float32)

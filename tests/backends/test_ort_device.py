@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from ptqd_export.backends import OrtDevice, OrtEngine, set_threads
-from ptqd_export.backends.ort_device import DTYPES
+from ptqd_export.backends.ort_device import DTYPES, PRODUCT
 from ptqd_export.core.backend import BACKENDS, ORT_CPU
 from ptqd_export.core.engine import Device
 from ptqd_export.errors import BackendUnavailable, GraphError
@@ -151,3 +152,11 @@ except BackendUnavailable as error:
     told = _python(code)
     assert told.startswith("ONNX Runtime already runs with 2 threads, not 3: ")
     assert told.endswith(": set the threads before the first engine is opened")
+
+
+def test_the_graph_that_tells_what_saturates() -> None:
+    model = onnx.load_from_string(PRODUCT)
+    (node,) = model.graph.node
+    types = [value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)]
+    assert (node.op_type, *node.input, *node.output) == ("MatMulInteger", "a", "b", "y")
+    assert types == [onnx.TensorProto.UINT8, onnx.TensorProto.INT8, onnx.TensorProto.INT32]
