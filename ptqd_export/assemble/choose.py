@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
+from .. import backends
 from ..bundle.manifest import Choice
 from ..bundle.tables import Key
-from ..core.backend import BACKENDS
+from ..core.backend import BACKENDS, ORT_CPU
 from ..core.plan import Plan, by_paper, fixed, step_weights
 from ..core.precision import FLOAT_BITS, Precision
 from ..core.quant import QuantizedNetwork
@@ -55,7 +56,7 @@ def choose(
     if recipe.plan.rule == "fixed":
         fixed_plan(recipe, n)
     plan, choice = decide(known, recipe.plan)
-    return plan, replace(choice, notes=(*choice.notes, *_notes(recipe, times.notes)))
+    return plan, replace(choice, notes=(*choice.notes, *_notes(recipe, times)))
 
 
 def sampled(choice: Choice, loop: ClosedLoop) -> Choice:
@@ -103,15 +104,18 @@ def fixed_plan(recipe: Recipe, n_steps: int) -> Plan:
     return plan
 
 
-def _notes(recipe: Recipe, untimed: Sequence[str]) -> list[str]:
-    """What a user should know about a build that succeeded.
-
-    Args:
-        untimed: backends that could not be timed, and why.
-    """
+def _notes(recipe: Recipe, times: Times) -> list[str]:
+    """What a user should know about a build that succeeded."""
     by = "noise and times" if recipe.plan.cost == "time" else "noise"
     judged = {"fixed": "", "paper": "", "snr": "noise"}.get(recipe.plan.rule, by)
-    notes = [f"{why}; the plan goes by the {judged} of another backend" if judged else why for why in untimed]
+    behind = f"; the plan goes by the {judged} of another backend" if judged else ""
+    notes = [why + behind for why in times.notes]
+    bits = {p.weight_bits for p in recipe.precisions if p.number == "int" and p.activation_bits <= 8}
+    if times.backend == ORT_CPU and 8 in bits and 7 not in bits and backends.saturates():
+        notes.append(
+            "this processor has no VNNI instructions: 8-bit weights run in slower kernels here than those of "
+            "7 bits; --precision w7a8 is worth a try"
+        )
     if recipe.calibration.held_out < FEW:
         notes.append(
             f"{recipe.calibration.held_out} held-out trajectories: the check of the noise and the sampled "

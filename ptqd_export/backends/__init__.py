@@ -2,7 +2,7 @@
 
 from ..core.engine import Device, DeviceEngine
 from .ort import OrtDevice, OrtEngine, set_threads
-from .ort_device import threads
+from .ort_device import saturates, threads
 from .registry import available, check, open_device, open_engine
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "check",
     "open_device",
     "open_engine",
+    "saturates",
     "set_threads",
     "threads",
 ]

@@ -331,7 +331,10 @@ class _Rewriter:
         self, before: ir.Node, layer: LayerQuant, codes: npt.NDArray[np.generic], axis: int
     ) -> ir.Value:
         build, shape = self.build, ir.Shape(codes.shape)
-        values = self._const(f"{layer.name}.weight.codes", codes)
+        # One each for the calls of a layer: ONNX Runtime cannot make U8 of weights that nodes share, which it
+        # has to on some processors (`backends.saturates`). They are stored once.
+        make = build.const if self.fused else self._const
+        values = make(f"{layer.name}.weight.codes", codes)
         if self.spelled and (layer.weight_only or layer.number == "fp8"):
             scale = layer.weight_scale.reshape([-1 if i == axis else 1 for i in range(codes.ndim)])
             numbers = build.node(
@@ -346,21 +349,12 @@ class _Rewriter:
                 shape,
             )
         scale = layer.fused().weight_scale if self.fused and layer.output else layer.weight_scale
+        attributes = {"axis": axis}
         if not self.fused and (scale == scale[0]).all():  # one scale for the tensor
-            inputs = [values, self._const(f"{layer.name}.weight.scale", scale[0])]
-            return build.node(
-                before, "DequantizeLinear", inputs, f"{layer.name}.weight.dequantized", FLOAT, shape
-            )
+            scale, attributes = np.asarray(scale[0]), {}
         inputs = [values, self._const(f"{layer.name}.weight.scale", scale)]
-        return build.node(
-            before,
-            "DequantizeLinear",
-            inputs,
-            f"{layer.name}.weight.dequantized",
-            FLOAT,
-            shape,
-            {"axis": axis},
-        )
+        dequantized = f"{layer.name}.weight.dequantized"
+        return build.node(before, "DequantizeLinear", inputs, dequantized, FLOAT, shape, attributes)
 
     def _fused_bias(self, before: ir.Node, layer: LayerQuant) -> ir.Value:
         fused = layer.fused()
@@ -380,7 +374,7 @@ class _Rewriter:
         )
 
     def _const(self, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
-        """A constant that is created once: the two calls of a layer share its weights."""
+        """A constant that is created once, such as what the two calls of a layer share."""
         if name not in self.consts:
             self.consts[name] = self.build.const(name, array)
         return self.consts[name]

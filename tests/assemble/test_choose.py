@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from ptqd_export import backends
 from ptqd_export.assemble.choose import choose, fixed_plan, sampled
 from ptqd_export.assemble.closed_loop import End
 from ptqd_export.assemble.measure import Measured
@@ -25,6 +26,12 @@ from ptqd_export.recipe import Recipe
 
 W8A8, W4A8 = Precision(8, 8), Precision(4, 8)
 STEPS = 10
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever processor the tests run on."""
+    monkeypatch.setattr(backends, "saturates", lambda: False)
 
 
 def network(precision: Precision) -> QuantizedNetwork:
@@ -196,10 +203,32 @@ def test_few_held_out_trajectories_are_noted(held_out: int, noted: bool) -> None
     from ptqd_export.assemble.choose import _notes
 
     recipe = Recipe().override(calibration={"held_out": held_out})
-    notes = _notes(recipe, ())
+    notes = _notes(recipe, Times("ort-cpu", {}, {}))
     assert bool(notes) is noted
     if noted:
         assert notes[0].startswith("7 held-out trajectories: the check of the noise and the sampled errors")
+
+
+@pytest.mark.parametrize(
+    ("saturates", "backend", "precisions", "noted"),
+    [
+        (True, "ort-cpu", ["fp32", "w8a8"], True),
+        (True, "ort-cpu", ["fp32", "w8a8+", "w4a8"], True),
+        (True, "ort-cpu", ["fp32", "w8a8", "w7a8"], False),
+        (True, "ort-cpu", ["fp32", "w4a8", "w8a8-fp8", "w8a16"], False),
+        (True, "tensorrt", ["fp32", "w8a8"], False),
+        (False, "ort-cpu", ["fp32", "w8a8"], False),
+    ],
+)
+def test_slow_products_are_noted(
+    saturates: bool, backend: str, precisions: list[str], noted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ptqd_export.assemble.choose import _notes
+
+    monkeypatch.setattr(backends, "saturates", lambda: saturates)
+    recipe = Recipe().override(quantization={"precisions": tuple(precisions)})
+    notes = _notes(recipe, Times(backend, {}, {}))
+    assert ["--precision w7a8" in note for note in notes] == [True] * noted
 
 
 def test_a_plan_and_its_rivals_are_sampled_once_each() -> None:
