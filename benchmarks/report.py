@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ptqd_export.backends import saturates
+
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "out"
 """What the scripts keep between runs; git ignores it."""
@@ -49,6 +51,7 @@ SECTIONS = {
     "ldm-configurations": ROOT / "docs" / "models.md",
     "calibration-cost": _BENCHMARKS,
     "full-size": ROOT / "docs" / "models.md",
+    "without-vnni": ROOT / "docs" / "cpu.md",
     "ray-sampling": ROOT / "docs" / "many-machines.md",
 }
 """{section: the file that it stands in}."""
@@ -84,7 +87,8 @@ def machine(*distributions: str) -> str:
     versions = ", ".join(
         f"{name} {metadata.version(name)}" for name in distributions or ("onnxruntime", "torch")
     )
-    return f"{next(names, platform.machine())}, {cores} cores; {versions}"
+    slow = " without VNNI" if saturates() else ""
+    return f"{next(names, platform.machine())}, {cores} cores{slow}; {versions}"
 
 
 class Kept(dict[str, Any]):

@@ -11,8 +11,6 @@ from ..core.engine import TIMESTEP
 LAYERS = frozenset({"Convolution", "GroupConvolution", "MatMul"})
 """Operators that OpenVINO computes in bfloat16 or in 8 bits, of a model as it is read."""
 NORMALIZATION = "GroupNormalization"
-NARROW = 64
-"""Largest weight code of which two products with uint8 always fit into int16: 2 * 64 * 255 < 2^15."""
 
 
 def made_of_timesteps(model: Any) -> list[Any]:
@@ -31,10 +29,11 @@ def made_of_timesteps(model: Any) -> list[Any]:
 
 
 def widen_weights(model: Any) -> int:
-    """Make constants in float32 of the weights of layers whose products may saturate; returns of how many.
+    """Make constants in float32 of the weights of quantized layers; returns of how many.
 
-    For processors where products of uint8 and int8 do (`ort_device.saturates`). OpenVINO has no exact kernels
-    for them, and computes such a layer in float32 then, from the codes that its input is rounded to.
+    For processors where 8-bit products saturate (`ort_device.saturates`). There OpenVINO lets them, or halves
+    the weights, which loses their last bit. Such a layer is computed in float32, from the codes that its
+    input is rounded to.
 
     Args:
         model: as it is read; it is changed in place.
@@ -47,7 +46,7 @@ def widen_weights(model: Any) -> int:
     count = 0
     for op in found:
         codes, scale = _dequantized(op)
-        if codes is not None and np.abs(codes.astype(np.int16)).max(initial=0) > NARROW:
+        if codes is not None:
             wide = ops.constant(codes.astype(np.float32) * scale)
             wide.set_friendly_name(op.get_friendly_name())
             for target in op.output(0).get_target_inputs():

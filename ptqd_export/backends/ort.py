@@ -85,6 +85,7 @@ class OrtEngine(Closing):
         device: OrtDevice | None = None,
         optimised_path: Path | None = None,
         optimise: bool = True,
+        exact: bool = True,
         profile: Path | None = None,
     ) -> None:
         """Load `path` (its external weights beside it).
@@ -93,6 +94,8 @@ class OrtEngine(Closing):
             device: where to run; the CPU if None.
             optimised_path: also save the graph as ONNX Runtime runs it, its weights in a file beside it.
             profile: begin of the name of a file of times, which `session.end_profiling` writes.
+            exact: False leaves 8-bit products that saturate as they are (`ort_device.saturates`), as users of
+                other tools have them.
             optimise: False runs the graph node by node as it stands in the file: the reference for fused
                 kernels.
         Raises:
@@ -103,7 +106,8 @@ class OrtEngine(Closing):
         device = OrtDevice() if device is None else device
         self.path, self.kind, self.index, self._optimise = path, device.kind, device.index, optimise
         self.captures = False
-        self._session: Any = self._load(device.ort, optimised_path, profile)
+        exact = exact and self.kind == "cpu" and saturates()
+        self._session: Any = self._load(device.ort, optimised_path, profile, exact)
         self.specs, self.output_specs = (
             _specs(self._session.get_inputs()),
             _specs(self._session.get_outputs()),
@@ -145,7 +149,7 @@ class OrtEngine(Closing):
             raise BackendUnavailable(f"the engine of {self.path} is closed: open it again")
         return self._session
 
-    def _load(self, ort: Any, optimised_path: Path | None, profile: Path | None) -> Any:
+    def _load(self, ort: Any, optimised_path: Path | None, profile: Path | None, exact: bool) -> Any:
         if not self.path.is_file():
             raise GraphError(f"{self.path} does not exist: give an ONNX file")
         if optimised_path is not None and not optimised_path.parent.is_dir():
@@ -158,7 +162,7 @@ class OrtEngine(Closing):
         options.enable_mem_reuse = self.kind != "cpu"
         # Else weights that alone are quantized make ONNX Runtime quantize their inputs to 8 bits too.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        if self.kind == "cpu" and saturates():
+        if exact:
             # Large weights are taken as U8 then: exact, and slower.
             options.add_session_config_entry("session.x64quantprecision", "1")
         level = ort.GraphOptimizationLevel

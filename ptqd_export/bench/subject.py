@@ -211,7 +211,7 @@ def _open_run(opened: _Open) -> Callable[[], object]:
 
 def _open_onnx(opened: _Open) -> Callable[[], object]:
     assert opened.subject.file is not None
-    engine = opened.kept.enter_context(OrtEngine(opened.subject.file))
+    engine = opened.kept.enter_context(OrtEngine(opened.subject.file, exact=False))
     return partial(engine, {name: opened.feeds[name] for name in engine.inputs})
 
 

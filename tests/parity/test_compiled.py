@@ -45,12 +45,14 @@ def judge(case: Case, judged: gate.Case, name: str) -> BackendVerdict:
 
 @pytest.mark.parametrize("name", [OPENVINO, OPENVINO_FP32])
 def test_a_right_graph(case: Case, judged: gate.Case, name: str) -> None:
-    """Its tables are in place, its noise is the simulation's, and all of its layers run in 8 bits."""
+    """Its tables are in place, its noise is the simulation's, and all of its layers run in 8 bits, where
+    their products are exact."""
     found = judge(case, judged, name)
     assert isinstance(found.figures, QuantizedFigures) and found.figures.layers.layers == 3
     assert 0 < found.figures.fold < gate.FOLD_TOLERANCE
     assert set(found.figures.noise.largest_z) == {"k", "bias", "var", "mse"}
-    assert found.plan.meant == found.plan.taken == len(case.quantized.layers)
+    assert found.plan.meant == len(case.quantized.layers)
+    assert found.plan.taken == (0 if openvino.saturates() else found.plan.meant)
     narrow = name == OPENVINO and openvino.has_bfloat16()
     assert found.floats == ("bfloat16" if narrow else "float32")
 
@@ -93,7 +95,8 @@ def test_verify_runs_what_the_bundle_was_built_for(
     names, left_out = verify_engines(bundle)
     quantized = [p for p in bundle.manifest.bops if not p.is_float]
     n = len(bundle.manifest.graph(quantized[0], Emission.PORTABLE).quantized)
-    assert {f"{p}.{OPENVINO} ({n} of {n} layers in 8 bits)" for p in quantized} <= set(names)
+    taken = 0 if openvino.saturates() else n
+    assert {f"{p}.{OPENVINO} ({taken} of {n} layers in 8 bits)" for p in quantized} <= set(names)
     assert f"fp32.{OPENVINO}" in names and left_out == {}
 
     def fails() -> Any:
