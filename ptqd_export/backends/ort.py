@@ -94,8 +94,9 @@ class OrtEngine(Closing):
             device: where to run; the CPU if None.
             optimised_path: also save the graph as ONNX Runtime runs it, its weights in a file beside it.
             profile: begin of the name of a file of times, which `session.end_profiling` writes.
-            exact: False leaves 8-bit products that saturate as they are (`ort_device.saturates`), as users of
-                other tools have them.
+            exact: have 8-bit products that saturate here (`ort_device.saturates`) computed exactly. Of graphs
+                of the ORT CPU emission alone: ONNX Runtime spoils weights whose DequantizeLinear it does not
+                fuse, in those of other tools for one.
             optimise: False runs the graph node by node as it stands in the file: the reference for fused
                 kernels.
         Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import Built
+from helpers import Built, cuda_on_the_cpu
 
 from ptqd_export import backends
 from ptqd_export.assemble import timing
@@ -32,8 +32,7 @@ def test_the_best_of_the_wanted_backends_that_works(rgb: Built, monkeypatch: pyt
     if "ok" not in registry.available()["ort-cuda"]:
         times = timed("ort-cpu", "ort-cuda")
         assert times.backend == "ort-cpu" and times.notes[0].startswith("ort-cuda does not run here: ")
-    openers = {**registry.OPENERS, "ort-cuda": registry.OPENERS["ort-cpu"]}
-    monkeypatch.setattr(registry, "OPENERS", openers)
+    monkeypatch.setattr(registry, "OPENERS", cuda_on_the_cpu())
     opened: list[str] = []
     real = backends.open_engine
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import Built
+from helpers import Built, cuda_on_the_cpu
 
 from ptqd_export.backends import OrtDevice, OrtEngine
 from ptqd_export.backends import registry as base
@@ -144,7 +144,7 @@ def test_a_whole_run_on_a_device(
     the host as the device."""
     built: Built = request.getfixturevalue(name)
     bundle = built.bundle
-    monkeypatch.setattr(base, "OPENERS", {**base.OPENERS, "ort-cuda": base.OPENERS["ort-cpu"]})
+    monkeypatch.setattr(base, "OPENERS", cuda_on_the_cpu())
     tensors = conditions_of(bundle, range(5))
     with (
         Runtime(bundle, "ort-cuda") as runtime,
@@ -156,7 +156,7 @@ def test_a_whole_run_on_a_device(
         other = runtime.sample(range(5), seed=4, tensors=tensors)
         exact = full.sample(range(5), seed=3, tensors=tensors)
     monkeypatch.undo()
-    monkeypatch.setattr(base, "OPENERS", {**base.OPENERS, "ort-cuda": base.OPENERS["ort-cpu"]})
+    monkeypatch.setattr(base, "OPENERS", cuda_on_the_cpu())
     with Runtime(bundle, "ort-cpu") as host:
         expected = host.sample(range(5), seed=3, tensors=tensors)
     assert np.square(x - expected).mean() < 0.1 * np.square(x - other).mean()

@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ptqd_export.backends import OrtEngine
+from ptqd_export.backends.registry import OPENERS, Opener
 from ptqd_export.bundle import Bundle, Manifest, write_manifest
 from ptqd_export.bundle.bundle import MANIFEST, SEAL
 from ptqd_export.bundle.manifest import Artifact, UpdateEngine
-from ptqd_export.core.backend import TENSORRT_RTX
+from ptqd_export.core.backend import ORT_CPU, ORT_CUDA, TENSORRT_RTX
 from ptqd_export.core.plan import fixed
 
 RTX = TENSORRT_RTX
@@ -172,3 +174,12 @@ def full_disk(limit: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def cuda_on_the_cpu() -> dict[str, Opener]:
+    """All backends, with ONNX Runtime's CPU provider in the place of its CUDA provider."""
+
+    def open_engine(path: Path, device: Any, **about: object) -> OrtEngine:
+        return OrtEngine(path, device=device, optimise=False)  # 8-bit products that do not saturate
+
+    return {**OPENERS, ORT_CUDA: replace(OPENERS[ORT_CPU], open_engine=open_engine)}
