@@ -15,6 +15,7 @@ from ..core.backend import Emission
 from ..core.bits import LayerSensitivity
 from ..core.precision import Precision
 from ..core.sampling import Sampling
+from ..core.sensitivity import step_groups
 from ..progress import progress
 from ..recipe import Recipe
 from .network import Network
@@ -40,7 +41,8 @@ def sensitivity(
 ) -> LayerSensitivity:
     """The sensitivity of `layers` at each quantized level of a mixed precision, in the portable arithmetic.
 
-    It is measured on SENSITIVITY_SAMPLES trajectories at SENSITIVITY_STEPS steps, evenly spaced.
+    It is measured on SENSITIVITY_SAMPLES trajectories, at the middle of each of SENSITIVITY_STEPS groups of
+    steps, for which it stands.
 
     Args:
         notes: file of what is measured so far, which a stopped measurement leaves to the next one.
@@ -53,7 +55,8 @@ def sensitivity(
         if not level.is_float
     }
     first = networks[precision.levels[0]].layers
-    steps = np.unique(np.linspace(0, len(sampling) - 1, SENSITIVITY_STEPS).round().astype(int)).tolist()
+    groups = step_groups(len(sampling), SENSITIVITY_STEPS)
+    steps = [(group[0] + group[-1]) // 2 for group in groups]
     _, x, e, conditions = trajectories.first(SENSITIVITY_SAMPLES)
     power = [float((e[step].astype(np.float64) ** 2).mean()) for step in steps]
     noise: dict[Precision, list[tuple[float, ...]]] = {level: [] for level in networks}
@@ -87,7 +90,7 @@ def sensitivity(
                     del target.forward
                 noise[level].append(tuple(row))
                 _note(noting, name, str(level), row)
-    gains = (sampling.schedule.epsilon_gains**2)[steps]
+    gains = [float((sampling.schedule.epsilon_gains[group] ** 2).sum()) for group in groups]
     return LayerSensitivity(
         tuple(first),
         tuple(layer.macs for layer in first.values()),

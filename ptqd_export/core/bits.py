@@ -30,7 +30,8 @@ class LayerSensitivity:
         layers: L module paths.
         macs: multiply-accumulates of each for one sample.
         steps: S steps at which it was measured.
-        weights: how much the noise of each of them counts, c_i^2 of the sampler.
+        weights: how much the noise of each of them counts, c_i^2 of the sampler, summed over the steps for
+            which it stands.
         noise: E D^2 / E e^2 by the precision of the layer, (L, S); float layers make none.
     """
 

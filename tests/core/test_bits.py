@@ -13,7 +13,7 @@ from ptqd_export.core.precision import Precision
 from ptqd_export.errors import RecipeError
 from ptqd_export.typed import read_typed, to_plain
 
-LEVELS = Precision.parse("w4a4+").levels
+LEVELS = (Precision(4, 4), Precision(4, 8), Precision(8, 8))
 BITS = {level: level.weight_bits * level.activation_bits for level in LEVELS}
 
 

@@ -63,10 +63,10 @@ def test_precision_order_and_fp32() -> None:
 @pytest.mark.parametrize(
     ("text", "levels"),
     [
-        ("w4a4+", ["w4a4", "w4a8", "w8a8"]),
+        ("w4a4+", ["w4a4", "w4a5", "w4a6", "w4a8", "w8a8"]),
         ("w4a8+", ["w4a8", "w8a8"]),
-        ("w8a4+", ["w8a4", "w8a8"]),
-        ("w2a6+", ["w2a6", "w2a8", "w8a8"]),
+        ("w8a4+", ["w8a4", "w8a5", "w8a6", "w8a8"]),
+        ("w2a6+", ["w2a6", "w2a7", "w2a8", "w8a8"]),
         ("w8a8+", ["w8a8", "fp32"]),
         ("w4a4", ["w4a4"]),
         ("w8a8-fp8", ["w8a8-fp8"]),

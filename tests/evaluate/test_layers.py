@@ -15,7 +15,7 @@ from ptqd_export.evaluate.inspect import text
 from ptqd_export.evaluate.layers import MOST, layer_lines, plot_sensitivities
 
 MIXED = Precision.parse("w4a4+")
-W4A4, W4A8, W8A8 = MIXED.levels
+W4A4, *_, W4A8, W8A8 = MIXED.levels
 
 
 def found(n: int) -> LayerSensitivity:
