@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import onnx
 from architectures import kept_bundle
-from report import OUT, REFERENCE_MODEL, machine, table, write_section
+from report import OUT, REFERENCE_MODEL, machine, read_section, table, write_section
 from safetensors.numpy import save_file
 
 from ptqd_export.bundle.bundle import Bundle
@@ -268,6 +268,17 @@ SECTIONS = {
 """Where tables stand."""
 
 
+def with_rows(section: str, text: str) -> str:
+    """A section of one table with the rows of `text` in the place of its own."""
+    rows = {row_name(line): line for line in text.splitlines() if line.startswith("| ")}
+    return "\n".join(rows.get(row_name(line), line) for line in section.splitlines())
+
+
+def row_name(line: str) -> tuple[str, ...]:
+    """Row, plan and correction of a line of a table; of another line nothing that names one."""
+    return tuple(line.split(" | ")[:3])
+
+
 def main() -> None:
     every = tables()
     parser = argparse.ArgumentParser(
@@ -280,13 +291,20 @@ def main() -> None:
     usual = [name for name in every if name != "paper-250"]  # which takes hours
     parser.add_argument("--only", nargs="+", default=usual, choices=list(every))
     parser.add_argument("--eta", type=float, nargs="+", help="only tables of these")
+    parser.add_argument("--plan", nargs="+", help="only rows of these; what is written keeps the others")
     parser.add_argument("--no-data", action="store_true", help="leave distances to data out")
     parser.add_argument("--write", action="store_true", help="put tables into docs/benchmarks.md")
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     for name in args.only:
         wanted = [of for of in every[name] if args.eta is None or of.eta in args.eta]
+        if args.plan:
+            wanted = [
+                replace(of, lines=[line for line in of.lines if line.plan in args.plan]) for of in wanted
+            ]
         text = "\n\n".join([*(text_of(of, args) for of in wanted), f"{machine()}."])
+        if args.plan:
+            text = with_rows(read_section(SECTIONS[name]), text)
         print(text)
         if args.write:
             write_section(SECTIONS[name], text)
