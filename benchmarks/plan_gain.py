@@ -1,6 +1,6 @@
 """What plans gain: time of whole runs and closeness to full precision, on each CPU backend that works here.
 
-    python benchmarks/plan_gain.py [BUNDLE] [--plan PLAN ...] [--samples 128] [--batch 16] [--write [SECTION]]
+    python benchmarks/plan_gain.py [BUNDLE] [--plan PLAN ...] [--samples 128] [--batch 16] [--write]
 
 Runs of all plans on all backends take turns, one thread each. Closeness is PSNR to the bundle's own full
 precision on the same backend, from the same noise. A run beside the sum of its engine calls says what the
@@ -65,13 +65,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument(
-        "--write",
-        nargs="?",
-        const="plan-gain",
-        choices=("plan-gain", "without-vnni"),
-        help="put the table into this section of the docs",
-    )
+    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     args = parser.parse_args()
     bundle = Bundle.open(args.bundle)
     n = len(bundle.manifest.sampling)
@@ -93,7 +87,7 @@ def main() -> None:
     )
     print(text)
     if args.write:
-        write_section(args.write, text)
+        write_section("plan-gain", text)
 
 
 if __name__ == "__main__":

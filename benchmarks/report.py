@@ -51,7 +51,6 @@ SECTIONS = {
     "ldm-configurations": ROOT / "docs" / "models.md",
     "calibration-cost": _BENCHMARKS,
     "full-size": ROOT / "docs" / "models.md",
-    "without-vnni": ROOT / "docs" / "cpu.md",
     "ray-sampling": ROOT / "docs" / "many-machines.md",
 }
 """{section: the file that it stands in}."""

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..bundle.graph.onnx_file import read_graph
+from ..bundle.protobuf import Malformed
 from ..core.closing import Closing
 from ..core.engine import Array, Feeds, TensorSpec
 from ..errors import BackendUnavailable, GraphError, PTQDError
@@ -34,6 +36,10 @@ CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
 """No search of algorithms at the first run of a shape, and no TF32, which has 10 bits of mantissa."""
 EXTERNAL = "session.optimized_model_external_initializers_file_name"
 """Session option: where the weights of a saved graph go, in its folder."""
+UINT8 = 2
+"""As ONNX counts types."""
+LARGEST_INLINE = 1 << 31
+"""Bytes of a tensor in a graph file."""
 GRAPH_ID, NO_GRAPH = "gpu_graph_id", "-1"
 """Run option: the CUDA graph to capture or replay."""
 MEMORY = ("allocate memory", "bad_alloc", "CUDA failure 2: ", "out of memory")
@@ -47,6 +53,16 @@ def _specs(values: Any) -> tuple[TensorSpec, ...]:
         )
         for v in values
     )
+
+
+def _takes_uint8(path: Path) -> bool:
+    """Whether a graph quantizes values to uint8, as those of the ORT CPU emission alone do."""
+    try:
+        graph = read_graph(path.read_bytes(), LARGEST_INLINE)
+    except (OSError, Malformed):
+        return False
+    points = [node.inputs[2] for node in graph.nodes if node.op == "QuantizeLinear" and len(node.inputs) > 2]
+    return any(name in graph.initializers and graph.initializers[name].dtype == UINT8 for name in points)
 
 
 def _run_options(ort: Any, graph: str) -> Any:
@@ -94,9 +110,8 @@ class OrtEngine(Closing):
             device: where to run; the CPU if None.
             optimised_path: also save the graph as ONNX Runtime runs it, its weights in a file beside it.
             profile: begin of the name of a file of times, which `session.end_profiling` writes.
-            exact: have 8-bit products that saturate here (`ort_device.saturates`) computed exactly. Of graphs
-                of the ORT CPU emission alone: ONNX Runtime spoils weights whose DequantizeLinear it does not
-                fuse, in those of other tools for one.
+            exact: have 8-bit products that saturate here (`ort_device.saturates`) computed exactly; False for
+                graphs of other tools, as their users have them.
             optimise: False runs the graph node by node as it stands in the file: the reference for fused
                 kernels.
         Raises:
@@ -163,9 +178,11 @@ class OrtEngine(Closing):
         options.enable_mem_reuse = self.kind != "cpu"
         # Else weights that alone are quantized make ONNX Runtime quantize their inputs to 8 bits too.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        if exact:
+        if exact and _takes_uint8(self.path):
             # Large weights are taken as U8 then: exact, and slower.
             options.add_session_config_entry("session.x64quantprecision", "1")
+        elif exact:  # that would spoil weights whose DequantizeLinear is not fused
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if self._optimise else level.ORT_DISABLE_ALL
         if optimised_path is not None:

@@ -119,7 +119,7 @@ TOY = FakeGraph(
 
 def onnx_graph(path: Path) -> FakeGraph:
     """An ONNX file, by ONNX Runtime on the CPU when its turn comes."""
-    engine = OrtEngine(path, optimise=False)  # 8-bit products that do not saturate
+    engine = OrtEngine(path, optimise=False)  # else 8-bit products saturate on some processors
     specs = (*engine.specs, *engine.output_specs)
     tensors = {s.name: (s.dtype, tuple(-1 if d is None else d for d in s.shape)) for s in specs}
     return FakeGraph(tensors, engine.outputs, engine)
