@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
 """No search of algorithms at the first run of a shape, and no TF32, which has 10 bits of mantissa."""
 EXTERNAL = "session.optimized_model_external_initializers_file_name"
 """Session option: where the weights of a saved graph go, in its folder."""
+TAKES_UINT8 = (1, 31)
+"""ONNX Runtime's version that is known to make uint8 of weights without a zero point: 1.23 aborts."""
 UINT8 = 2
 """As ONNX counts types."""
 LARGEST_INLINE = 1 << 31
@@ -53,6 +56,10 @@ def _specs(values: Any) -> tuple[TensorSpec, ...]:
         )
         for v in values
     )
+
+
+def _version(ort: Any) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", ort.__version__)[:2]))
 
 
 def _takes_uint8(path: Path) -> bool:
@@ -178,10 +185,10 @@ class OrtEngine(Closing):
         options.enable_mem_reuse = self.kind != "cpu"
         # Else weights that alone are quantized make ONNX Runtime quantize their inputs to 8 bits too.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        if exact and _takes_uint8(self.path):
-            # Large weights are taken as U8 then: exact, and slower.
+        if exact and _version(ort) >= TAKES_UINT8 and _takes_uint8(self.path):
+            # Large weights are taken as uint8 then: exact, and slower.
             options.add_session_config_entry("session.x64quantprecision", "1")
-        elif exact:  # that would spoil weights whose DequantizeLinear is not fused
+        elif exact:  # no integer kernels: that would spoil weights whose DequantizeLinear is not fused
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if self._optimise else level.ORT_DISABLE_ALL

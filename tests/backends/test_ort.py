@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_text import save_text
 
-from ptqd_export.backends import OrtDevice, OrtEngine
+from ptqd_export.backends import OrtDevice, OrtEngine, ort
 from ptqd_export.core.engine import DeviceEngine, Engine, Feeds
 from ptqd_export.errors import BackendUnavailable, GraphError, PTQDError
 from ptqd_export.export.structure import float_convs, op_counts
@@ -298,7 +298,9 @@ def test_structure_of_the_optimised_graph(tmp_path: Path, rng: np.random.Generat
 
 
 @pytest.mark.parametrize("kind", ["conv", "linear"])
-def test_products_of_large_numbers_are_exact(tmp_path: Path, kind: str, rng: np.random.Generator) -> None:
+def test_products_of_large_numbers_are_exact(
+    tmp_path: Path, kind: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Weights and inputs at the ends of their 8 bits, on every processor (microsoft/onnxruntime#14642)."""
     conv = kind == "conv"
     weight = np.where(rng.random((16, 16, 3, 3) if conv else (16, 16)) < 0.1, -127, 127).astype(np.int8)
@@ -326,6 +328,11 @@ def test_products_of_large_numbers_are_exact(tmp_path: Path, kind: str, rng: np.
     with OrtEngine(graph, optimised_path=saved) as fused, OrtEngine(graph, optimise=False) as plain:
         np.testing.assert_allclose(fused(feeds)["epsilon"], plain(feeds)["epsilon"], rtol=1e-6)
     assert op_counts(saved)["QLinearConv" if conv else "MatMulIntegerToFloat"] == 1
+    monkeypatch.setattr(ort, "saturates", lambda: True)
+    monkeypatch.setattr(ort, "TAKES_UINT8", (99, 0))  # an older version: no integer kernels
+    with OrtEngine(graph, optimised_path=saved) as floats, OrtEngine(graph, optimise=False) as plain:
+        np.testing.assert_allclose(floats(feeds)["epsilon"], plain(feeds)["epsilon"], rtol=1e-6)
+    assert not {"QLinearConv", "MatMulIntegerToFloat"} & op_counts(saved).keys()
 
 
 def test_weights_of_a_saved_graph_lie_beside_it(tmp_path: Path, rng: np.random.Generator) -> None:
