@@ -28,8 +28,8 @@ def made_of_timesteps(model: Any) -> list[Any]:
     return list(found.values())
 
 
-def widen_weights(model: Any) -> int:
-    """Make constants in float32 of the weights of quantized layers; returns of how many.
+def widen_weights(model: Any) -> None:
+    """Make constants in float32 of the weights of quantized layers.
 
     For processors where 8-bit products saturate (`ort_device.saturates`). There OpenVINO lets them, or halves
     the weights, which loses their last bit. Such a layer is computed in float32, from the codes that its
@@ -42,8 +42,7 @@ def widen_weights(model: Any) -> int:
 
     found = model.get_ordered_ops()
     if not any(op.get_type_name() == "FakeQuantize" for op in found):
-        return 0  # inputs are float
-    count = 0
+        return  # inputs are float
     for op in found:
         codes, scale = _dequantized(op)
         if codes is not None:
@@ -51,8 +50,6 @@ def widen_weights(model: Any) -> int:
             wide.set_friendly_name(op.get_friendly_name())
             for target in op.output(0).get_target_inputs():
                 target.replace_source_output(wide.output(0))
-            count += 1
-    return count
 
 
 def _dequantized(op: Any) -> tuple[Any, Any]:

@@ -129,7 +129,7 @@ class OrtEngine(Closing):
         device = OrtDevice() if device is None else device
         self.path, self.kind, self.index, self._optimise = path, device.kind, device.index, optimise
         self.captures = False
-        exact = exact and self.kind == "cpu" and saturates()
+        exact = exact and optimise and self.kind == "cpu" and saturates()  # integer kernels are fused ones
         self._session: Any = self._load(device.ort, optimised_path, profile, exact)
         self.specs, self.output_specs = (
             _specs(self._session.get_inputs()),

@@ -68,15 +68,15 @@ def bits(network: QuantizedNetwork) -> dict[str, Precision]:
 def test_sensitive_layers_get_more_bits(call: Call) -> None:
     """Within the budget; the plain precision beside it has one number of bits."""
     said: list[str] = []
-    networks, sensitivities = call(say=said.append, layer_budget=1.5)
+    networks, sensitivities = call(say=said.append, layer_budget=1.2)
     found = sensitivities.pop(MIXED)
     assert not sensitivities and found.layers == INNER and set(found.noise) == set(MIXED.levels)
     assert bits(networks[W4A4]) == dict.fromkeys(INNER, W4A4)
     chosen = bits(networks[MIXED])
     raised = [name for name in INNER if chosen[name] != W4A4]
-    assert raised and {*networks[MIXED].float_macs} == {*EDGES, "mix"}
+    assert 0 < len(raised) < len(INNER) and {*networks[MIXED].float_macs} == {*EDGES, "mix"}
     assert said == [f"w4a4+: {len(raised)} of 4 layers get more bits than w4a4"]
-    assert networks[MIXED].bops <= 1.5 * networks[W4A4].bops
+    assert networks[MIXED].bops <= 1.2 * networks[W4A4].bops
     assert sum(net.bops for net in call(layer_budget=1.0)[0].values()) == 2 * networks[W4A4].bops
     assert bits(call(layer_budget=16.0)[0][MIXED]) == dict.fromkeys(INNER, W8A8)
 
@@ -168,7 +168,7 @@ def test_what_lies_there_decides(call: Call, tmp_path: Path) -> None:
 
 def recipe_at(folder: Path) -> Recipe:
     plan = {"rule": "fixed", "steps": ("w4a4+", "w4a4", "w4a4+"), "sensitivity": "uniform"}
-    quantization = {"precisions": ("w4a4+", "w4a4"), "gate": False, "layer_budget": 1.5}
+    quantization = {"precisions": ("w4a4+", "w4a4"), "gate": False, "layer_budget": 1.2}
     return chain_recipe(folder, "nearest").override(quantization=quantization, plan=plan)
 
 
@@ -180,8 +180,7 @@ def test_a_bundle_of_a_mixed_precision(tmp_path: Path, monkeypatch: pytest.Monke
     m = first.manifest
     by_bits, found = m.layers[MIXED], m.layer_sensitivity[MIXED]
     assert set(m.layers) == {MIXED, W4A4} and set(m.layer_sensitivity) == {MIXED}
-    assert {*by_bits} - {"float", "w4a4"} and {*by_bits} <= {"float", *map(str, MIXED.levels)}
-    assert set(by_bits["float"]) == set(EDGES)
+    assert {*by_bits} > {"float", "w4a4"} and set(by_bits["float"]) == set(EDGES)
     assert set(m.layers[W4A4]) == {"float", "w4a4"} and set(found.layers) == {*INNER, "mix"}
     assert m.bops[W4A4] < m.bops[MIXED] and m.half_bops[MIXED] < m.bops[MIXED]
 

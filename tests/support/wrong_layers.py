@@ -25,6 +25,6 @@ def changed(layer: str, constant: str, change: Callable[[np.ndarray], np.ndarray
         (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name.endswith(constant)]
         tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor).copy()), tensor.name))
         onnx.save(model, file.with_name("changed.onnx"))
-        return OrtEngine(file.with_name("changed.onnx"), exact=False)
+        return OrtEngine(file.with_name("changed.onnx"), optimise=False)
 
     return opened
