@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.graph.onnx_file import read_graph
+from ..bundle.graph.onnx_file import Node, read_graph
 from ..bundle.protobuf import Malformed
 from ..core.closing import Closing
 from ..core.engine import Array, Feeds, TensorSpec
@@ -39,7 +40,7 @@ EXTERNAL = "session.optimized_model_external_initializers_file_name"
 """Session option: where the weights of a saved graph go, in its folder."""
 TAKES_UINT8 = (1, 31)
 """ONNX Runtime's version that is known to make uint8 of weights without a zero point: 1.23 aborts."""
-UINT8 = 2
+UINT8, INT8 = 2, 3
 """As ONNX counts types."""
 LARGEST_INLINE = 1 << 31
 """Bytes of a tensor in a graph file."""
@@ -63,13 +64,36 @@ def _version(ort: Any) -> tuple[int, ...]:
 
 
 def _takes_uint8(path: Path) -> bool:
-    """Whether a graph quantizes values to uint8, as those of the ORT CPU emission alone do."""
+    """Whether ONNX Runtime can make uint8 of a graph's weights, as of those of the ORT CPU emission.
+
+    There each belongs to one product with uint8 values, into which its DequantizeLinear is fused. What is not
+    fused would be spoilt, or end the process: foreign graphs must not get that far.
+    """
     try:
         graph = read_graph(path.read_bytes(), LARGEST_INLINE)
     except (OSError, Malformed):
         return False
-    points = [node.inputs[2] for node in graph.nodes if node.op == "QuantizeLinear" and len(node.inputs) > 2]
-    return any(name in graph.initializers and graph.initializers[name].dtype == UINT8 for name in points)
+    dtypes = {name: tensor.dtype for name, tensor in graph.initializers.items()}
+    results = {value.name for value in graph.outputs}
+    readers: dict[str, list[tuple[Node, int]]] = defaultdict(list)
+    for node in graph.nodes:
+        for place, name in enumerate(node.inputs):
+            readers[name].append((node, place))
+    dequantized = [node for node in graph.nodes if node.op == "DequantizeLinear"]
+    unsigned = {n.outputs[0] for n in dequantized if len(n.inputs) > 2 and dtypes.get(n.inputs[2]) == UINT8}
+
+    def fused(weight: Node) -> bool:
+        if len(readers[weight.inputs[0]]) != 1 or len(readers[weight.outputs[0]]) != 1:
+            return False
+        ((product, place),) = readers[weight.outputs[0]]
+        behind = {node.op for node, _ in readers[product.outputs[0]]}
+        integer = product.op == "MatMul" or (
+            product.op == "Conv" and behind == {"QuantizeLinear"} and product.outputs[0] not in results
+        )
+        return integer and place == 1 and product.inputs[0] in unsigned
+
+    weights = [node for node in dequantized if dtypes.get(node.inputs[0]) == INT8]
+    return bool(weights) and all(map(fused, weights))
 
 
 def _run_options(ort: Any, graph: str) -> Any:
@@ -188,7 +212,7 @@ class OrtEngine(Closing):
         if exact and _version(ort) >= TAKES_UINT8 and _takes_uint8(self.path):
             # Large weights are taken as uint8 then: exact, and slower.
             options.add_session_config_entry("session.x64quantprecision", "1")
-        elif exact:  # no integer kernels: that would spoil weights whose DequantizeLinear is not fused
+        elif exact:  # no integer kernels
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if self._optimise else level.ORT_DISABLE_ALL

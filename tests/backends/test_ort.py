@@ -335,6 +335,41 @@ def test_products_of_large_numbers_are_exact(
     assert not {"QLinearConv", "MatMulIntegerToFloat"} & op_counts(saved).keys()
 
 
+SPOILT = {
+    "two products": "a = MatMul(v, w) b = MatMul(a, w) epsilon = Identity(b)",
+    "no product": "a = MatMul(v, w) b = Add(w, one) epsilon = MatMul(a, b)",
+    "a sum": "a = Add(w, one) epsilon = MatMul(v, a)",
+    "its left side": "a = MatMul(w, v) epsilon = Identity(a)",
+    "floats": "epsilon = MatMul(sample, w)",
+    "a product and a sum": "a = MatMul(v, w) epsilon = Add(a, w)",
+}
+
+
+@pytest.mark.parametrize("lines", SPOILT.values(), ids=SPOILT)
+def test_weights_that_are_not_fused_are_right(
+    tmp_path: Path, lines: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where products saturate too: ONNX Runtime 1.31 would spoil or refuse these for weights made uint8."""
+    graph = save_text(
+        tmp_path / "foreign.onnx",
+        f"""g (float[16, 16] sample) => (float[16, 16] epsilon) {{
+            codes = QuantizeLinear(sample, scale, zero)
+            v = DequantizeLinear(codes, scale, zero)
+            w = DequantizeLinear <axis = 1> (weight, scales)
+            {lines}
+        }}""",
+        numpy_helper.from_array(rng.integers(-127, 128, (16, 16)).astype(np.int8), "weight"),
+        numpy_helper.from_array(np.full(16, 2**-7, np.float32), "scales"),
+        numpy_helper.from_array(np.float32(2**-7), "scale"),
+        numpy_helper.from_array(np.uint8(0), "zero"),
+        numpy_helper.from_array(np.float32(1), "one"),
+    )
+    monkeypatch.setattr(ort, "saturates", lambda: True)
+    feeds = {"sample": rng.uniform(0, 2, (16, 16)).astype(np.float32)}
+    with OrtEngine(graph) as engine, OrtEngine(graph, optimise=False) as plain:
+        np.testing.assert_allclose(engine(feeds)["epsilon"], plain(feeds)["epsilon"], rtol=1e-5)
+
+
 def test_weights_of_a_saved_graph_lie_beside_it(tmp_path: Path, rng: np.random.Generator) -> None:
     """Protobuf holds no more than 2 GB."""
     weight = rng.standard_normal((64, 64)).astype(np.float32)
