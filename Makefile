@@ -68,7 +68,9 @@ test-ray: $(INSTALLED)
 bench: $(INSTALLED)
 	test -d engines/fashion_mnist || $(BIN)/ptqd-export build calib/fashion_mnist --out engines/fashion_mnist
 	$(BIN)/python benchmarks/step_time.py --write
-	$(BIN)/python benchmarks/ort_options.py --write
+	$(BIN)/python benchmarks/step_time.py --threads 1 2 --batch 4 --baseline "ORT fp32, as exported" "OpenVINO + NNCF INT8" --write
+	$(BIN)/python benchmarks/graph_rewrites.py --write
+	$(BIN)/python benchmarks/ort_options.py engines/fashion_mnist benchmarks/out/step-time-unet --rounds 40 --write
 	taskset -c 0 $(BIN)/python benchmarks/switching.py --write
 	$(BIN)/python benchmarks/parity.py --write
 	$(BIN)/python benchmarks/false_alarms.py --write
@@ -77,11 +79,13 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/quality.py --only headline --write
 	$(BIN)/python benchmarks/quality.py --only ablation --samples 512 --write
 	$(BIN)/python benchmarks/quality.py --only paper --samples 256 --write
-	$(BIN)/python benchmarks/plan_gain.py --samples 32 --batch 4 --write
+	$(BIN)/python benchmarks/plan_gain.py --samples 64 --write
+	$(BIN)/python benchmarks/float_layers.py --write
 	$(BIN)/python benchmarks/text_model.py --write
 	$(BIN)/python benchmarks/one_step.py --write
 	$(BIN)/python benchmarks/plan_ranking.py benchmarks/out/ours-eta0-20-5 --samples 128 --write
 	$(BIN)/python benchmarks/rounding.py --n-steps 5 --calib-size 10 --samples 16 --iterations 200 --write
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibration_cost.py --only small middle --calib-size 2 --n-steps 4 --write
 	$(BIN)/python benchmarks/summary.py --write
 	$(BIN)/python benchmarks/samples.py
 	$(BIN)/python benchmarks/recipe_reference.py --write

@@ -168,7 +168,10 @@ def kept_bundle(recipe: Recipe, path: Path) -> Bundle:
     """The bundle of a recipe at `path`, built unless it is there."""
     with contextlib.suppress(PTQDError):
         bundle = Bundle.open(path)
-        if bundle.manifest.provenance.recipe == recipe.to_dict():
+        m = bundle.manifest
+        levels = {p: tuple(found.noise) for p, found in m.layer_sensitivity.items()}
+        known = all(given == tuple(b for b in p.levels if not b.is_float) for p, given in levels.items())
+        if m.provenance.recipe == recipe.to_dict() and known:  # else of an older version
             return bundle
     say(f"building {path.name}")
     return build(recipe, path, say=say)

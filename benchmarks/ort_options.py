@@ -18,29 +18,26 @@ from typing import Any
 import onnxruntime as ort
 from report import REFERENCE_BUNDLE, machine, table, write_section
 
+from ptqd_export.backends import saturates, set_threads
+from ptqd_export.backends.ort import session_options
 from ptqd_export.bundle.bundle import Bundle
 from ptqd_export.core.backend import ORT_CPU
 from ptqd_export.core.precision import FP32, Precision
 from ptqd_export.core.timing import feeds_to_time, time_calls
 
-QUIET = 4
-AS_RUN: Mapping[str, Any] = {"enable_mem_reuse": False}
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "as run": AS_RUN,
+    "as run": {},
     "values in buffers of older ones": {"enable_mem_reuse": True},
-    "no pattern of memory": {**AS_RUN, "enable_mem_pattern": False},
-    "no arena": {**AS_RUN, "enable_cpu_mem_arena": False},
-    "in order of priority": {**AS_RUN, "execution_order": ort.ExecutionOrder.PRIORITY_BASED},
-    "basic fusions alone": {
-        **AS_RUN,
-        "graph_optimization_level": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    },
+    "no pattern of memory": {"enable_mem_pattern": False},
+    "no arena": {"enable_cpu_mem_arena": False},
+    "in order of priority": {"execution_order": ort.ExecutionOrder.PRIORITY_BASED},
+    "basic fusions alone": {"graph_optimization_level": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC},
 }
 
 
 def session(file: Path, variant: str) -> Any:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, QUIET
+    set_threads(1)
+    options, _ = session_options(ort, file, exact=saturates())
     for name, value in VARIANTS[variant].items():
         setattr(options, name, value)
     return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

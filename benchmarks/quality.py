@@ -30,6 +30,7 @@ from ptqd_export.core.backend import ORT_CPU
 from ptqd_export.core.plan import parse_plan
 from ptqd_export.core.precision import FP32, Precision
 from ptqd_export.core.timing import feeds_to_time, time_calls
+from ptqd_export.errors import RecipeError
 from ptqd_export.evaluate import Candidate, evaluate
 from ptqd_export.evaluate.report import Report, Row, show
 from ptqd_export.recipe import Recipe
@@ -254,7 +255,7 @@ def text_of(of: Table, args: argparse.Namespace) -> str:
         rows = [[*row, *taken[key]] for row, key in zip(rows, keys, strict=True)]
     note = (
         f"{report.model}, {report.steps} steps, guidance {report.guidance_scale:g}, {report.backend}; "
-        f"{report.samples} samples of seed {report.seed}, 95 % intervals."
+        f"{report.samples} samples of seed {report.seed}, 95 % intervals. {machine()}."
     )
     return f"**{of.title}**\n\n{table(head, rows)}\n\n{note}"
 
@@ -268,15 +269,50 @@ SECTIONS = {
 """Where tables stand."""
 
 
-def with_rows(section: str, text: str) -> str:
-    """A section of one table with the rows of `text` in the place of its own."""
-    rows = {row_name(line): line for line in text.splitlines() if line.startswith("| ")}
-    return "\n".join(rows.get(row_name(line), line) for line in section.splitlines())
+def chosen(of: Table, args: argparse.Namespace) -> Table:
+    """A table with the rows that are asked for; with none if it is not.
+
+    Raises:
+        SystemExit: a plan is none.
+    """
+    if args.eta is not None and of.eta not in args.eta:
+        return replace(of, lines=())
+    if not args.plan:
+        return of
+    try:
+        plans = [parse_plan(text.replace(" ", ","), of.n_steps) for text in args.plan]
+    except RecipeError as error:
+        sys.exit(f"--plan: {error}")
+    return replace(of, lines=[line for line in of.lines if parse_plan(line.plan, of.n_steps) in plans])
+
+
+def merged(section: str, of: Table, text: str, rows_alone: bool) -> str:
+    """A section with one of its tables measured anew: the whole of it, or rows, and how those were measured.
+
+    Raises:
+        SystemExit: the section does not have the table or a row.
+    """
+    before, heading, rest = section.partition(f"**{of.title}**\n\n")
+    own, following, after = rest.partition("\n\n**")
+    if not heading:
+        sys.exit(f"{of.title}: no such table is there; write all of them first")
+    if not rows_alone:
+        return f"{before}{text}{following}{after}"
+    _, new, note = text.split("\n\n")
+    rows = {row_name(line): line for line in new.splitlines()[3:]}  # after the head and full precision
+    old, *notes = own.split("\n\n")
+    lines = [rows.pop(row_name(line), line) for line in old.splitlines()]
+    if rows:
+        sys.exit(f"{of.title}: it has no row {' | '.join(next(iter(rows)))}; write all of them first")
+    about = f"{', '.join(dict.fromkeys(line.plan for line in of.lines))}, measured later: "
+    notes = [old for old in notes if not old.startswith(about)]
+    notes.append(about + note)
+    return "\n\n".join([f"{before}{heading}" + "\n".join(lines), *notes]) + following + after
 
 
 def row_name(line: str) -> tuple[str, ...]:
-    """Row, plan and correction of a line of a table; of another line nothing that names one."""
-    return tuple(line.split(" | ")[:3])
+    """Row, plan and correction of a line of a table."""
+    return tuple(line.strip("| ").split(" | ")[:3])
 
 
 def main() -> None:
@@ -290,23 +326,24 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     usual = [name for name in every if name != "paper-250"]  # which takes hours
     parser.add_argument("--only", nargs="+", default=usual, choices=list(every))
-    parser.add_argument("--eta", type=float, nargs="+", help="only tables of these")
+    parser.add_argument("--eta", type=float, nargs="+", help="only tables of these; the others are kept")
     parser.add_argument("--plan", nargs="+", help="only rows of these; what is written keeps the others")
     parser.add_argument("--no-data", action="store_true", help="leave distances to data out")
     parser.add_argument("--write", action="store_true", help="put tables into docs/benchmarks.md")
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    for name in args.only:
-        wanted = [of for of in every[name] if args.eta is None or of.eta in args.eta]
-        if args.plan:
-            wanted = [
-                replace(of, lines=[line for line in of.lines if line.plan in args.plan]) for of in wanted
-            ]
-        text = "\n\n".join([*(text_of(of, args) for of in wanted), f"{machine()}."])
-        if args.plan:
-            text = with_rows(read_section(SECTIONS[name]), text)
+    wanted = {name: [one for of in every[name] if (one := chosen(of, args)).lines] for name in args.only}
+    if not any(wanted.values()):
+        sys.exit(f"{', '.join(args.only)}: no rows of --eta {args.eta} and --plan {args.plan}")
+    for name, of_section in wanted.items():
+        texts = [text_of(of, args) for of in of_section]
+        text = "\n\n".join(texts)
+        if args.eta or args.plan:
+            text = read_section(SECTIONS[name])
+            for of, own in zip(of_section, texts, strict=True):
+                text = merged(text, of, own, bool(args.plan))
         print(text)
-        if args.write:
+        if args.write and texts:
             write_section(SECTIONS[name], text)
 
 

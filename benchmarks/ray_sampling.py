@@ -5,10 +5,11 @@
 Per number of workers, while all of them are at work: samples per second, and those of as many processes
 without Ray; seconds of a core per sample, by the workers' own CPU time, which other work on the machine
 disturbs less. Besides, the largest memory of a worker, and the seconds until the first shard, with Ray's
-start. What all of them wrote is compared byte by byte; `--kill` kills a worker half-way in each. A second
-table is computed from the first, for a million samples on 1, 10 and 1,000 machines like this one. `--many`
-samples that many once more, by a worker per core. Of every folder the indices are counted, and a batch of the
-first, the middle and the last shard is drawn again without Ray and compared byte by byte.
+start. What all of them wrote is compared byte by byte. A second table is computed from the first, for a
+million samples on 1, 10 and 1,000 machines like this one. `--many` samples that many once more, by a worker
+per core, one of which `--kill` kills half-way; what is said of it stays until it is done anew. Of every
+folder the indices are counted, and a batch of the first, the middle and the last shard is drawn again without
+Ray and compared byte by byte.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 
-from report import REFERENCE_BUNDLE, machine, table, write_section
+from report import REFERENCE_BUNDLE, machine, read_section, table, write_section
 
 from ptqd_export.backends import set_threads
 from ptqd_export.bundle import Bundle
@@ -42,6 +43,9 @@ HEADER = (
     "memory of a worker, MB",
     "s to the first shard",
 )
+SECTION = "ray-sampling"
+SAME = "shards drawn again without Ray: the same bytes."
+"""How the line of `--many` ends."""
 PLANNED = (1, 10, 1000)
 MILLION = 1_000_000
 
@@ -88,10 +92,15 @@ class Run:
             os.kill(self.killed, signal.SIGKILL)
 
     def window(self) -> tuple[float, int, float]:
-        """Seconds, samples, and the workers' CPU seconds, while all of them, and the same, were at work."""
+        """Seconds, samples, and the workers' CPU seconds, while all of them, and the same, were at work.
+
+        A worker is there before it is at work: as many shards as there are workers are passed over.
+        """
         most = max(len(found) for _, _, found in self.seen)
         spans = [list(span) for _, span in itertools.groupby(self.seen, lambda at: at[2].keys())]
-        span = max((span for span in spans if len(span[0][2]) == most), key=len)
+        span = max((span for span in spans if len(span[0][2]) == most), key=len)[most:]
+        if not span:
+            sys.exit("too few shards to measure: give more --samples")
         begin, end = span[0], span[-1]
         if end is begin:
             sys.exit("too few shards to measure: give more --samples")
@@ -103,8 +112,10 @@ class Run:
         return max(memory for _, _, found in self.seen for _, memory in found.values())
 
 
-def measure(bundle: Bundle, out: Path, samples: int, workers: int, args: argparse.Namespace) -> Run:
-    run = Run(args.kill)
+def measure(
+    bundle: Bundle, out: Path, samples: int, workers: int, args: argparse.Namespace, kill: bool = False
+) -> Run:
+    run = Run(kill)
 
     def advance(more: int) -> None:
         run.advance(more)
@@ -114,7 +125,7 @@ def measure(bundle: Bundle, out: Path, samples: int, workers: int, args: argpars
         bundle, out, samples, workers=workers, batch_size=args.batch_size, shard_size=args.shard_size,
         backend=ORT_CPU, advance=advance,
     )  # fmt: skip
-    if args.kill and not run.killed:
+    if kill and not run.killed:
         sys.exit("no worker was killed: give more --samples")
     return run
 
@@ -179,7 +190,7 @@ def main() -> None:
     parser.add_argument("--shard-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--many", type=int, default=0, help="Sample so many more, by all workers.")
-    parser.add_argument("--kill", action="store_true", help="Kill a worker half-way.")
+    parser.add_argument("--kill", action="store_true", help="Kill a worker half-way in that.")
     parser.add_argument("--write", action="store_true", help="Put the tables into docs/many-machines.md.")
     args = parser.parse_args()
     bundle = Bundle.open(args.bundle)
@@ -198,24 +209,25 @@ def main() -> None:
             alone = without_ray(bundle, args.samples, workers, args.batch_size)
             row = [str(workers), f"{samples / seconds:.2f}", f"{alone:.2f}", f"{cpu / samples:.3f}"]
             rows.append([*row, f"{run.memory / 1e6:.0f}", f"{run.seen[0][0]:.1f}"])
-        more = ""
         if args.many:
             out, began = Path(scratch) / "many", time.monotonic()
-            measure(bundle, out, args.many, cores, args)
+            measure(bundle, out, args.many, cores, args, args.kill)
             minutes = (time.monotonic() - began) / 60
             compared = check_samples(bundle, out, args.many, args.batch_size)
             more = (
                 f"{args.many:,} samples by {cores} workers{killed}: {minutes:.0f} minutes, none missing, "
-                f"none twice, and {compared} of the first, middle and last "
-                "shards drawn again without Ray: the same bytes.\n\n"
+                f"none twice, and {compared} of the first, middle and last {SAME}\n\n"
             )
+        else:
+            kept = (line for line in read_section(SECTION).splitlines() if line.endswith(SAME))
+            more = "".join(f"{line}\n\n" for line in kept)
     if any(folder != folders[0] for folder in folders):
         sys.exit("the folders differ: the number of workers must not decide what is sampled")
     size = sum(map(len, folders[0].values())) / args.samples
     text = (
         f"{table(HEADER, rows)}\n\n{m.sampling.model.name}, {m.sampling.summary}, {m.plan}: {args.samples} "
         f"samples as PNG in Parquet, {args.shard_size} per shard, batches of {args.batch_size}; one thread "
-        f"per worker{killed}. All workers wrote the same bytes. Load by other work when it "
+        f"per worker. All workers wrote the same bytes. Load by other work when it "
         f"began: {load:.1f} on {cores} cores. {machine('onnxruntime', 'ray', 'pyarrow')}.\n\n"
         f"{more}Computed from the last row, for a million samples on machines with {cores} cores like "
         "these:\n\n"
@@ -225,7 +237,7 @@ def main() -> None:
     text += table(columns, planned(cpu / samples, run.memory, size, cores))
     print(text)
     if args.write:
-        write_section("ray-sampling", text)
+        write_section(SECTION, text)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ SECTIONS = {
     "step-time-models": _BENCHMARKS,
     "step-time-threads": _BENCHMARKS,
     "plan-gain": _BENCHMARKS,
+    "graph-rewrites": _BENCHMARKS,
     "ort-options": _BENCHMARKS,
     "float-layers": _BENCHMARKS,
     "parity": _BENCHMARKS,

@@ -111,11 +111,15 @@ def _notes(recipe: Recipe, times: Times) -> list[str]:
     behind = f"; the plan goes by the {judged} of another backend" if judged else ""
     notes = [why + behind for why in times.notes]
     bits = {p.weight_bits for p in recipe.precisions if p.number == "int" and p.activation_bits <= 8}
-    if times.backend == ORT_CPU and 8 in bits and 7 not in bits and backends.saturates():
-        notes.append(
-            "this processor has no VNNI instructions: 8-bit weights run in slower kernels here than those of "
-            "7 bits; --precision w7a8 is worth a try"
-        )
+    if times.backend == ORT_CPU and bits and backends.saturates():
+        without = "this processor has no VNNI instructions: "
+        if not backends.exact_integers():
+            notes.append(f"{without}before 1.31 onnxruntime computes quantized layers in float32 here")
+        elif 8 in bits and 7 not in bits:
+            notes.append(
+                f"{without}8-bit weights run in slower kernels here than those of 7 bits; --precision w7a8 "
+                "is worth a try"
+            )
     if recipe.calibration.held_out < FEW:
         notes.append(
             f"{recipe.calibration.held_out} held-out trajectories: the check of the noise and the sampled "

@@ -16,6 +16,7 @@ from ..calibrate import (
     quantize,
     refine,
     sensitivity,
+    steps_and_weights,
 )
 from ..core.bits import LayerSensitivity, assign
 from ..core.precision import Precision
@@ -63,7 +64,8 @@ def quantize_all(
                 "these in the model, or ask for fp32 or fp16"
             )
         if precision.mixed:
-            name = digest(key, recipe.digest("quantization"), str(precision))[:16]
+            measured = (*map(str, precision.levels), *map(str, steps_and_weights(sampling)))
+            name = digest(key, recipe.digest("quantization"), str(precision), *measured)[:16]
             file = work / f"layer-sensitivity-{name}.json"
             known = _load(file)
             if known is None:

@@ -1,7 +1,7 @@
 """Runtimes behind the one face of `core.engine.Engine`; each imports its library when it is first used."""
 
 from ..core.engine import Device, DeviceEngine
-from .ort import OrtDevice, OrtEngine, set_threads
+from .ort import OrtDevice, OrtEngine, exact_integers, set_threads
 from .ort_device import saturates, threads
 from .registry import available, check, open_device, open_engine
 
@@ -12,6 +12,7 @@ __all__ = [
     "OrtEngine",
     "available",
     "check",
+    "exact_integers",
     "open_device",
     "open_engine",
     "saturates",

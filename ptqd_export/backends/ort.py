@@ -59,10 +59,6 @@ def _specs(values: Any) -> tuple[TensorSpec, ...]:
     )
 
 
-def _version(ort: Any) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", ort.__version__)[:2]))
-
-
 def _takes_uint8(path: Path) -> bool:
     """Whether ONNX Runtime can make uint8 of a graph's weights, as of those of the ORT CPU emission.
 
@@ -79,21 +75,53 @@ def _takes_uint8(path: Path) -> bool:
     for node in graph.nodes:
         for place, name in enumerate(node.inputs):
             readers[name].append((node, place))
-    dequantized = [node for node in graph.nodes if node.op == "DequantizeLinear"]
+    dequantized = [n for n in graph.nodes if n.op == "DequantizeLinear" and len(n.inputs) > 1 and n.outputs]
     unsigned = {n.outputs[0] for n in dequantized if len(n.inputs) > 2 and dtypes.get(n.inputs[2]) == UINT8}
 
     def fused(weight: Node) -> bool:
-        if len(readers[weight.inputs[0]]) != 1 or len(readers[weight.outputs[0]]) != 1:
+        codes, value = readers[weight.inputs[0]], readers[weight.outputs[0]]
+        if len(codes) != 1 or len(value) != 1 or weight.outputs[0] in results:
             return False
-        ((product, place),) = readers[weight.outputs[0]]
-        behind = {node.op for node, _ in readers[product.outputs[0]]}
+        ((product, place),) = value
+        behind = {node.op for name in product.outputs for node, _ in readers[name]}
         integer = product.op == "MatMul" or (
-            product.op == "Conv" and behind == {"QuantizeLinear"} and product.outputs[0] not in results
+            product.op == "Conv" and behind == {"QuantizeLinear"} and results.isdisjoint(product.outputs)
         )
         return integer and place == 1 and product.inputs[0] in unsigned
 
     weights = [node for node in dequantized if dtypes.get(node.inputs[0]) == INT8]
     return bool(weights) and all(map(fused, weights))
+
+
+def session_options(ort: Any, path: Path, kind: Kind = "cpu", exact: bool = False) -> tuple[Any, bool]:
+    """Options of every session, and whether quantized layers may run in integer kernels.
+
+    Args:
+        exact: those saturate here, and must not.
+    """
+    share_pool(ort)
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    options.log_severity_level = QUIET
+    # Values in buffers of older ones cost the CPU time and even memory (docs/benchmarks.md).
+    options.enable_mem_reuse = kind != "cpu"
+    # Else weights that alone are quantized make ONNX Runtime quantize their inputs to 8 bits too.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    integers = not exact or (exact_integers() and _takes_uint8(path))
+    if exact and integers:  # large weights are taken as uint8: exact, and slower
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    elif exact:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options, integers
+
+
+def exact_integers() -> bool:
+    """Whether the installed ONNX Runtime has integer kernels that do not saturate, on any processor.
+
+    Raises:
+        BackendUnavailable: as `runtime`.
+    """
+    return tuple(map(int, re.findall(r"\d+", runtime().__version__)[:2])) >= TAKES_UINT8
 
 
 def _run_options(ort: Any, graph: str) -> Any:
@@ -121,6 +149,7 @@ class OrtEngine(Closing):
 
     Attributes:
         specs, output_specs: of the inputs and of the outputs.
+        integers: quantized layers may run in integer kernels: not where those would be wrong.
         captures: `launch` replays a CUDA graph per set of buffers. Never on the CPU, nor where ONNX Runtime
             leaves a part of the graph to the CPU. Captures belong to the thread that launches.
     """
@@ -201,19 +230,7 @@ class OrtEngine(Closing):
             raise GraphError(f"{self.path} does not exist: give an ONNX file")
         if optimised_path is not None and not optimised_path.parent.is_dir():
             raise GraphError(f"{optimised_path.parent} does not exist: give a folder for the optimised graph")
-        share_pool(ort)
-        options = ort.SessionOptions()
-        options.use_per_session_threads = False
-        options.log_severity_level = QUIET
-        # Values in buffers of older ones cost the CPU time and even memory (docs/benchmarks.md).
-        options.enable_mem_reuse = self.kind != "cpu"
-        # Else weights that alone are quantized make ONNX Runtime quantize their inputs to 8 bits too.
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        if exact and _version(ort) >= TAKES_UINT8 and _takes_uint8(self.path):
-            # Large weights are taken as uint8 then: exact, and slower.
-            options.add_session_config_entry("session.x64quantprecision", "1")
-        elif exact:  # no integer kernels
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options, self.integers = session_options(ort, self.path, self.kind, exact)
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if self._optimise else level.ORT_DISABLE_ALL
         if optimised_path is not None:

@@ -11,8 +11,11 @@ from ..core.engine import Feeds
 from .ort import OrtEngine
 
 
-def operator_seconds(path: Path, feeds: Feeds, calls: int) -> dict[str, float]:
+def operator_seconds(path: Path, feeds: Feeds, calls: int, exact: bool = True) -> dict[str, float]:
     """Seconds per kind of operator in a call of a graph, those that take most first.
+
+    Args:
+        exact: as for `OrtEngine`.
 
     The profiler adds a little to every node, so that shares of many small nodes are too large.
 
@@ -20,7 +23,7 @@ def operator_seconds(path: Path, feeds: Feeds, calls: int) -> dict[str, float]:
         BackendUnavailable, GraphError: as `OrtEngine`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        with OrtEngine(path, profile=Path(folder) / "profile") as engine:
+        with OrtEngine(path, profile=Path(folder) / "profile", exact=exact) as engine:
             own = {name: feeds[name] for name in engine.inputs}
             for _ in range(calls + 1):
                 engine(own)

@@ -147,7 +147,7 @@ def operators(calls: int) -> dict[str, float] | None:
     elif opened.subject.kind != "onnx":
         return None
     assert file is not None  # of an ONNX file
-    return operator_seconds(file, opened.feeds, calls)
+    return operator_seconds(file, opened.feeds, calls, exact=opened.subject.kind == "engine")
 
 
 def run_and_calls() -> tuple[float, float]:

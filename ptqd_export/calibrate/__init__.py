@@ -2,7 +2,7 @@
 
 from .captions import prompts_of
 from .intake import open_model, open_source
-from .layer_noise import given_layers, sensitivity
+from .layer_noise import given_layers, sensitivity, steps_and_weights
 from .measure import measure, measure_own
 from .network import Network
 from .observe import Observed, observe
@@ -42,4 +42,5 @@ __all__ = [
     "sensitivity",
     "set_threads",
     "simulate",
+    "steps_and_weights",
 ]

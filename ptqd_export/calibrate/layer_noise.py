@@ -41,8 +41,7 @@ def sensitivity(
 ) -> LayerSensitivity:
     """The sensitivity of `layers` at each quantized level of a mixed precision, in the portable arithmetic.
 
-    It is measured on SENSITIVITY_SAMPLES trajectories, at the middle of each of SENSITIVITY_STEPS groups of
-    steps, for which it stands.
+    It is measured on SENSITIVITY_SAMPLES trajectories, at `steps_and_weights`.
 
     Args:
         notes: file of what is measured so far, which a stopped measurement leaves to the next one.
@@ -55,8 +54,7 @@ def sensitivity(
         if not level.is_float
     }
     first = networks[precision.levels[0]].layers
-    groups = step_groups(len(sampling), SENSITIVITY_STEPS)
-    steps = [(group[0] + group[-1]) // 2 for group in groups]
+    steps, gains = steps_and_weights(sampling)
     _, x, e, conditions = trajectories.first(SENSITIVITY_SAMPLES)
     power = [float((e[step].astype(np.float64) ** 2).mean()) for step in steps]
     noise: dict[Precision, list[tuple[float, ...]]] = {level: [] for level in networks}
@@ -90,13 +88,22 @@ def sensitivity(
                     del target.forward
                 noise[level].append(tuple(row))
                 _note(noting, name, str(level), row)
-    gains = [float((sampling.schedule.epsilon_gains[group] ** 2).sum()) for group in groups]
     return LayerSensitivity(
         tuple(first),
         tuple(layer.macs for layer in first.values()),
-        tuple(steps),
-        tuple(float(f"{gain:.6g}") for gain in gains),
+        steps,
+        gains,
         {level: tuple(rows) for level, rows in noise.items()},
+    )
+
+
+def steps_and_weights(sampling: Sampling) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The middles of SENSITIVITY_STEPS groups of steps, and the sum of c^2 over each group."""
+    groups = step_groups(len(sampling), SENSITIVITY_STEPS)
+    gains = [float((sampling.schedule.epsilon_gains[group] ** 2).sum()) for group in groups]
+    return (
+        tuple((group[0] + group[-1]) // 2 for group in groups),
+        tuple(float(f"{gain:.6g}") for gain in gains),
     )
 
 

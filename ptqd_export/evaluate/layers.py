@@ -42,7 +42,7 @@ def _sensitive(
     width = max(len(found.layers[i]) for i in order)
     steps = ", ".join(map(str, found.steps))
     title = f"layers of {precision} that make most noise, {len(order)} of {len(found.layers)}: "
-    title += f"c^2 E D^2 / E e^2 of each alone, summed over steps {steps}"
+    title += f"c^2 E D^2 / E e^2 of each alone, a weighted sum of steps {steps}"
     head = f"  {'layer':<{width}}  {'bits':<6}" + "".join(f"{level!s:>10}" for level in totals)
     lines = ["", title, head]
     for i in order:

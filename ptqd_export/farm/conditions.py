@@ -90,25 +90,25 @@ class Conditions:
         Raises:
             RecipeError: a value is missing or of another kind or shape, or the files have changed.
         """
-        pa, pq = pyarrow("a dataset of conditions")
-        tables = []
+        _, pq = pyarrow("a dataset of conditions")
+        found: dict[str, list[Any]] = {name: [] for name in self.columns}
         for part in self.parts:
             first, last = max(rows.start, part.start), min(rows.stop, part.start + part.rows)
             if first < last:
                 try:
                     with pq.ParquetFile(part.file) as file:
                         group = file.read_row_group(part.group, columns=list(self.columns))
-                    tables.append(group.slice(first - part.start, last - first))
-                except (OSError, ValueError) as error:
+                    group = group.slice(first - part.start, last - first)
+                    for name, values in found.items():  # the files may have other types of numbers
+                        values += group[name].to_pylist()
+                except (OSError, ValueError, KeyError) as error:
                     raise RecipeError(f"{part.file} cannot be read ({brief(str(error))})") from error
-        table = pa.concat_tables(tables)
-        if table.num_rows != len(rows):
+        if {len(values) for values in found.values()} != {len(rows)}:
             raise RecipeError(f"{self.parts[0].file.parent} has other rows than when the run began")
         shapes = {spec.name: spec.shape for spec in model.inputs if spec.num_classes is None}
         lists: dict[str, list[Any]] = {}
         tensors: dict[str, Array] = {}
-        for name in self.columns:
-            values = table[name].to_pylist()
+        for name, values in found.items():
             bad = next((i for i, value in enumerate(values) if not _fits(value, name, shapes)), None)
             if bad is not None:
                 raise RecipeError(

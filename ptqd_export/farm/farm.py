@@ -10,7 +10,7 @@ from .. import backends
 from ..bundle import Bundle
 from ..core.backend import ORT_CPU
 from ..core.plan import Plan
-from ..errors import RecipeError
+from ..errors import RecipeError, need
 from ..runtime import Prompted, Runtime, Start, check_batch, check_seed, usual_batch, versions
 from .conditions import Conditions
 from .folder import held_order, open_shards
@@ -93,6 +93,10 @@ def sample_shards(
         pyarrow("--format parquet" if conditions is None else "--conditions")
     plan = m.plan if plan is None else plan
     m.check_plan(plan)
+    need(
+        conditions is None or not (labels or prompted),
+        "conditions were given beside classes or prompts: leave one of them out",
+    )
     if labels:
         info.conditions(list(labels), len(labels))
     data = None if conditions is None else Conditions.open(conditions, info, bool(m.pipeline.encoders))

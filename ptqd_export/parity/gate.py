@@ -93,7 +93,7 @@ def judge_graph(case: Case, sampling: Sampling, trajectories: Trajectories, netw
             if case.correction is None or layers is None:
                 figures: Figures = _check_float_case(case, engine, sampling, trajectories, network)
             else:
-                if integer:
+                if integer and engine.integers:
                     check_structure(case.name, case.file, optimised)
                 fold = check_fold(case.name, engine, case.correction, sampling, trajectories)
                 rounding = HALF if case.emission is Emission.HALF else 0.0

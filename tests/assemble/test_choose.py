@@ -229,6 +229,9 @@ def test_slow_products_are_noted(
     recipe = Recipe().override(quantization={"precisions": tuple(precisions)})
     notes = _notes(recipe, Times(backend, {}, {}))
     assert ["--precision w7a8" in note for note in notes] == [True] * noted
+    monkeypatch.setattr(backends, "exact_integers", lambda: False)
+    older = _notes(recipe, Times(backend, {}, {}))
+    assert ["before 1.31" in note for note in older] == [True] * (saturates and backend == "ort-cpu")
 
 
 def test_a_plan_and_its_rivals_are_sampled_once_each() -> None:

@@ -148,11 +148,11 @@ def test_layers_in_8_bits(
             assert len(report.complaints()) == len(others)
 
 
-@pytest.mark.parametrize("largest", [127, 7])
+@pytest.mark.parametrize(("largest", "scales"), [(127, 8), (7, 8), (127, 0)])
 @pytest.mark.parametrize("inputs", ["all codes", "a window"])
 @pytest.mark.parametrize("kind", ["conv", "grouped", "linear"])
 def test_where_products_saturate(
-    tmp_path: Path, kind: str, inputs: str, largest: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kind: str, inputs: str, largest: int, scales: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layers are computed in float32, from rounded inputs; on every machine as exact arithmetic is."""
     rng = np.random.default_rng(0)
@@ -177,7 +177,7 @@ def test_where_products_saturate(
             epsilon = Tanh(y)
         }}""",
         numpy_helper.from_array(weight, "weight"),
-        numpy_helper.from_array(rng.uniform(1e-5, 1e-4, 8).astype(np.float32), "scales"),
+        numpy_helper.from_array(rng.uniform(1e-5, 1e-4, scales or ()).astype(np.float32), "scales"),
         numpy_helper.from_array(np.float32(0.01), "scale"),
         numpy_helper.from_array(np.int8(0 if inputs == "a window" else -128), "zero"),
         numpy_helper.from_array(np.int8(-1), "low"),

@@ -325,6 +325,7 @@ def test_products_of_large_numbers_are_exact(
     )
     feeds = {"sample": rng.uniform(1.8, 2, (2, *map(int, size.split(", ")))).astype(np.float32)}
     saved = tmp_path / "fused.onnx"
+    assert ort._takes_uint8(graph)
     with OrtEngine(graph, optimised_path=saved) as fused, OrtEngine(graph, optimise=False) as plain:
         np.testing.assert_allclose(fused(feeds)["epsilon"], plain(feeds)["epsilon"], rtol=1e-6)
     assert op_counts(saved)["QLinearConv" if conv else "MatMulIntegerToFloat"] == 1
@@ -364,6 +365,7 @@ def test_weights_that_are_not_fused_are_right(
         numpy_helper.from_array(np.uint8(0), "zero"),
         numpy_helper.from_array(np.float32(1), "one"),
     )
+    assert not ort._takes_uint8(graph)  # where nothing saturates ONNX Runtime would not try
     monkeypatch.setattr(ort, "saturates", lambda: True)
     feeds = {"sample": rng.uniform(0, 2, (16, 16)).astype(np.float32)}
     with OrtEngine(graph) as engine, OrtEngine(graph, optimise=False) as plain:

@@ -64,7 +64,7 @@ def test_the_most_sensitive_layers_come_first(rgb: Built) -> None:
     lines = layer_lines(manifest(rgb, 12))
     start = next(i for i, line in enumerate(lines) if "that make most noise" in line)
     assert lines[start].startswith(f"layers of w4a4+ that make most noise, {MOST} of 12: ")
-    assert lines[start].endswith("summed over steps 0, 3")
+    assert lines[start].endswith("a weighted sum of steps 0, 3")
     assert lines[start + 1].split() == ["layer", "bits", "w4a4", "w4a8", "w8a8"]
     rows = [line.split() for line in lines[start + 2 :]]
     assert [row[0] for row in rows] == [f"block.{i}" for i in range(11, 1, -1)]

@@ -137,6 +137,12 @@ def test_a_batch_that_nobody_asked_for(classes: Built, two: None, tmp_path: Path
         batch("third", 5, shard_size=5)
 
 
+def test_conditions_beside_classes_are_refused(classes: Built, tmp_path: Path) -> None:
+    """A dataset may hold no classes: those that were given would be noted, and not be drawn."""
+    with pytest.raises(RecipeError, match="conditions were given beside classes or prompts"):
+        sample_shards(classes.path, tmp_path / "out", 2, labels=[1], conditions=tmp_path / "c.parquet")
+
+
 def test_errors_of_workers_are_one_line(classes: Built, two: None, tmp_path: Path) -> None:
     """A folder in the place of a shard: its worker's error arrives, and the shards that were done stay."""
     out = tmp_path / "out"

@@ -139,8 +139,11 @@ def test_conditions_from_a_dataset(
     task = task_of(own, 7, data=data)
     sampled(task)
     same(values(task.folder), run(own.bundle, 7, seed=1, batch_size=2, tensors={"context": c}))
-    file = parquet(tmp_path / "labels.parquet", {"class_labels": [4, 3, 2, 1, 0, 0]})
-    task = task_of(classes, 5, data=Conditions.open(file, classes.bundle.manifest.sampling.model, False))
+    folder = tmp_path / "labels"
+    folder.mkdir()
+    for i, labels in enumerate((np.array([4, 3, 2], np.int32), np.array([1, 0, 0], np.int64))):
+        parquet(folder / f"{i}.parquet", {"class_labels": labels})
+    task = task_of(classes, 5, data=Conditions.open(folder, classes.bundle.manifest.sampling.model, False))
     for old in task.folder.iterdir():
         old.unlink()
     sampled(task)
