@@ -33,7 +33,8 @@ from ptqd_export.backends import OrtEngine, set_threads
 from ptqd_export.backends.ort_profile import operator_seconds
 from ptqd_export.calibrate import collect, observe, open_model, quantize
 from ptqd_export.core.backend import Emission
-from ptqd_export.core.engine import Feeds
+from ptqd_export.core.engine import EPSILON, Array, Feeds
+from ptqd_export.core.figures import relative_rms
 from ptqd_export.core.noise import Correction
 from ptqd_export.core.precision import Precision
 from ptqd_export.core.quant import QuantizedNetwork
@@ -45,6 +46,7 @@ from ptqd_export.export.graph import Builder, producer, prune, take_over, with_o
 
 ORT = Emission.ORT_CPU
 FULL, BUILT = "fp32, as exported", "as built"
+MOST_OFF = 0.3
 FEWEST_SHARE = 0.02
 """Of a kind of operator that gets a column."""
 Graphs = Mapping[str, Callable[[], ir.Model]]
@@ -224,11 +226,17 @@ def measure(
     for batch in batches:
         feeds = feeds_to_time(written.sampling.conditional, batch)
         with tempfile.TemporaryDirectory() as tmp, ExitStack() as stack:
-            calls = {}
+            calls: dict[str, Callable[[], dict[str, Array]]] = {}
+            built = None
             for i, (name, make) in enumerate(graphs_of(written, feeds).items()):
                 save({str(i): make()}, Path(tmp), f"{i}.weights")
                 engine = stack.enter_context(OrtEngine(Path(tmp) / f"{i}.onnx", exact=False))
                 calls[name] = partial(engine, {key: feeds[key] for key in engine.inputs})
+                found = calls[name]()[EPSILON]
+                built = found if built is None else built
+                off = relative_rms(found, built)
+                if off > MOST_OFF:  # quantization alone makes less
+                    sys.exit(f"{name}: differs from the graph that is built by {off:.0%} of its RMS")
             for name, taken in time_calls(calls, repeats=rounds).items():
                 seconds.setdefault(name, []).append(taken)
             shares = shares or operator_seconds(Path(tmp) / "0.onnx", feeds, calls=rounds)
