@@ -85,7 +85,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/one_step.py --write
 	$(BIN)/python benchmarks/plan_ranking.py benchmarks/out/ours-eta0-20-5 --samples 128 --write
 	$(BIN)/python benchmarks/rounding.py --n-steps 5 --calib-size 10 --samples 16 --iterations 200 --write
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibration_cost.py --only small middle --calib-size 2 --n-steps 4 --write
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibration_cost.py --calib-size 2 --n-steps 4 --write
 	$(BIN)/python benchmarks/summary.py --write
 	$(BIN)/python benchmarks/samples.py
 	$(BIN)/python benchmarks/recipe_reference.py --write
