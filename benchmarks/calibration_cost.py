@@ -86,9 +86,10 @@ def main() -> None:
         print(" ".join(kept[name]["row"]))
     rows = [kept[name]["row"] for name in SIZES if name in kept]
     threads = os.environ.get("OMP_NUM_THREADS", "all")
+    threads += " thread" if threads == "1" else " threads"
     text = (
         f"{table(HEADER, rows)}\n\n{kept.machines()}. Calibrated on {options.calib_size} samples of "
-        f"{options.n_steps} steps; w8a8, w4a8 and w4a4; {threads} threads."
+        f"{options.n_steps} steps; w8a8, w4a8 and w4a4; {threads}."
     )
     print(text)
     if options.write:
