@@ -12,6 +12,7 @@ Runtime's profiler, which adds a little to every node. To see whether it works: 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -39,7 +40,7 @@ from ptqd_export.core.noise import Correction
 from ptqd_export.core.precision import Precision
 from ptqd_export.core.quant import QuantizedNetwork
 from ptqd_export.core.sampling import Sampling
-from ptqd_export.core.timing import feeds_to_time, time_calls
+from ptqd_export.core.timing import feeds_to_time, time_rounds
 from ptqd_export.export import export_fp, fold, insert_qdq, lower, save
 from ptqd_export.export.dialect import ATTENTION
 from ptqd_export.export.graph import Builder, producer, prune, take_over, with_outputs
@@ -219,9 +220,9 @@ def _weight(node: ir.Node) -> ir.Node | None:
 
 def measure(
     written: Written, batches: list[int], rounds: int
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds by row and batch, and by kind of operator of the graph as built, at the first batch."""
-    seconds: dict[str, list[float]] = {}
+) -> tuple[dict[str, list[list[float]]], dict[str, float]]:
+    """Seconds of each round, by row and batch; and by kind of operator, as built, at the first batch."""
+    seconds: dict[str, list[list[float]]] = {}
     shares: dict[str, float] = {}
     for batch in batches:
         feeds = feeds_to_time(written.sampling.conditional, batch)
@@ -237,10 +238,18 @@ def measure(
                 off = relative_rms(found, built)
                 if off > MOST_OFF:  # quantization alone makes less
                     sys.exit(f"{name}: differs from the graph that is built by {off:.0%} of its RMS")
-            for name, taken in time_calls(calls, repeats=rounds).items():
+            for name, taken in time_rounds(calls, rounds).items():
                 seconds.setdefault(name, []).append(taken)
             shares = shares or operator_seconds(Path(tmp) / "0.onnx", feeds, calls=rounds)
     return seconds, shares
+
+
+def slower(own: list[float], built: list[float]) -> str:
+    """How much longer a call takes, by the median of the rounds' ratios, with two standard errors of it."""
+    ratios = np.array(own) / np.array(built)
+    median = float(np.median(ratios))
+    deviation = 1.4826 * float(np.median(np.abs(ratios - median)))
+    return f"{median - 1:+.1%} ± {2 * 1.2533 * deviation / math.sqrt(len(ratios)):.1%}"
 
 
 def main() -> None:
@@ -267,7 +276,7 @@ def main() -> None:
         cells = []
         for found in times:
             for own, built in zip(found[name], found[BUILT], strict=True):
-                cells.append(f"{own * 1e3:.1f} ms" if name == BUILT else f"{own / built - 1:+.1%}")
+                cells.append(f"{np.median(own) * 1e3:.1f} ms" if name == BUILT else slower(own, built))
         rows.append([name, *cells])
     kinds = dict.fromkeys(
         kind for of in profiles.values() for kind, s in of.items() if s >= FEWEST_SHARE * sum(of.values())
@@ -277,7 +286,7 @@ def main() -> None:
         for key, of in profiles.items()
     ]
     threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
-    how = f"{args.precision}, {threads}, medians of {args.rounds} rounds in turn"
+    how = f"{args.precision}, {threads}; medians of {args.rounds} rounds in turn, ± two standard errors"
     text = (
         f"{table(['graph', *columns], rows)}\n\n{how}. {machine('onnxruntime')}.\n\nShares of a call's time "
         f"by ONNX Runtime's operators, batch {args.batch[0]}:\n\n{table(['graph as built', *kinds], shares)}"
