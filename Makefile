@@ -69,7 +69,7 @@ bench: $(INSTALLED)
 	test -d engines/fashion_mnist || $(BIN)/ptqd-export build calib/fashion_mnist --out engines/fashion_mnist
 	$(BIN)/python benchmarks/step_time.py --write
 	$(BIN)/python benchmarks/step_time.py --threads 1 2 --batch 4 --baseline "ORT fp32, as exported" "OpenVINO + NNCF INT8" --write
-	$(BIN)/python benchmarks/graph_rewrites.py --models reference unet cifar --rounds 30 --write
+	$(BIN)/python benchmarks/graph_rewrites.py --models reference unet cifar --rounds 15 --write
 	$(BIN)/python benchmarks/ort_options.py engines/fashion_mnist benchmarks/out/step-time-unet --rounds 40 --write
 	taskset -c 0 $(BIN)/python benchmarks/switching.py --write
 	$(BIN)/python benchmarks/parity.py --write
