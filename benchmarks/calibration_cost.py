@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from architectures import ARCHITECTURES
 from diffusers import DDIMScheduler, UNet2DModel
-from report import OUT, Kept, command_cost, machine, table, write_section
+from report import OUT, Kept, command_cost, count_threads, machine, table, write_section
 
 SIZES = {"small": (64, 128, 128), "middle": (128, 256, 384), "large": (256, 512, 640)}
 """Channels of the levels."""
@@ -85,8 +85,7 @@ def main() -> None:
             kept.keep(name, measure(name, Path(folder), options))
         print(" ".join(kept[name]["row"]))
     rows = [kept[name]["row"] for name in SIZES if name in kept]
-    threads = os.environ.get("OMP_NUM_THREADS", "all")
-    threads += " thread" if threads == "1" else " threads"
+    threads = count_threads(os.environ.get("OMP_NUM_THREADS", "all"))
     text = (
         f"{table(HEADER, rows)}\n\n{kept.machines()}. Calibrated on {options.calib_size} samples of "
         f"{options.n_steps} steps; w8a8, w4a8 and w4a4; {threads}."

@@ -28,7 +28,7 @@ import numpy as np
 import onnx_ir as ir
 from architectures import REFERENCE, recipe_of
 from onnx_ir.convenience import get_const_tensor
-from report import machine, table, write_section
+from report import count_threads, machine, table, write_section
 
 from ptqd_export.backends import OrtEngine, set_threads
 from ptqd_export.backends.ort_profile import operator_seconds
@@ -150,10 +150,11 @@ def without_time(model: ir.Model, feeds: Feeds) -> ir.Model:
         of_time = any(value in known for value in inputs)
         if of_time and all(value in known or value.is_initializer() for value in inputs):
             known.update(node.outputs)
+    inside = {value.producer() for value in known} - {None}
     border = [
         value
         for value in known
-        if value.producer() is not None and any(use not in _producers(known) for use, _ in value.uses())
+        if value.producer() in inside and any(use not in inside for use, _ in value.uses())
     ]
     with tempfile.TemporaryDirectory() as tmp:
         save({"border": with_outputs(model, [str(value.name) for value in border])}, Path(tmp), None)
@@ -163,10 +164,6 @@ def without_time(model: ir.Model, feeds: Feeds) -> ir.Model:
     for value in border:
         value.replace_all_uses_with(build.const(f"{value.name}.at_once", found[str(value.name)]))
     return prune(model)
-
-
-def _producers(values: set[ir.Value]) -> set[ir.Node]:
-    return {node for node in (value.producer() for value in values) if node is not None}
 
 
 def projected_at_once(model: ir.Model) -> ir.Model:
@@ -286,8 +283,8 @@ def main() -> None:
         [key, *(f"{of.get(kind, 0) / sum(of.values()):.1%}" for kind in kinds)]
         for key, of in profiles.items()
     ]
-    threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
-    how = f"{args.precision}, {threads}; medians of {args.rounds} rounds in turn, ± two standard errors"
+    rounds = f"medians of {args.rounds} rounds in turn, ± two standard errors"
+    how = f"{args.precision}, {count_threads(args.threads)}; {rounds}"
     text = (
         f"{table(['graph', *columns], rows)}\n\n{how}. {machine('onnxruntime')}.\n\nShares of a call's time "
         f"by ONNX Runtime's operators, batch {args.batch[0]}:\n\n{table(['graph as built', *kinds], shares)}"

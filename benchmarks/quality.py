@@ -305,7 +305,7 @@ def merged(section: str, of: Table, text: str, rows_alone: bool) -> str:
     if rows:
         sys.exit(f"{of.title}: it has no row {' | '.join(next(iter(rows)))}; write all of them first")
     about = f"{', '.join(dict.fromkeys(line.plan for line in of.lines))}, measured later: "
-    notes = [old for old in notes if not old.startswith(about)]
+    notes = [one for one in notes if not one.startswith(about)]
     notes.append(about + note)
     return "\n\n".join([f"{before}{heading}" + "\n".join(lines), *notes]) + following + after
 

@@ -62,6 +62,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [list(header), ["---"] * len(header), *rows])
 
 
+def count_threads(n: int | str) -> str:
+    """A number of threads, or "all"."""
+    return f"{n} thread" if str(n) == "1" else f"{n} threads"
+
+
 def read_tables(text: str) -> list[list[dict[str, str]]]:
     """The Markdown tables of a text: a row is {column: cell}."""
     found: list[list[dict[str, str]]] = []

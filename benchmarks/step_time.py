@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from architectures import ARCHITECTURES, REFERENCE, kept_bundle, quickly, say, write_model
-from report import OUT, REFERENCE_BUNDLE, machine, table, write_section
+from report import OUT, REFERENCE_BUNDLE, count_threads, machine, table, write_section
 
 from ptqd_export.bench import BASELINES, Bench, Settings, bench, make_baselines
 from ptqd_export.bundle.bundle import Bundle
@@ -77,7 +77,7 @@ def threads_text(columns: dict[str, dict[int, Bench]], rounds: int) -> str:
         fewest = min(of)
         once = {row.name: row.median for row in of[fewest].rows}
         for threads, found in sorted(of.items()):
-            header.append(f"{title}, {_threads(threads)}")
+            header.append(f"{title}, {count_threads(threads)}")
             median = {row.name: row.median for row in found.rows}
             for row in rows:
                 own = median.get(row[0])
@@ -91,11 +91,7 @@ def threads_text(columns: dict[str, dict[int, Bench]], rounds: int) -> str:
 
 
 def call(batch: int, threads: int) -> str:
-    return f"batch {batch}, {_threads(threads)}"
-
-
-def _threads(n: int) -> str:
-    return f"{n} thread{'s' * (n > 1)}"
+    return f"batch {batch}, {count_threads(threads)}"
 
 
 def main() -> None:

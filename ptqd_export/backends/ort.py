@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.graph.onnx_file import Node, read_graph
+from ..bundle.graph.onnx_file import INT8, UINT8, Node, read_graph
 from ..bundle.protobuf import Malformed
 from ..core.closing import Closing
 from ..core.engine import Array, Feeds, TensorSpec
@@ -40,8 +40,6 @@ EXTERNAL = "session.optimized_model_external_initializers_file_name"
 """Session option: where the weights of a saved graph go, in its folder."""
 TAKES_UINT8 = (1, 31)
 """ONNX Runtime's version that is known to make uint8 of weights without a zero point: 1.23 aborts."""
-UINT8, INT8 = 2, 3
-"""As ONNX counts types."""
 LARGEST_INLINE = 1 << 31
 """Bytes of a tensor in a graph file."""
 GRAPH_ID, NO_GRAPH = "gpu_graph_id", "-1"

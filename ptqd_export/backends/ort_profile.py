@@ -14,11 +14,10 @@ from .ort import OrtEngine
 def operator_seconds(path: Path, feeds: Feeds, calls: int, exact: bool = True) -> dict[str, float]:
     """Seconds per kind of operator in a call of a graph, those that take most first.
 
-    Args:
-        exact: as for `OrtEngine`.
-
     The profiler adds a little to every node, so that shares of many small nodes are too large.
 
+    Args:
+        exact: as for `OrtEngine`.
     Raises:
         BackendUnavailable, GraphError: as `OrtEngine`.
     """

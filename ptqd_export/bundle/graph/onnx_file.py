@@ -84,7 +84,7 @@ BITS = {
     22: 4,  # INT4
 }
 """Of an element, by data type: all but text, complex numbers and what no backend computes with."""
-FLOAT32, INT64 = 1, 7
+FLOAT32, UINT8, INT8, INT64 = 1, 2, 3, 7
 INPUT_TAG, OUTPUT_TAG, NODE_NAME_TAG = 1 << 3 | 2, 2 << 3 | 2, 3 << 3 | 2
 NAME_TAG = 1 << 3 | 2
 MAX_TEXT = 1024
