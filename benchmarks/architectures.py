@@ -13,6 +13,7 @@ from report import REFERENCE_MODEL
 
 from ptqd_export import Recipe, build
 from ptqd_export.bundle.bundle import Bundle
+from ptqd_export.core.bits import to_measure
 from ptqd_export.errors import PTQDError
 
 REFERENCE = "reference"
@@ -170,7 +171,7 @@ def kept_bundle(recipe: Recipe, path: Path) -> Bundle:
         bundle = Bundle.open(path)
         m = bundle.manifest
         measured = m.layer_sensitivity.items()
-        known = all(set(found.noise) == {b for b in p.levels if not b.is_float} for p, found in measured)
+        known = all(set(found.noise) == set(to_measure(p)) for p, found in measured)
         if m.provenance.recipe == recipe.to_dict() and known:  # else of an older version
             return bundle
     say(f"building {path.name}")

@@ -32,7 +32,7 @@ from ..calibrate.sequential import STAGES, STRIDE
 from ..calibrate.sizes import part_elements
 from ..calibrate.speed import Speed, measure_speed
 from ..core.backend import Emission
-from ..core.bits import most_operations
+from ..core.bits import most_operations, to_measure
 from ..core.estimate import Estimate, PrecisionEstimate
 from ..core.memory import available_bytes
 from ..core.precision import FLOAT_BITS, HALF_BITS, Precision
@@ -149,7 +149,7 @@ def count_evaluations(
         if p.mixed:
             layers = sum(used is not None for used in given[p].values())
             looks = min(SENSITIVITY_STEPS, steps) * min(SENSITIVITY_SAMPLES, spec.size)
-            calibration += layers * sum(not level.is_float for level in p.levels) * looks
+            calibration += layers * len(to_measure(p)) * looks
         calibration += _rounding(recipe, p, steps, len(sampling.model.labels))
     own = spec.trajectory == "own"
     once = every + spec.size * steps if own else every
@@ -201,17 +201,17 @@ def _of_precision(
     ]
     inside = sum(macs for macs, _, _ in rows)
 
-    def count(float_bits: int) -> tuple[int, int]:
-        """Bit operations, and how many of them a choice may add."""
+    def count(float_bits: int) -> int:
+        """Bit operations, with those that a choice may add."""
         spent, room = bit_operations(precision, rows, _macs(counted) - inside, float_bits), 0
         if precision.mixed:
             most = most_operations(precision, recipe.quantization.layer_budget, float_bits)
             room = max(0, int(inside * most) - sum(macs * wide * high for macs, wide, high in rows))
-        return spent + room, room
+        return spent + room
 
-    (whole, room), (half, _) = count(FLOAT_BITS), count(HALF_BITS)
+    undecided = precision.mixed and precision.base in given.values()
     layers = Counter("float" if used is None else str(used) for used in given.values())
-    return PrecisionEstimate(precision, dict(layers), whole, half, room > 0)
+    return PrecisionEstimate(precision, dict(layers), count(FLOAT_BITS), count(HALF_BITS), undecided)
 
 
 def _shape(network: Network, name: str, counted: Outline) -> Shape:

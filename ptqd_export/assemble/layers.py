@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ..calibrate import (
     sensitivity,
     steps_and_weights,
 )
-from ..core.bits import LayerSensitivity, assign
+from ..core.bits import LayerSensitivity, assign, to_measure
 from ..core.precision import Precision
 from ..core.quant import Geometry, QuantizedNetwork
 from ..core.sampling import Sampling
@@ -64,7 +65,7 @@ def quantize_all(
                 "these in the model, or ask for fp32 or fp16"
             )
         if precision.mixed:
-            measured = (*map(str, precision.levels), *map(str, steps_and_weights(sampling)))
+            measured = (*map(str, to_measure(precision)), *map(str, steps_and_weights(sampling)))
             name = digest(key, recipe.digest("quantization"), str(precision), *measured)[:16]
             file = work / f"layer-sensitivity-{name}.json"
             known = _load(file)
@@ -77,11 +78,10 @@ def quantize_all(
                 say(f"{precision}: the noise of single layers is taken up from a stopped build")
             found[precision] = known
             by_hand = given_layers(recipe, known.layers)
-            assigned = assign(known, precision.levels, spec.layer_budget, by_hand)
-            base, *higher = precision.levels
-            raised = sum(assigned[n] in higher for n in known.layers)
-            what = "stay float" if higher[-1].is_float else f"get more bits than {base}"
-            say(f"{precision}: {raised} of {len(assigned)} layers {what}")
+            assigned = assign(known, precision.levels, precision.base, spec.layer_budget, by_hand)
+            counts = sorted(Counter(assigned.values()).items())
+            given_bits = (f"{count} {'float' if level.is_float else level}" for level, count in counts)
+            say(f"{precision}: of {len(assigned)} layers {', '.join(given_bits)}")
         start = quantize(network, seen, precision, recipe, assigned).exported(exported)
         quantized[precision] = refine(network, sampling, start, trajectories, recipe, work / "codes", key)
     return quantized, found

@@ -76,7 +76,7 @@ def check_layers(
         quantized = {n for bits, names in named if bits != "float" or may_be_float for n in names}
         if unknown := [name for name in own.layers if name not in quantized]:
             raise RecipeError(f"a sensitivity of {brief(unknown[0])}, which is not quantized at {precision}")
-        if not {levels[0]} <= set(own.noise) <= set(levels):
+        if not {precision.base} <= set(own.noise) <= set(levels):
             expected = ", ".join(map(str, levels))
             raise RecipeError(f"sensitivities of {precision} are of other precisions than {expected}")
         if len(set(own.steps)) < len(own.steps) or not set(own.steps) <= set(range(n_steps)):

@@ -12,7 +12,7 @@ from typing import TextIO
 import numpy as np
 
 from ..core.backend import Emission
-from ..core.bits import LayerSensitivity
+from ..core.bits import LayerSensitivity, to_measure
 from ..core.precision import Precision
 from ..core.sampling import Sampling
 from ..core.sensitivity import step_groups
@@ -39,7 +39,7 @@ def sensitivity(
     layers: Collection[str],
     notes: Path,
 ) -> LayerSensitivity:
-    """The sensitivity of `layers` at each quantized level of a mixed precision, in the portable arithmetic.
+    """The sensitivity of `layers` to a mixed precision (`to_measure`), in the portable arithmetic.
 
     It is measured on SENSITIVITY_SAMPLES trajectories, at `steps_and_weights`.
 
@@ -49,11 +49,9 @@ def sensitivity(
         ModelError: nothing is left to quantize.
     """
     networks = {
-        level: quantize(network, observed, level, recipe).only(layers)
-        for level in precision.levels
-        if not level.is_float
+        level: quantize(network, observed, level, recipe).only(layers) for level in to_measure(precision)
     }
-    first = networks[precision.levels[0]].layers
+    first = networks[precision.base].layers
     steps, gains = steps_and_weights(sampling)
     _, x, e, conditions = trajectories.first(SENSITIVITY_SAMPLES)
     power = [float((e[step].astype(np.float64) ** 2).mean()) for step in steps]

@@ -91,7 +91,7 @@ def layer_precisions(
             or any(fnmatch.fnmatchcase(name, glob) for glob in recipe.quantization.skip)
             or (name in edges and recipe.quantization.edge_layers == "float")
         )
-        usual = (assigned or {}).get(name, precision.levels[0])
+        usual = (assigned or {}).get(name, precision.base)
         if name in edges and not usual.is_float:
             usual = _edge(precision)
         given[name] = None if stays or usual.is_float else usual

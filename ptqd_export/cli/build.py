@@ -45,8 +45,8 @@ ENGINES = Path("engines")
     "--precision",
     "precisions",
     multiple=True,
-    help="fp32, fp16, w8a8, w4a8, w4a4, w8a8-fp8, w4a16, w4a4+ (layers that carry most of the noise get more "
-    "bits), w8a8+ (they stay float), ...; repeat for several.",
+    help="fp32, fp16, w8a8, w4a8, w4a4, w8a8-fp8, w4a16, w4a4+ (bits dealt out among layers by the noise "
+    "that each makes), w8a8+ (the noisiest stay float), ...; repeat for several.",
 )
 @click.option("--solver", type=click.Choice(SOLVERS), help="Default: what the scheduler config names.")
 @click.option("--n-steps", type=int, help="Denoising steps.")

@@ -29,7 +29,7 @@ def estimate_text(e: Estimate) -> str:
 def _precision(one: PrecisionEstimate, macs: int) -> str:
     layers = ", ".join(f"{count} {bits}" for bits, count in one.layers.items())
     shares = one.bops / (macs * FLOAT_BITS**2), one.half_bops / (macs * FLOAT_BITS**2)
-    what = "stay float" if one.precision.levels[-1].is_float else "get more bits"
+    what = "stay float" if one.precision.levels[-1].is_float else "get other bits"
     more = f"; some layers will {what}, by measured noise" if one.open else ""
     most = "at most " if one.open else ""
     return (

@@ -109,6 +109,8 @@ class Backend:
             return "E4M3 x E4M3 at layer inputs, float16 in between" if half else f"E4M3 emulated in {floats}"
         widths = ((precision.weight_bits, "weights"), (precision.activation_bits, "activations"))
         narrow = ", ".join(f"{bits}-bit {what} on a grid inside INT8" for bits, what in widths if bits < 8)
+        if precision.mixed and narrow:
+            narrow = "each layer's bits on a grid inside INT8"
         kernel = (
             "QLinearConv: U8 activations (zero_point 128) x S8 weights, conv outputs in 8 bits"
             if self.emission is Emission.ORT_CPU

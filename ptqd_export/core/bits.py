@@ -1,15 +1,15 @@
 """Bits per layer: which layers of a mixed precision get more bits than the rest.
 
 A few layers carry most of the noise (MixDQ, Zhao et al. 2024). Noise of different layers is uncorrelated to a
-good approximation, so the noise of a choice is the sum over layers of what each makes alone; what is left is
-a knapsack: least noise within a budget, of bit operations where integers alone are to choose from, of time
-where float layers are.
+good approximation, and so is that of a layer's weights and of its inputs: the noise of a choice is the sum of
+what each makes alone. What is left is a knapsack: least noise within a budget, of bit operations where
+integers alone are to choose from, of time where float layers are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class LayerSensitivity:
         steps: S steps at which it was measured.
         weights: how much the noise of each of them counts, c_i^2 of the sampler, summed over the steps for
             which it stands.
-        noise: E D^2 / E e^2 by the precision of the layer, (L, S); float layers make none.
+        noise: E D^2 / E e^2 by the precision of the layer (`to_measure`), (L, S); float layers make none.
     """
 
     layers: tuple[str, ...]
@@ -51,30 +51,54 @@ class LayerSensitivity:
             raise RecipeError("a table of sensitivities without layers or steps, or with numbers below 0")
 
     def total(self, precision: Precision) -> tuple[float, ...]:
-        """Noise of each layer, weighted over the steps."""
+        """Noise of each layer, weighted over the steps.
+
+        What was not measured has weights of a bit less than something that was: they add as much as with
+        inputs of 8 bits.
+        """
         if precision.is_float:
             return (0.0,) * len(self.layers)
-        return tuple(float(np.dot(row, self.weights)) for row in self.noise[precision])
+        if precision in self.noise:
+            return tuple(float(np.dot(row, self.weights)) for row in self.noise[precision])
+        wider = replace(precision, weight_bits=precision.weight_bits + 1)
+        more, few, many = (
+            self.total(p)
+            for p in (wider, replace(precision, activation_bits=8), replace(wider, activation_bits=8))
+        )
+        return tuple(n + max(0.0, a - b) for n, a, b in zip(more, few, many, strict=True))
+
+
+def to_measure(precision: Precision) -> tuple[Precision, ...]:
+    """The quantized levels of a mixed precision whose noise `LayerSensitivity.total` cannot derive."""
+    base = precision.base
+    return tuple(
+        level
+        for level in precision.levels
+        if not level.is_float and (level.weight_bits >= base.weight_bits or level.activation_bits == 8)
+    )
 
 
 def assign(
-    sensitivity: LayerSensitivity, levels: Sequence[Precision], budget: float, given: Mapping[str, Precision]
+    sensitivity: LayerSensitivity,
+    levels: Sequence[Precision],
+    base: Precision,
+    budget: float,
+    given: Mapping[str, Precision],
 ) -> dict[str, Precision]:
     """The precision of each layer, with the least noise that is predicted within a budget.
 
-    Raises layers level by level, along the lower convex hull of (cost, noise) of each, in order of noise
-    saved per cost; a step that does not fit is left out. The cost is in bit operations, or in estimated time
-    if one of the levels is float.
+    Raises layers level by level, from the lowest and along the lower convex hull of (cost, noise) of each, in
+    order of noise saved per cost; a step that does not fit is left out. The cost is in bit operations, or in
+    estimated time if one of the levels is float.
 
     Args:
-        levels: fewest bits first (`Precision.levels`).
-        budget: cost of all layers, relative to that with the lowest level everywhere.
+        levels: the least cost first (`Precision.levels`).
+        base, budget: cost of all layers, relative to that with `base` everywhere.
         given: layers that are decided; their cost counts.
     """
-    base = levels[0]
     cost_of = _time if levels[-1].is_float else _operations
     noise = {level: sensitivity.total(level) for level in levels}
-    chosen = {name: given.get(name, base) for name in sensitivity.layers}
+    chosen = {name: given.get(name, levels[0]) for name in sensitivity.layers}
     room = sum(sensitivity.macs) * cost_of(base) * budget
     room -= sum(
         macs * cost_of(chosen[name]) for name, macs in zip(sensitivity.layers, sensitivity.macs, strict=True)
@@ -99,15 +123,15 @@ def most_operations(precision: Precision, budget: float, float_bits: int = FLOAT
     Args:
         float_bits: the width at which float layers are counted.
     """
-    base, *_, highest = precision.levels
-    if not highest.is_float:
-        return _operations(base) * budget
+    operations = precision.base.operations
+    if not precision.levels[-1].is_float:
+        return operations * budget
     share = min(1.0, (budget - 1) / (FLOAT_TIME - 1))
-    return _operations(base) + share * (float_bits**2 - _operations(base))
+    return operations + share * (float_bits**2 - operations)
 
 
 def _operations(precision: Precision) -> float:
-    return precision.weight_bits * precision.activation_bits
+    return precision.operations
 
 
 def _time(precision: Precision) -> float:

@@ -18,7 +18,7 @@ class PrecisionEstimate:
             at its lowest level.
         bops, half_bops: bit operations of one evaluation for one sample, with float parts of 32 and of 16
             bits; of a mixed precision what its budget allows.
-        open: single layers will get more bits, by measured noise.
+        open: what single layers get is decided by measured noise.
     """
 
     precision: Precision

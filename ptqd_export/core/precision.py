@@ -17,6 +17,11 @@ MORE_BITS = (1, 2)
 
 Each takes 6 dB off their noise, so that one more for many layers is worth as much as 8 for a few.
 """
+FEWER_BITS = 1
+"""Bits that weights of single layers may get less there.
+
+Rounded by GPTQ they make a small part of the noise, and what they give up pays for more bits of inputs.
+"""
 
 Number = Literal["int", "fp8"]
 """How a code represents a number: as a signed integer, or as FP8 E4M3.
@@ -29,10 +34,10 @@ E4M3 is that of the OCP FP8 specification: 4 exponent bits, 3 mantissa bits, no 
 class Precision:
     """Bits of weights and activations.
 
-    `str` gives "w4a8", "w8a8-fp8", "w4a16" (only weights are quantized), "w4a4+" (layers that carry most of
-    the noise get more bits), "w8a8+" (they stay float), "fp32" or "fp16". The label names the numerics only.
-    How a backend computes them (INT8 container, packed INT4, float simulation) is recorded per artifact as
-    its lowering; no speed follows from the label.
+    `str` gives "w4a8", "w8a8-fp8", "w4a16" (only weights are quantized), "w4a4+" (bits are dealt
+    out among layers by the noise that each makes), "w8a8+" (layers that carry most of it stay float), "fp32"
+    or "fp16". The label names the numerics only. How a backend computes them (INT8 container, packed INT4,
+    float simulation) is recorded per artifact as its lowering; no speed follows from the label.
     """
 
     weight_bits: int
@@ -86,16 +91,27 @@ class Precision:
         return not self.is_float and self.activation_bits == HALF_BITS
 
     @property
+    def base(self) -> Precision:
+        """What the budget of a mixed precision is relative to; else the precision itself."""
+        return replace(self, mixed=False)
+
+    @property
     def levels(self) -> tuple[Precision, ...]:
-        """What a layer may get, fewest bits first; a precision that is not mixed has one level."""
-        base = replace(self, mixed=False)
+        """What a layer may get, fewest bit operations first; a precision that is not mixed has one level."""
+        base = self.base
         if not self.mixed:
             return (base,)
         if base == Precision(8, 8):
             return (base, FP32)
-        widths = (base.activation_bits, *(base.activation_bits + more for more in MORE_BITS), 8)
-        inputs = (replace(base, activation_bits=bits) for bits in widths if bits <= 8)
-        return tuple(dict.fromkeys((*inputs, Precision(8, 8))))
+        inputs = {base.activation_bits, *(base.activation_bits + more for more in MORE_BITS), 8}
+        weights = {max(2, base.weight_bits - FEWER_BITS), base.weight_bits}
+        levels = {Precision(w, a) for w in weights for a in inputs if a <= 8} | {Precision(8, 8)}
+        return tuple(sorted(levels, key=lambda p: (p.operations, p)))
+
+    @property
+    def operations(self) -> int:
+        """Bit operations of one multiply-accumulate."""
+        return self.weight_bits * self.activation_bits
 
     @property
     def stem(self) -> str:

@@ -34,10 +34,10 @@ def layer_lines(manifest: Manifest) -> list[str]:
 def _sensitive(
     precision: Precision, found: LayerSensitivity, layers: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """Lines on the layers that make most noise with the fewest bits, quantized alone."""
-    totals = {level: found.total(level) for level in sorted(found.noise)}
-    lowest = totals[min(totals)]
-    order = sorted(range(len(found.layers)), key=lambda i: -lowest[i])[:MOST]
+    """Lines on the layers that make most noise at the base of a mixed precision, quantized alone."""
+    totals = {level: found.total(level) for level in precision.levels if level in found.noise}
+    base = totals[precision.base]
+    order = sorted(range(len(found.layers)), key=lambda i: -base[i])[:MOST]
     bits = _bits(layers)
     width = max(len(found.layers[i]) for i in order)
     steps = ", ".join(map(str, found.steps))
@@ -55,10 +55,10 @@ def _sensitive(
 def plot_sensitivities(manifest: Manifest, path: Path) -> None:
     """Draw a map of layers and steps to `<name>-layers-<precision>.png` for each mixed precision.
 
-    Its colour is the noise that a layer makes with the fewest bits, its label has the bits that it got.
+    Its colour is the noise that a layer makes at the precision's base, its label has the bits that it got.
     """
     for precision, found in manifest.layer_sensitivity.items():
-        bits, level = _bits(manifest.layers[precision]), min(found.noise)
+        bits, level = _bits(manifest.layers[precision]), precision.base
         plot_layers(
             path.with_name(f"{path.stem}-layers-{precision.stem}{path.suffix}"),
             [f"{name}  {bits[name]}" for name in found.layers],

@@ -15,7 +15,7 @@ from cases import W4A4, W4A8, W8A8, Case
 
 from ptqd_export.calibrate import given_layers, layer_noise, quantize, sensitivity
 from ptqd_export.calibrate.simulate import SimulatedLayer
-from ptqd_export.core.bits import LayerSensitivity
+from ptqd_export.core.bits import LayerSensitivity, to_measure
 from ptqd_export.core.precision import Precision
 from ptqd_export.core.sampling import Sampling
 
@@ -24,10 +24,13 @@ LAYERS = ("down_blocks.0.resnets.0.conv1", "mid_block.resnets.0.conv2", "down_bl
 
 
 def measured(
-    case: Case, layers: tuple[str, ...] = LAYERS, notes: Path = Path(os.devnull)
+    case: Case,
+    layers: tuple[str, ...] = LAYERS,
+    notes: Path = Path(os.devnull),
+    precision: Precision = MIXED,
 ) -> LayerSensitivity:
     recipe, network, sampling, trajectories, observed = case
-    return sensitivity(network, observed, sampling, trajectories, MIXED, recipe, layers, notes)
+    return sensitivity(network, observed, sampling, trajectories, precision, recipe, layers, notes)
 
 
 def patched(case: Case) -> list[str]:
@@ -41,11 +44,21 @@ def found(case: Case) -> LayerSensitivity:
 
 
 def test_more_bits_make_less_noise(case: Case, found: LayerSensitivity) -> None:
-    assert set(found.layers) == set(LAYERS) and tuple(found.noise) == MIXED.levels
+    assert set(found.layers) == set(LAYERS) and tuple(found.noise) == to_measure(MIXED)
     assert found.macs == tuple(case.observed.layers[name].macs for name in found.layers)
     assert found.steps == tuple(range(len(case.sampling))) and len(found.weights) == len(found.steps)
-    for name, *noise in zip(found.layers, *map(found.total, MIXED.levels), strict=True):
-        assert noise[-1] > 0 and noise[0] < 1 and noise == sorted(set(noise), reverse=True), name
+    for weights in (3, 4):
+        widths = [Precision(weights, inputs) for inputs in (4, 5, 6, 8)]
+        for name, *noise in zip(found.layers, *map(found.total, (*widths, W8A8)), strict=True):
+            assert noise[-1] > 0 and noise[0] < 1 and noise == sorted(set(noise), reverse=True), name
+
+
+def test_noise_of_weights_and_inputs_adds(case: Case, found: LayerSensitivity) -> None:
+    """What is derived for weights of a bit less, against the layer alone at just that."""
+    few = Precision(3, 4)
+    alone = measured(case, precision=few)
+    for name, derived, really in zip(found.layers, found.total(few), alone.total(few), strict=True):
+        assert derived == pytest.approx(really, rel=0.35), name
 
 
 def test_it_is_the_noise_of_a_layer_alone(case: Case, found: LayerSensitivity) -> None:
@@ -98,13 +111,13 @@ def test_what_a_stop_left_is_taken_up(
 
     monkeypatch.setattr(layer_noise, "SimulatedLayer", Counted)
     notes = tmp_path / "notes.part"
-    assert measured(case, notes=notes) == found and len(made) == 15
+    assert measured(case, notes=notes) == found and len(made) == 18
     lines = notes.read_text().splitlines(keepends=True)
-    assert len(lines) == 15
+    assert len(lines) == 18
     for left in ([*lines[:4], lines[4][:-3]], ["[1]\n", "nonsense\n", *lines[:4], '["a", "b", [-1.0]]\n']):
         notes.write_text("".join(left))
         made.clear()
-        assert measured(case, notes=notes) == found and len(made) == 11
+        assert measured(case, notes=notes) == found and len(made) == 14
     name, level, row = json.loads(lines[0])
     notes.write_text(json.dumps([name, level, [0.5, *row[1:]]]) + "\n")
     assert measured(case, notes=notes).noise[Precision.parse(level)][0][0] == 0.5
@@ -150,7 +163,7 @@ def test_layers_given_by_hand(case: Case) -> None:
 
 
 def test_assigned_bits_reach_the_codes(case: Case) -> None:
-    """The layers at their own bits, the rest at the lowest level."""
+    """The layers at their own bits, the rest at the base."""
     recipe, network, _, _, observed = case
     assigned = {LAYERS[0]: W8A8, LAYERS[1]: W4A8}
     net = quantize(network, observed, MIXED, recipe, assigned)

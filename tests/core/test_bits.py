@@ -8,13 +8,13 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from ptqd_export.core.bits import LayerSensitivity, assign, most_operations
+from ptqd_export.core.bits import LayerSensitivity, assign, most_operations, to_measure
 from ptqd_export.core.precision import Precision
 from ptqd_export.errors import RecipeError
 from ptqd_export.typed import read_typed, to_plain
 
 LEVELS = (Precision(4, 4), Precision(4, 8), Precision(8, 8))
-BITS = {level: level.weight_bits * level.activation_bits for level in LEVELS}
+BITS = {level: level.operations for level in LEVELS}
 
 
 def table(macs: tuple[int, ...], *noise: tuple[float, ...]) -> LayerSensitivity:
@@ -57,14 +57,14 @@ def test_the_choice_is_the_best_or_one_layer_short_of_it(seed: int) -> None:
     base = bops_of(s, dict.fromkeys(s.layers, LEVELS[0]))
     equal = 0
     for budget in (1.0, 1.15, 1.5, 2.0, 3.0, 4.0):
-        chosen = assign(s, LEVELS, budget, {})
+        chosen = assign(s, LEVELS, LEVELS[0], budget, {})
         assert list(chosen) == list(s.layers) and bops_of(s, chosen) <= base * budget * (1 + 1e-12)
         one = max(max(s.total(level)) for level in LEVELS)
         got, wanted = noise_of(s, chosen), best(s, base * budget)
         assert wanted <= got * (1 + 1e-12) and got - wanted <= one
         equal += got == pytest.approx(wanted, rel=1e-9)
     assert equal >= 2  # with no room, and with room for everything
-    assert assign(s, LEVELS, 1.0, {}) == dict.fromkeys(s.layers, LEVELS[0])
+    assert assign(s, LEVELS, LEVELS[0], 1.0, {}) == dict.fromkeys(s.layers, LEVELS[0])
 
 
 def test_choices_are_mostly_the_best() -> None:
@@ -72,7 +72,7 @@ def test_choices_are_mostly_the_best() -> None:
     for seed in range(20):
         s = random_table(seed, 5)
         most = 1.5 * bops_of(s, dict.fromkeys(s.layers, LEVELS[0]))
-        ratios.append(noise_of(s, assign(s, LEVELS, 1.5, {})) / best(s, most))
+        ratios.append(noise_of(s, assign(s, LEVELS, LEVELS[0], 1.5, {})) / best(s, most))
     assert float(np.median(ratios)) < 1.02
 
 
@@ -80,47 +80,77 @@ def test_each_layer_is_raised_where_it_saves_most() -> None:
     """Two layers of equal size: the one that saves more comes first; a step that does not fit is left out,
     and a smaller layer takes its place."""
     s = table((10, 10), (1.0, 2.0), (0.5, 0.4), (0.4, 0.3))
-    assert list(assign(s, LEVELS, 1.5, {}).values()) == [LEVELS[0], LEVELS[1]]
-    assert list(assign(s, LEVELS, 2.0, {}).values()) == [LEVELS[1], LEVELS[1]]
+    assert list(assign(s, LEVELS, LEVELS[0], 1.5, {}).values()) == [LEVELS[0], LEVELS[1]]
+    assert list(assign(s, LEVELS, LEVELS[0], 2.0, {}).values()) == [LEVELS[1], LEVELS[1]]
     big = table((100, 1), (50.0, 0.1), (1.0, 0.01), (0.9, 0.001))
-    assert list(assign(big, LEVELS, 1.05, {}).values()) == [LEVELS[0], LEVELS[2]]
+    assert list(assign(big, LEVELS, LEVELS[0], 1.05, {}).values()) == [LEVELS[0], LEVELS[2]]
 
 
 def test_a_level_above_the_hull_is_skipped() -> None:
     """w4a8 saves nothing here: the layer goes from w4a4 to w8a8, or stays."""
     s = table((1, 1), (1.0, 0.1), (1.0, 0.1), (0.1, 0.09))
-    assert list(assign(s, LEVELS, 2.5, {}).values()) == [LEVELS[2], LEVELS[0]]
-    assert list(assign(s, LEVELS, 2.4, {}).values()) == [LEVELS[0], LEVELS[0]]
+    assert list(assign(s, LEVELS, LEVELS[0], 2.5, {}).values()) == [LEVELS[2], LEVELS[0]]
+    assert list(assign(s, LEVELS, LEVELS[0], 2.4, {}).values()) == [LEVELS[0], LEVELS[0]]
 
 
 def test_more_bits_that_make_more_noise_are_not_given() -> None:
     s = table((3, 4), (1.0, 2.0), (1.5, 2.0), (1.0, 2.5))
-    assert set(assign(s, LEVELS, 16.0, {}).values()) == {LEVELS[0]}
+    assert set(assign(s, LEVELS, LEVELS[0], 16.0, {}).values()) == {LEVELS[0]}
 
 
 def test_layers_that_are_given_keep_their_bits_and_count() -> None:
     s = table((10, 10, 10), (1.0, 1.0, 1.0), (0.1, 0.1, 0.1), (0.0, 0.0, 0.0))
     given = {"layer2": LEVELS[2], "nowhere": LEVELS[1]}
-    assert list(assign(s, LEVELS, 2.0, given).values()) == [LEVELS[0], LEVELS[0], LEVELS[2]]
-    assert list(assign(s, LEVELS, 2.34, given).values()) == [LEVELS[1], LEVELS[0], LEVELS[2]]
+    assert list(assign(s, LEVELS, LEVELS[0], 2.0, given).values()) == [LEVELS[0], LEVELS[0], LEVELS[2]]
+    assert list(assign(s, LEVELS, LEVELS[0], 2.34, given).values()) == [LEVELS[1], LEVELS[0], LEVELS[2]]
     # Over the budget by themselves: they stay, and nothing else is raised.
-    assert list(assign(s, LEVELS, 1.0, given).values()) == [LEVELS[0], LEVELS[0], LEVELS[2]]
+    assert list(assign(s, LEVELS, LEVELS[0], 1.0, given).values()) == [LEVELS[0], LEVELS[0], LEVELS[2]]
     low = {"layer0": LEVELS[0]}
-    assert list(assign(s, LEVELS, 16.0, low).values()) == [LEVELS[0], LEVELS[2], LEVELS[2]]
+    assert list(assign(s, LEVELS, LEVELS[0], 16.0, low).values()) == [LEVELS[0], LEVELS[2], LEVELS[2]]
 
 
 def test_ties_go_to_the_first_layer_whatever_the_order_of_what_is_given() -> None:
     s = table((10,) * 4, (1.0,) * 4, (0.5,) * 4, (0.4,) * 4)
     for budget, raised in ((1.25, 1), (1.5, 2), (1.75, 3)):
         wanted = [LEVELS[1]] * raised + [LEVELS[0]] * (4 - raised)
-        assert all(list(assign(s, LEVELS, budget, {}).values()) == wanted for _ in range(3))
+        assert all(list(assign(s, LEVELS, LEVELS[0], budget, {}).values()) == wanted for _ in range(3))
     given = {"layer3": LEVELS[1], "layer1": LEVELS[1]}
-    assert assign(s, LEVELS, 2.0, given) == assign(s, LEVELS, 2.0, dict(reversed(given.items())))
+    turned = dict(reversed(given.items()))
+    assert assign(s, LEVELS, LEVELS[0], 2.0, given) == assign(s, LEVELS, LEVELS[0], 2.0, turned)
+
+
+def test_bits_of_weights_pay_for_bits_of_inputs() -> None:
+    """The budget is relative to a base that is not the lowest level: what one layer gives up another gets."""
+    low, base, high = levels = Precision(3, 4), Precision(4, 4), Precision(4, 5)
+    noise = {low: ((0.1,), (9.0,)), base: ((0.09,), (8.0,)), high: ((0.08,), (1.0,))}
+    s = LayerSensitivity(("quiet", "loud"), (10, 10), (0,), (1.0,), noise)
+    assert assign(s, levels, base, 1.0, {}) == {"quiet": low, "loud": high}
+    assert assign(s, levels, base, 1.25, {}) == {"quiet": high, "loud": high}
+    assert assign(s, levels, low, 1.0, {}) == {"quiet": low, "loud": low}
+
+
+def test_what_fewer_bits_of_weights_add_is_added() -> None:
+    """Measured with inputs of 8 bits alone, and nothing where they happen to take some away."""
+    measured = to_measure(Precision.parse("w4a6+"))
+    assert [str(p) for p in measured] == ["w3a8", "w4a6", "w4a7", "w4a8", "w8a8"]
+    totals = {
+        "w4a6": (3.0, 2.0),
+        "w4a7": (2.0, 1.5),
+        "w3a8": (1.5, 0.5),
+        "w4a8": (1.0, 0.75),
+        "w8a8": (0.5,) * 2,
+    }
+    s = LayerSensitivity(
+        ("a", "b"), (1, 1), (0,), (1.0,), {p: tuple((n,) for n in totals[str(p)]) for p in measured}
+    )
+    assert all(s.total(p) == totals[str(p)] for p in measured)
+    assert s.total(Precision(3, 6)) == (3.5, 2.0) and s.total(Precision(3, 7)) == (2.5, 1.5)
+    assert to_measure(Precision.parse("w8a8+")) == (Precision(8, 8),)
 
 
 def test_a_layer_without_operations_has_no_price() -> None:
     s = table((0, 10), (5.0, 1.0), (1.0, 0.5), (0.5, 0.4))
-    assert list(assign(s, LEVELS, 2.0, {}).values()) == [LEVELS[0], LEVELS[1]]
+    assert list(assign(s, LEVELS, LEVELS[0], 2.0, {}).values()) == [LEVELS[0], LEVELS[1]]
 
 
 def test_noise_is_weighted_over_steps() -> None:
@@ -150,7 +180,7 @@ def test_float_layers_cost_time_and_make_no_noise() -> None:
     s = LayerSensitivity(("a", "b", "c"), (10, 10, 80), (0,), (1.0,), {w8a8: ((2.0,), (1.0,), (4.0,))})
     assert s.total(full) == (0.0, 0.0, 0.0)
     for budget, raised in ((1.0, 0), (1.19, 0), (1.2, 1), (1.4, 2), (2.9, 2), (3.0, 3)):
-        chosen = assign(s, (w8a8, full), budget, {})
+        chosen = assign(s, (w8a8, full), w8a8, budget, {})
         assert list(chosen.values()) == [full] * raised + [w8a8] * (3 - raised), budget
 
 

@@ -63,9 +63,9 @@ def test_precision_order_and_fp32() -> None:
 @pytest.mark.parametrize(
     ("text", "levels"),
     [
-        ("w4a4+", ["w4a4", "w4a5", "w4a6", "w4a8", "w8a8"]),
-        ("w4a8+", ["w4a8", "w8a8"]),
-        ("w8a4+", ["w8a4", "w8a5", "w8a6", "w8a8"]),
+        ("w4a4+", ["w3a4", "w3a5", "w4a4", "w3a6", "w4a5", "w3a8", "w4a6", "w4a8", "w8a8"]),
+        ("w4a8+", ["w3a8", "w4a8", "w8a8"]),
+        ("w8a4+", ["w7a4", "w8a4", "w7a5", "w8a5", "w7a6", "w8a6", "w7a8", "w8a8"]),
         ("w2a6+", ["w2a6", "w2a7", "w2a8", "w8a8"]),
         ("w8a8+", ["w8a8", "fp32"]),
         ("w4a4", ["w4a4"]),
@@ -75,13 +75,14 @@ def test_precision_order_and_fp32() -> None:
     ],
 )
 def test_levels_of_a_mixed_precision(text: str, levels: list[str]) -> None:
-    """Each costs more bit operations than the one before, and none is mixed."""
+    """Each costs as many bit operations as the one before, or more, and none is mixed."""
     precision = Precision.parse(text)
     assert precision.mixed == text.endswith("+") and str(precision) == text
     assert [str(level) for level in precision.levels] == levels
     assert not any(level.mixed for level in precision.levels)
     costs = [level.weight_bits * level.activation_bits for level in precision.levels]
-    assert costs == sorted(set(costs))
+    assert costs == sorted(costs) == [level.operations for level in precision.levels]
+    assert len(set(precision.levels)) == len(costs) and precision.base in precision.levels
 
 
 def test_a_mixed_precision_is_none_of_its_levels() -> None:

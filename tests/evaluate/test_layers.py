@@ -15,7 +15,7 @@ from ptqd_export.evaluate.inspect import text
 from ptqd_export.evaluate.layers import MOST, layer_lines, plot_sensitivities
 
 MIXED = Precision.parse("w4a4+")
-W4A4, *_, W4A8, W8A8 = MIXED.levels
+W4A4, W4A8, W8A8 = map(Precision.parse, ("w4a4", "w4a8", "w8a8"))
 
 
 def found(n: int) -> LayerSensitivity:
@@ -23,7 +23,7 @@ def found(n: int) -> LayerSensitivity:
     noise = tuple((float(i), float(i + 1) ** 2) for i in range(n))
     less = tuple((a / 100, b / 100) for a, b in noise)
     names = tuple(f"block.{i}" for i in range(n))
-    # The order of a mapping means nothing: the fewest bits are looked for.
+    # The order of a mapping means nothing: the precision's base is looked for.
     return LayerSensitivity(names, (1,) * n, (0, 3), (1.0, 0.5), {W8A8: less, W4A8: less, W4A4: noise})
 
 
