@@ -17,10 +17,11 @@ MORE_BITS = (1, 2)
 
 Each takes 6 dB off their noise, so that one more for many layers is worth as much as 8 for a few.
 """
-FEWER_BITS = 1
-"""Bits that weights of single layers may get less there.
+LOWEST_WEIGHTS = 3
+"""Weights of single layers may get a bit less there, down to this.
 
-Rounded by GPTQ they make a small part of the noise, and what they give up pays for more bits of inputs.
+Rounded by GPTQ they make a small part of the noise, and what they give up pays for more bits of inputs. At 2
+bits layers make twice the noise together that they make alone, so that nothing could be dealt out by it.
 """
 
 Number = Literal["int", "fp8"]
@@ -104,7 +105,7 @@ class Precision:
         if base == Precision(8, 8):
             return (base, FP32)
         inputs = {base.activation_bits, *(base.activation_bits + more for more in MORE_BITS), 8}
-        weights = {max(2, base.weight_bits - FEWER_BITS), base.weight_bits}
+        weights = {base.weight_bits, max(base.weight_bits - 1, min(base.weight_bits, LOWEST_WEIGHTS))}
         levels = {Precision(w, a) for w in weights for a in inputs if a <= 8} | {Precision(8, 8)}
         return tuple(sorted(levels, key=lambda p: (p.operations, p)))
 

@@ -22,7 +22,7 @@ def stop(
     while not when():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
-        time.sleep(0.001)
+        time.sleep(0.02)
     process.send_signal(by)
     out, err = process.communicate(timeout=60)
     return process.returncode, out, err

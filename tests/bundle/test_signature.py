@@ -26,10 +26,10 @@ def write_keys(folder: Path, name: str, key: Any) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def signed(classes: Built, tmp_path: Path, invoke: Invoke) -> tuple[Path, Path, Path]:
+def signed(own: Built, tmp_path: Path, invoke: Invoke) -> tuple[Path, Path, Path]:
     """(a signed bundle, its key, its public key)."""
     bundle = tmp_path / "bundle"
-    shutil.copytree(classes.path, bundle)
+    shutil.copytree(own.path, bundle)
     private, public = write_keys(
         tmp_path, "key", ed25519.Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
     )
