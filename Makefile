@@ -48,7 +48,8 @@ check: $(INSTALLED)
 	$(BIN)/mypy ptqd_export
 
 # Two halves at once, of one thread each: together they take about as long as the longer one alone.
-HALF := tests/assemble tests/bench tests/cli tests/farm tests/fuzz
+# Engines are built in the first, whose fixtures take longest: what needs them is in it.
+HALF := tests/assemble tests/bench tests/cli tests/farm tests/fuzz tests/evaluate tests/parity/test_machines.py tests/runtime/test_open.py
 test: check
 	@$(MAKE) --no-print-directory -j2 test-builds test-rest
 

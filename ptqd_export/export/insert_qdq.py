@@ -51,7 +51,7 @@ from ..core.quant import OUTPUT_MIDDLE, LayerQuant, OutputGrid, QuantizedNetwork
 from ..errors import GraphError
 from .dialect import LAYER, LAYER_INPUT, LAYER_OUTPUT
 from .graph import Builder, prune, static_dims, take_over
-from .layer_terms import float_bias, moved_part, stored_codes
+from .layer_terms import float_bias, lost_in_half, moved_part, stored_codes
 
 FLOAT, FP8 = ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN
 
@@ -116,8 +116,8 @@ class _Rewriter:
         shift = None if moved is None else moved_part(node, layer, moved)
         if self.fused:
             inputs.append(self._fused_bias(node, layer))
-        elif layer.bias is not None or (shift is not None and shift.ndim == 1):
-            total = float_bias(layer.bias, shift if shift is not None and shift.ndim == 1 else None)
+        elif layer.bias is not None or shift is not None:
+            total = float_bias(layer.bias, shift if shift is None or shift.ndim == 1 else lost_in_half(shift))
             inputs.append(self._const(f"{layer.name}.bias.float", total))
         new = self.build.node(node, "Conv", inputs, f"{old.name}.conv", FLOAT, old.shape, node.attributes)
         self._call(new, layer)
