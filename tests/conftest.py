@@ -43,8 +43,8 @@ from ptqd_export.core.backend import AUTOMATIC, OPENVINO
 from ptqd_export.core.model import InputSpec, ModelInfo
 from ptqd_export.core.schedule import NoiseSchedule
 
-# Tracing a network makes millions of objects, and every collection looks at all that torch and diffusers hold:
-# a sixth of the tests' time.
+# Tracing a network makes millions of objects, and every collection looks at all that torch and diffusers
+# hold: a sixth of the tests' time.
 gc.set_threshold(100_000, 50, 100)
 
 
