@@ -9,6 +9,7 @@ those that step_time.py and quality.py wrote there.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from report import REFERENCE_BUNDLE, read_section, read_tables, table, write_section
@@ -39,6 +40,18 @@ def weights(path: Path) -> str:
     return f"{table(header, rows)}\n\n{m.sampling.model.name}."
 
 
+def _widths(name: str) -> list[tuple[int, int]]:
+    """Bits of weights and of inputs of what layers may get."""
+    from ptqd_export.core.precision import Precision
+
+    return [(p.weight_bits, p.activation_bits) for p in Precision.parse(name).levels]
+
+
+def _span(widths: Sequence[int]) -> str:
+    low, high = min(widths), max(widths)
+    return str(low) if low == high else f"{low} to {high}"
+
+
 def summary(weights: str, step_time: str, quality: str) -> str:
     """The table of six rows, from the sections of these names."""
     times = {next(iter(row.values())): row[CALL] for row in read_tables(step_time)[0]}
@@ -51,7 +64,7 @@ def summary(weights: str, step_time: str, quality: str) -> str:
     columns = []
     for name in SHOWN:
         row = judged[name]
-        bits = "32, 32" if name == "fp32" else f"{name[1]}, {name[3]}" + " to 8" * name.endswith("+")
+        bits = ", ".join(_span(widths) for widths in zip(*_widths(name), strict=True))
         of_fp32 = float(sizes[name]["of fp32's"])
         columns.append(
             [

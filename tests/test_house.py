@@ -79,7 +79,7 @@ EVERYWHERE = [
     path
     for folder in ("ptqd_export", "tests", "benchmarks", "calib", "docs")
     for path in sorted((ROOT / folder).rglob("*.py"))
-    if "work" not in path.parts and "out" not in path.parts
+    if not {"work", "out"} & set(path.relative_to(ROOT).parts)
 ]
 
 

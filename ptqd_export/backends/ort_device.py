@@ -42,7 +42,8 @@ QUIET = 4
 """Log severity: fatal only. Errors arrive as exceptions, and are told once."""
 
 PRODUCT = (
-    b'\x08\x05\x12\x00:>\n\x18\n\x01a\n\x01b\x12\x01y"\rMatMulInteger\x12\x01gZ\t\n\x01a\x12\x04\n\x02\x08\x02'
+    b'\x08\x05\x12\x00:>\n\x18\n\x01a\n\x01b\x12\x01y"\rMatMulInteger\x12\x01g'
+    b"Z\t\n\x01a\x12\x04\n\x02\x08\x02"
     b"Z\t\n\x01b\x12\x04\n\x02\x08\x03b\t\n\x01y\x12\x04\n\x02\x08\x06B\x04\n\x00\x10\n"
 )
 """An ONNX graph: y = MatMulInteger(a, b), of uint8 and int8."""

@@ -15,7 +15,7 @@ class PrecisionEstimate:
     Attributes:
         precision: its name.
         layers: number of layers by their bits, such as {"w8a8": 60, "float": 9}; those of a mixed precision
-            at its lowest level.
+            at its base.
         bops, half_bops: bit operations of one evaluation for one sample, with float parts of 32 and of 16
             bits; of a mixed precision what its budget allows.
         open: what single layers get is decided by measured noise.
