@@ -21,7 +21,7 @@ LOWEST_WEIGHTS = 3
 """Weights of single layers may get a bit less there, down to this.
 
 Rounded by GPTQ they make a small part of the noise, and what they give up pays for more bits of inputs. At 2
-bits layers make twice the noise together that they make alone, so that nothing could be dealt out by it.
+bits layers make far more noise together than each alone, by which nothing can be dealt out.
 """
 
 Number = Literal["int", "fp8"]
