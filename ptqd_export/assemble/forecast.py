@@ -200,16 +200,16 @@ def _of_precision(
         if used is not None
     ]
     inside = sum(macs for macs, _, _ in rows)
+    undecided = precision.mixed and precision.base in given.values()
 
     def count(float_bits: int) -> int:
         """Bit operations, with those that a choice may add."""
-        spent, room = bit_operations(precision, rows, _macs(counted) - inside, float_bits), 0
-        if precision.mixed:
+        spent, room = bit_operations(precision, rows, _macs(counted) - inside, float_bits), 0.0
+        if undecided:
             most = most_operations(precision, recipe.quantization.layer_budget, float_bits)
-            room = max(0, int(inside * most) - sum(macs * wide * high for macs, wide, high in rows))
-        return spent + room
+            room = sum(macs * max(0.0, most - wide * high) for macs, wide, high in rows)
+        return spent + int(room)
 
-    undecided = precision.mixed and precision.base in given.values()
     layers = Counter("float" if used is None else str(used) for used in given.values())
     return PrecisionEstimate(precision, dict(layers), count(FLOAT_BITS), count(HALF_BITS), undecided)
 
@@ -238,6 +238,14 @@ def _codes(given: Given, shapes: Mapping[str, Shape]) -> int:
         (name, used.number, used.weight_bits, used.weight_only and used.weight_bits <= 4): shape.elements
         for name, used, shape in _stored(given, shapes)
     }
+    for precision, found in given.items():
+        if precision.mixed:  # what is not decided yet may get fewer bits
+            fewest = min(level.weight_bits for level in precision.levels)
+            kinds |= {
+                (name, used.number, fewest, False): shapes[name].elements
+                for name, used in found.items()
+                if used == precision.base
+            }
     return sum(-(-n // 2) if packed else n for (*_, packed), n in kinds.items())
 
 

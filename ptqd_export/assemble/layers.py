@@ -77,8 +77,10 @@ def quantize_all(
             else:
                 say(f"{precision}: the noise of single layers is taken up from a stopped build")
             found[precision] = known
-            by_hand = given_layers(recipe, known.layers)
-            assigned = assign(known, precision.levels, precision.base, spec.layer_budget, by_hand)
+            # Edges that have 8 bits, whatever the rest gets, are none of the choice.
+            own = known.only([name for name in known.layers if given[name] == precision.base])
+            by_hand = given_layers(recipe, own.layers)
+            assigned = assign(own, precision.levels, precision.base, spec.layer_budget, by_hand)
             counts = sorted(Counter(assigned.values()).items())
             given_bits = (f"{count} {'float' if level.is_float else level}" for level, count in counts)
             say(f"{precision}: of {len(assigned)} layers {', '.join(given_bits)}")

@@ -1,4 +1,4 @@
-"""Bits per layer: which layers of a mixed precision get more bits than the rest.
+"""Bits per layer: how a mixed precision deals them out.
 
 A few layers carry most of the noise (MixDQ, Zhao et al. 2024). Noise of different layers is uncorrelated to a
 good approximation, and so is that of a layer's weights and of its inputs: the noise of a choice is the sum of
@@ -8,7 +8,7 @@ integers alone are to choose from, of time where float layers are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +20,10 @@ FLOAT_TIME = 3.0
 """Time of a float layer beside that of the same layer in 8 bits, about: whole networks take 2.4 to 3.2 times
 as long (docs/benchmarks.md). That of fewer bits is the same as of 8. It is not measured for each machine, as
 the same recipe has to give the same layers everywhere."""
+
+
+Point = tuple[float, float, Precision]
+"""Cost and noise of a layer at a level."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +62,24 @@ class LayerSensitivity:
         """
         if precision.is_float:
             return (0.0,) * len(self.layers)
-        if precision in self.noise:
-            return tuple(float(np.dot(row, self.weights)) for row in self.noise[precision])
         wider = replace(precision, weight_bits=precision.weight_bits + 1)
+        if precision in self.noise or wider not in self.noise:
+            return tuple(float(np.dot(row, self.weights)) for row in self.noise[precision])
         more, few, many = (
             self.total(p)
             for p in (wider, replace(precision, activation_bits=8), replace(wider, activation_bits=8))
         )
         return tuple(n + max(0.0, a - b) for n, a, b in zip(more, few, many, strict=True))
+
+    def only(self, names: Collection[str]) -> LayerSensitivity:
+        """The same of some layers."""
+        kept = [i for i, name in enumerate(self.layers) if name in names]
+        return replace(
+            self,
+            layers=tuple(self.layers[i] for i in kept),
+            macs=tuple(self.macs[i] for i in kept),
+            noise={p: tuple(rows[i] for i in kept) for p, rows in self.noise.items()},
+        )
 
 
 def to_measure(precision: Precision) -> tuple[Precision, ...]:
@@ -88,32 +102,54 @@ def assign(
     """The precision of each layer, with the least noise that is predicted within a budget.
 
     Raises layers level by level, from the lowest and along the lower convex hull of (cost, noise) of each, in
-    order of noise saved per cost; a step that does not fit is left out. The cost is in bit operations, or in
-    estimated time if one of the levels is float.
+    order of noise saved per cost; a step that does not fit is left out. The same is done from the base on,
+    and the better one taken: with few layers, steps that do not fit may leave much of the budget. The cost is
+    in bit operations, or in estimated time if one of the levels is float.
 
     Args:
         levels: the least cost first (`Precision.levels`).
         base, budget: cost of all layers, relative to that with `base` everywhere.
-        given: layers that are decided; their cost counts.
+        given: layers that are decided. Their cost counts, but takes from no other what it has at `base`.
     """
     cost_of = _time if levels[-1].is_float else _operations
     noise = {level: sensitivity.total(level) for level in levels}
-    chosen = {name: given.get(name, levels[0]) for name in sensitivity.layers}
-    room = sum(sensitivity.macs) * cost_of(base) * budget
-    room -= sum(
-        macs * cost_of(chosen[name]) for name, macs in zip(sensitivity.layers, sensitivity.macs, strict=True)
+    macs = dict(zip(sensitivity.layers, sensitivity.macs, strict=True))
+    room = sum(macs.values()) * cost_of(base) * budget
+    room -= sum(macs[name] * cost_of(given[name]) for name in macs.keys() & given.keys())
+    room = max(room, sum(macs[name] for name in macs.keys() - given.keys()) * cost_of(base))
+
+    def choose(levels: Sequence[Precision]) -> tuple[float, dict[str, Precision]]:
+        points = {
+            name: [(macs[name] * cost_of(p), noise[p][i], p) for p in levels]
+            for i, name in enumerate(sensitivity.layers)
+            if name not in given
+        }
+        chosen = _raise(points, room)
+        error = sum(next(n for _, n, p in points[name] if p == level) for name, level in chosen.items())
+        return error, chosen
+
+    lowest, from_base = (
+        choose(some) for some in (levels, [p for p in levels if cost_of(p) >= cost_of(base)])
     )
-    edges: list[tuple[float, int, int, float, Precision]] = []
-    for i, (name, macs) in enumerate(zip(sensitivity.layers, sensitivity.macs, strict=True)):
-        hull = [] if name in given else _hull([(macs * cost_of(p), noise[p][i], p) for p in levels])
+    chosen = lowest[1] if lowest[0] <= from_base[0] else from_base[1]
+    return {name: given.get(name) or chosen[name] for name in macs}
+
+
+def _raise(points: Mapping[str, Sequence[Point]], room: float) -> dict[str, Precision]:
+    """A level for each layer, within `room` in all."""
+    hulls = {name: _hull(sorted(own, key=lambda point: point[:2])) for name, own in points.items()}
+    chosen = {name: hull[0][2] for name, hull in hulls.items()}
+    room -= sum(hull[0][0] for hull in hulls.values())
+    steps: list[tuple[float, int, int, float, str]] = []
+    for i, (name, hull) in enumerate(hulls.items()):
         for j in range(1, len(hull)):
-            (cost, error, _), (more, less, level) = hull[j - 1], hull[j]
-            edges.append(((less - error) / (more - cost), i, j, more - cost, level))
-    reached = [0] * len(sensitivity.layers)
-    for _, i, j, cost, level in sorted(edges, key=lambda edge: edge[:3]):
-        if j == reached[i] + 1 and cost <= room:
-            chosen[sensitivity.layers[i]] = level
-            reached[i], room = j, room - cost
+            (cost, error, _), (more, less, _) = hull[j - 1], hull[j]
+            steps.append(((less - error) / (more - cost), i, j, more - cost, name))
+    reached = dict.fromkeys(hulls, 0)
+    for _, _, j, cost, name in sorted(steps):
+        if j == reached[name] + 1 and cost <= room:
+            chosen[name] = hulls[name][j][2]
+            reached[name], room = j, room - cost
     return chosen
 
 
@@ -138,11 +174,8 @@ def _time(precision: Precision) -> float:
     return FLOAT_TIME if precision.is_float else 1.0
 
 
-Point = tuple[float, float, Precision]
-
-
 def _hull(points: Sequence[Point]) -> list[Point]:
-    """The points of the lower convex hull, from the first on."""
+    """The points of the lower convex hull, from the first on; `points` by their cost, then noise."""
     hull: list[Point] = []
     for point in points:
         if hull and (point[1] >= hull[-1][1] or point[0] <= hull[-1][0]):

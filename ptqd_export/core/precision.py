@@ -62,7 +62,7 @@ class Precision:
         if not match or (match[3] and match[2] == "16"):
             raise RecipeError(
                 f"precision {brief(text)} is not known: give fp32, fp16, wXaY with 2 to 8 bits each (such as "
-                "w8a8, w4a8, w4a4), wXaY+ where single layers may get more, wXa16 for weights alone, or "
+                "w8a8, w4a8, w4a4), wXaY+ where layers have bits of their own, wXa16 for weights alone, or "
                 "w8a8-fp8"
             )
         return cls(int(match[1]), int(match[2]), mixed=bool(match[3]))

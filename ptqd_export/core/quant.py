@@ -262,8 +262,8 @@ class QuantizedNetwork:
     """A network at one precision.
 
     Attributes:
-        precision: nominal precision; single layers may differ (edge layers at 8 bits, layers that carry most
-            of the noise at more bits than the rest).
+        precision: nominal precision; single layers may differ (edge layers at 8 bits, those of mixed
+            precisions).
         layers: quantized layers by module path, in call order.
         float_macs: multiply-accumulates per sample of the Conv2d and Linear layers that stay float, by
             module path.

@@ -23,7 +23,8 @@ last axis are 4 (DequantizeLinear) to 170 times (QuantizeLinear) slower.
 
 Zero points on TensorRT. It computes with zero point 0 alone, and codes of [lo, hi] fit into int8 as they are
 below 8 bits. At 8 bits the half emission quantizes x - m with m = -(z_x) s_x, and adds what is missing, W m,
-after the layer: per output channel, or, where a Conv pads with zeros, as a constant map.
+after the layer: per output channel, or, where a Conv pads with zeros, as a constant map. What float16 takes
+off that map goes into the Conv's bias.
 
 Where a layer's input is another layer's quantized output, DequantizeLinear and QuantizeLinear of two scales
 meet. Of two pairs with one scale each ONNX Runtime makes one: the layer would get other codes than it was
@@ -118,7 +119,10 @@ class _Rewriter:
             inputs.append(self._fused_bias(node, layer))
         elif layer.bias is not None or shift is not None:
             total = float_bias(layer.bias, shift if shift is None or shift.ndim == 1 else lost_in_half(shift))
-            inputs.append(self._const(f"{layer.name}.bias.float", total))
+            make = (
+                self._const if shift is None or shift.ndim == 1 else self.build.const
+            )  # a map is a call's own
+            inputs.append(make(f"{layer.name}.bias.float", total))
         new = self.build.node(node, "Conv", inputs, f"{old.name}.conv", FLOAT, old.shape, node.attributes)
         self._call(new, layer)
         if shift is not None and shift.ndim > 1:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from ..core.quant import F32, LayerQuant
 from ..errors import GraphError
 from .graph import static_dims
+from .half import to_half
 
 PACKED_BITS = 4
 """Where weights alone are quantized, they are stored as INT4 up to this many bits."""
@@ -35,10 +36,10 @@ def lost_in_half(shift: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
     """What float16 takes off a constant map (1, O, H, W), its mean by channel, float64 (O,).
 
     A map of 30 is off by up to 0.008, the same everywhere and at every step. Added to the products, which
-    differ from place to place, the lost part survives their rounding on average.
+    differ from place to place, the lost part survives their rounding on average, as far as the layer's own
+    bias is smaller than the map.
     """
-    exact = shift.astype(np.float64)
-    return np.asarray((exact - shift.astype(np.float16)).mean((0, 2, 3)))
+    return np.asarray((shift.astype(np.float64) - to_half(shift)).mean((0, 2, 3)))
 
 
 def moved_part(node: ir.Node, layer: LayerQuant, moved: float) -> npt.NDArray[np.float64]:

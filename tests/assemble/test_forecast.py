@@ -69,6 +69,9 @@ def test_a_mixed_precision_is_bounded_by_its_budget(recipe: Recipe, tmp_path: Pa
     given = quantization | {"layer_bits": ("*=w8a8",)}
     _, decided = estimate(recipe.override(quantization=given), tmp_path / "b").precisions
     assert not decided.open and set(decided.layers) == {"float", "w8a8"}
+    given = quantization | {"layer_bits": ("*=w3a4",)}
+    plain, decided = estimate(recipe.override(quantization=given), tmp_path / "b").precisions
+    assert not decided.open and decided.bops < plain.bops
 
 
 def test_float_layers_are_bounded_by_their_time(recipe: Recipe, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ leaves to the next one."""
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -119,6 +120,16 @@ def test_edges_that_stay_float(call: Call) -> None:
     noise = dict(zip(found[mixed].layers, found[mixed].total(W8A8), strict=True))
     assert max(noise, key=lambda name: noise[name]) in left & {*EDGES}
     assert said == [f"w8a8+: of 6 layers {6 - len(left)} w8a8, {len(left)} float"]
+
+
+def test_edges_in_8_bits_are_none_of_the_choice(call: Call) -> None:
+    """Neither what they cost nor what is said."""
+    said: list[str] = []
+    networks, _ = call(say=said.append, edge_layers="w8a8", layer_budget=1.2)
+    plain, _ = call(layer_budget=1.2)
+    chosen = bits(networks[MIXED])
+    assert {chosen.pop(name) for name in EDGES} == {W8A8} and chosen == bits(plain[MIXED])
+    assert sum(map(int, re.findall(r"(\d+) w", said[0].partition("layers")[2]))) == len(INNER)
 
 
 def test_bits_by_hand(call: Call) -> None:

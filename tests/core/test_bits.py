@@ -149,8 +149,60 @@ def test_what_fewer_bits_of_weights_add_is_added() -> None:
 
 
 def test_a_layer_without_operations_has_no_price() -> None:
+    """It gets what makes least noise, and others lose nothing by it."""
     s = table((0, 10), (5.0, 1.0), (1.0, 0.5), (0.5, 0.4))
-    assert list(assign(s, LEVELS, LEVELS[0], 2.0, {}).values()) == [LEVELS[0], LEVELS[1]]
+    assert list(assign(s, LEVELS, LEVELS[0], 2.0, {}).values()) == [LEVELS[2], LEVELS[1]]
+
+
+@pytest.mark.parametrize("budget", [1.0, 1.15, 1.6])
+@pytest.mark.parametrize("text", ["w4a4+", "w5a4+", "w8a6+"])
+def test_choices_of_real_levels(text: str, budget: float) -> None:
+    """Levels that cost the same among them: within the budget, never worse than the base everywhere, and
+    mostly near the best of all choices."""
+    precision = Precision.parse(text)
+    levels, base, ratios = precision.levels, precision.base, []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        n = 1 + seed % 4
+        macs = tuple(map(int, rng.integers(1, 50, n)))
+        weights, inputs = 10 ** rng.uniform(-5, -1, (2, n))
+        rows = {
+            p: tuple(
+                (float(w * 4.0**-p.weight_bits + a * 4.0**-p.activation_bits),)
+                for w, a in zip(weights, inputs, strict=True)
+            )
+            for p in levels
+        }
+        s = LayerSensitivity(tuple(f"layer{i}" for i in range(n)), macs, (0,), (1.0,), rows)
+        chosen = assign(s, levels, base, budget, {})
+        most = base.operations * sum(macs) * budget * (1 + 1e-12)
+
+        def cost(used: Mapping[str, Precision], s: LayerSensitivity = s) -> int:
+            return sum(m * used[name].operations for name, m in zip(s.layers, s.macs, strict=True))
+
+        every = (dict(zip(s.layers, c, strict=True)) for c in itertools.product(levels, repeat=n))
+        least = min(noise_of(s, c) for c in every if cost(c) <= most)
+        assert cost(chosen) <= most
+        assert least <= noise_of(s, chosen) <= noise_of(s, dict.fromkeys(s.layers, base)) * (1 + 1e-12)
+        ratios.append(noise_of(s, chosen) / least)
+    assert float(np.median(ratios)) < 1.25 and min(ratios) < 1 + 1e-9
+
+
+def test_what_is_given_takes_from_no_other_what_the_base_gives() -> None:
+    low, base, high = levels = Precision(3, 4), Precision(4, 4), Precision(8, 8)
+    noise = {low: ((2.0,),) * 2, base: ((1.0,),) * 2, high: ((0.1,),) * 2}
+    s = LayerSensitivity(("a", "b"), (10, 10), (0,), (1.0,), noise)
+    assert assign(s, levels, base, 1.15, {"b": high}) == {"a": base, "b": high}
+    # What it saves is theirs.
+    assert assign(s, levels, base, 2.5, {"b": low}) == {"a": high, "b": low}
+    assert assign(s, levels, base, 2.3, {"b": low}) == {"a": base, "b": low}
+
+
+def test_some_layers_alone() -> None:
+    s = random_table(0, 3)
+    few = s.only(["layer2", "layer0", "nowhere"])
+    assert few.layers == ("layer0", "layer2") and few.macs == (s.macs[0], s.macs[2])
+    assert all(few.total(level) == (s.total(level)[0], s.total(level)[2]) for level in LEVELS)
 
 
 def test_noise_is_weighted_over_steps() -> None:
