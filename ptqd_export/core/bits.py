@@ -63,12 +63,10 @@ class LayerSensitivity:
         if precision.is_float:
             return (0.0,) * len(self.layers)
         wider = replace(precision, weight_bits=precision.weight_bits + 1)
-        if precision in self.noise or wider not in self.noise:
+        if precision in self.noise or precision.activation_bits == 8 or wider not in self.noise:
             return tuple(float(np.dot(row, self.weights)) for row in self.noise[precision])
-        more, few, many = (
-            self.total(p)
-            for p in (wider, replace(precision, activation_bits=8), replace(wider, activation_bits=8))
-        )
+        eights = (replace(p, activation_bits=8) for p in (precision, wider))
+        more, few, many = (self.total(p) for p in (wider, *eights))
         return tuple(n + max(0.0, a - b) for n, a, b in zip(more, few, many, strict=True))
 
     def only(self, names: Collection[str]) -> LayerSensitivity:

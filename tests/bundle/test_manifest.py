@@ -122,7 +122,7 @@ def test_a_mixed_precision_is_read(bundle: Path) -> None:
     data = json.loads((bundle / MANIFEST).read_text())
     manifest = Manifest.from_dict(data)
     (found,) = manifest.layer_sensitivity.values()
-    assert found.layers == ("conv",) and found.total(manifest.plan.steps[0].levels[0]) == (0.2,)
+    assert found.layers == ("conv",) and found.total(manifest.plan.steps[0].base) == (0.2,)
     assert json.loads(json.dumps(manifest.to_dict())) | {"sha256": data["sha256"]} == data
 
 
@@ -254,10 +254,13 @@ def test_a_mixed_precision_is_read(bundle: Path) -> None:
         (layers(w8a8="conv"), r"layers\.w8a8\.w8a8: expected an array, got 'conv'"),
         (floating(["other"]), r"a sensitivity of 'other', which is not quantized at w8a8\+"),
         (mixed({"layers": ["other"]}), r"a sensitivity of 'other', which is not quantized at w4a4\+"),
-        (mixed({"noise": {"w4a8": [[0.1, 0.2]]}}), "of other precisions than w4a4, w4a5, w4a6, w4a8, w8a8"),
+        (
+            mixed({"noise": {"w4a8": [[0.1, 0.2]]}}),
+            "of other precisions than w3a4, w3a5, w4a4, w3a6, w4a5, w3a8, w4a6, w4a8, w8a8",
+        ),
         (
             mixed({"noise": {"w4a4": [[0.1, 0.2]], "w3a3": [[0.1, 0.2]]}}),
-            "of other precisions than w4a4, w4a5",
+            "of other precisions than w3a4, w3a5",
         ),
         (mixed({"macs": [9, 9]}), "rows differ in length"),
         (mixed({"macs": [-9]}), "numbers below 0"),

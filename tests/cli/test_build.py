@@ -230,7 +230,7 @@ def test_recipes(
             "precision 'int8' is not known: give fp32, fp16, wXaY with 2 to 8 bits each",
         ),
         (["--precision", "w8a8", "--precision", "w8a8"], "holds a precision twice"),
-        (["--precision", "w4a16+"], "wXaY+ where single layers may get more, wXa16 for weights alone"),
+        (["--precision", "w4a16+"], "wXaY+ where layers have bits of their own, wXa16 for weights alone"),
         (["--precision", "w8a8-fp8", "--rounding", "adaround"], "leave w8a8-fp8 out, or set it to gptq"),
         (["--plan", "paper", "--precision", "w8a8"], "the paper's plan is of w4a4 and w4a8"),
         (["--plan", "best"], "precision 'best' is not known"),

@@ -146,6 +146,9 @@ def test_what_fewer_bits_of_weights_add_is_added() -> None:
     assert all(s.total(p) == totals[str(p)] for p in measured)
     assert s.total(Precision(3, 6)) == (3.5, 2.0) and s.total(Precision(3, 7)) == (2.5, 1.5)
     assert to_measure(Precision.parse("w8a8+")) == (Precision(8, 8),)
+    for unknown in (Precision(2, 6), Precision(5, 8)):  # nothing to derive them from
+        with pytest.raises(KeyError):
+            s.total(unknown)
 
 
 def test_a_layer_without_operations_has_no_price() -> None:
