@@ -117,12 +117,11 @@ class _Rewriter:
         shift = None if moved is None else moved_part(node, layer, moved)
         if self.fused:
             inputs.append(self._fused_bias(node, layer))
+        elif shift is not None and shift.ndim > 1:  # a map, which is a call's own
+            total = float_bias(layer.bias, lost_in_half(shift))
+            inputs.append(self.build.const(f"{layer.name}.bias.float", total))
         elif layer.bias is not None or shift is not None:
-            total = float_bias(layer.bias, shift if shift is None or shift.ndim == 1 else lost_in_half(shift))
-            make = (
-                self._const if shift is None or shift.ndim == 1 else self.build.const
-            )  # a map is a call's own
-            inputs.append(make(f"{layer.name}.bias.float", total))
+            inputs.append(self._const(f"{layer.name}.bias.float", float_bias(layer.bias, shift)))
         new = self.build.node(node, "Conv", inputs, f"{old.name}.conv", FLOAT, old.shape, node.attributes)
         self._call(new, layer)
         if shift is not None and shift.ndim > 1:

@@ -50,7 +50,7 @@ def _build(graph: Path, folder: Path, quantized: Mapping[str, str]) -> Trial:
 
 def _trials(source: Path, folder: Path, precisions: tuple[str, ...]) -> dict[str, Trial]:
     """Plans of a model's half-precision graphs as "<precision>.<tables>": none, "plain", those of the
-    correction (of the first precision), and with the sample's too, as v-prediction has them."""
+    correction, and with the sample's too, as v-prediction has them."""
     changes: dict[str, Any] = {
         "sampler": {"n_steps": 2},
         "calibration": {"size": 4, "held_out": 2},
@@ -76,8 +76,7 @@ def _trials(source: Path, folder: Path, precisions: tuple[str, ...]) -> dict[str
         net = quantize(network, observed, p, recipe).exported(exported_layers(base))
         graph = lower(insert_qdq(base, net, Emission.HALF), Emission.HALF, p)
         models[f"{p}.plain"] = fold(graph, of_noise, identity)
-        if p == recipe.precisions[0]:
-            models[f"{p}.correction"] = fold(graph, of_noise, correction)
+        models[f"{p}.correction"] = fold(graph, of_noise, correction)
         models[f"{p}.sample"] = fold(graph, of_v, correction)
     save(models, folder, WEIGHTS)
     return {
@@ -125,7 +124,7 @@ def test_the_tables_add_no_kernel(model: str, request: pytest.FixtureRequest) ->
     """Correction, and v- and x0-prediction besides: all that they do is done in one kernel, which is there
     without them too."""
     trials: dict[str, Trial] = request.getfixturevalue(model)
-    assert len(trials) == 5
+    assert len(trials) == 6
     for name, trial in trials.items():
         p, tables = name.split(".")
         plan, plain = trial.build.plan, trials[f"{p}.plain"].build.plan

@@ -102,14 +102,18 @@ def wanted_map(forms: Forms, net: QuantizedNetwork, name: str, padding: Any = No
     ).numpy()
 
 
-def test_half_graphs_add_what_moved_inputs_lack(forms: Forms, exported: ir.Model) -> None:
-    """As a map where zeros are padded, which are not moved; in the bias elsewhere."""
-    net = calibrated(forms, W8A8)
-    constants = {
+def half_constants(exported: ir.Model, net: QuantizedNetwork) -> dict[str, np.ndarray]:
+    return {
         name: np.asarray(value.const_value.numpy())
         for name, value in insert_qdq(exported, net, Emission.HALF).graph.initializers.items()
         if value.const_value is not None
     }
+
+
+def test_half_graphs_add_what_moved_inputs_lack(forms: Forms, exported: ir.Model) -> None:
+    """As a map where zeros are padded, which are not moved; in the bias elsewhere."""
+    net = calibrated(forms, W8A8)
+    constants = half_constants(exported, net)
     assert {name[: -len(".shift")] for name in constants if name.endswith(".shift")} == PADDED
     for name in PADDED:
         found, wanted = constants[f"{name}.shift"], wanted_map(forms, net, name)
@@ -140,11 +144,7 @@ def test_half_graphs_keep_what_float16_takes_off_a_map(forms: Forms, exported: i
         assert grid is not None
         layers[name] = replace(layers[name], input=replace(grid, scale=37.0))
     net = replace(net, layers=layers)
-    constants = {
-        name: np.asarray(value.const_value.numpy())
-        for name, value in insert_qdq(exported, net, Emission.HALF).graph.initializers.items()
-        if value.const_value is not None
-    }
+    constants = half_constants(exported, net)
     biases = 0
     for name in PADDED:
         bias = layers_of(forms)[name].bias
