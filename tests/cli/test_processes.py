@@ -73,14 +73,9 @@ def test_ctrl_c_ends_a_run_with_one_line(
 def test_a_dead_worker_is_one_line(rgb: Built, tmp_path: Path, launch: Launch) -> None:
     words = ("--num-samples", "100000", "--batch-size", "4", "--workers", "2")
     process = launch("run", rgb.path, "--out", tmp_path / "x", *words)
-    found: list[int] = []  # those two, and not the one that measures backends before
-
-    def both() -> bool:
-        found[:] = workers_of(process)
-        return len(found) == 2
-
-    wait(process, both)
-    os.kill(found[0], signal.SIGKILL)
+    # Those two, and not the one that measures backends before.
+    wait(process, lambda: len(workers_of(process)) == 2)
+    os.kill(workers_of(process)[0], signal.SIGKILL)
     printed, error = process.communicate(timeout=60)
     assert (process.returncode, printed) == (1, "")
     assert error.startswith("Error: a worker process died") and error.count("\n") == 1
