@@ -51,9 +51,12 @@ CONFIGURATIONS: Mapping[str, Mapping[str, object]] = {
     "asymmetric inputs alone": {**FIRST, "input_grids": "asymmetric"},
     "outputs per channel alone": {**FIRST, "conv_outputs": "channel"},
     "smoothing alone": {**FIRST, "smoothing": 0.5},
+    "tails alone": FIRST,
     "nearest": {**FIRST, "rounding": "nearest", "correction": "none"},
     "paper": PAPER,
 }
+TAILS = ("ours", "tails alone")
+"""Configurations whose inputs' ranges are of the kind that is the default; the others' have least squared error."""
 
 PLANS = ("w8a8", "w4a8", "w4a4+", "w4a4")
 
@@ -117,7 +120,11 @@ def bundle_of(line: Line, of: Table, args: argparse.Namespace) -> Bundle:
     name = f"{line.configuration.replace(' ', '_')}-eta{of.eta:g}-{of.n_steps}-{len(precisions)}"
     recipe = Recipe.load(args.model).override(
         sampler={"eta": of.eta, "n_steps": of.n_steps},
-        calibration={"size": args.calib_size, "held_out": max(2, args.calib_size // 2)},
+        calibration={
+            "size": args.calib_size,
+            "held_out": max(2, args.calib_size // 2),
+            "activation_range": "tails" if line.configuration in TAILS else "mse",
+        },
         quantization={"precisions": precisions, **CONFIGURATIONS[line.configuration]},
         plan={
             "rule": "fixed",

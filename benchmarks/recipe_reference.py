@@ -64,7 +64,8 @@ MEANING: Mapping[str, str] = {
     "calibration.held_out": "more trajectories, at least 2, for the plan's errors and the parity check",
     "calibration.batch_size": "trajectories at once",
     "calibration.seed": "no sample of a run is a trajectory of calibration, whatever its seed",
-    "calibration.activation_range": "how far the grid of a layer's input reaches; mse: least squared error",
+    "calibration.activation_range": "how far the grid of a layer's input reaches; mse: least squared error; "
+    "tails: the same, but what is cut off counts sqrt(2^bits) times",
     "calibration.weight_range": "the same for weights",
     "calibration.percentile": "for the range percentile: above 50, up to 100",
     "calibration.trajectory": "where corrections are measured; own: where each quantized network goes itself",

@@ -21,6 +21,8 @@ SUBDIVISIONS = 4
 """Points per bin at which the quantization error is taken: at 8 bits a bin is nearly as wide as a step."""
 ACTIVATION_RATIOS = np.geomspace(0.01, 1.0, 160)
 WINDOW_RATIOS = np.geomspace(0.02, 1.0, 60)
+MOVED_ENDS = ((1, 1), (0, 1), (1, 0), (0, 1), (1, 0))
+"""Which ends of a window (low, high) are moved, search after search."""
 WEIGHT_RATIOS = np.linspace(0.2, 1.0, 81)
 _SMALLEST = -100
 """Exponent of the limit of an empty histogram; BINS / limit still fits a float32."""
@@ -88,6 +90,8 @@ class Histogram:
         percentile: the value below which that share (in percent) of |x| lies, linear inside a bin.
         mse: the clip threshold with the least expected squared quantization error (rounding and clipping)
             over the histogram.
+        tails: the same, but the error of values that are cut off counts sqrt(2^bits) times. It goes the same
+            way at each step and makes large values of single samples run away; that of rounding averages out.
         """
         if self.largest == 0.0:
             return 1.0
@@ -98,7 +102,8 @@ class Histogram:
         points, weights = self._points()
         ranges = self.largest * ACTIVATION_RATIOS
         grids = [Grid.symmetric(float(r) / qmax(bits), bits) for r in ranges]
-        return float(ranges[int(np.argmin([_error(points, weights, grid) for grid in grids]))])
+        clipping = _clipping(method, bits)
+        return float(ranges[int(np.argmin([_error(points, weights, grid, clipping) for grid in grids]))])
 
     def symmetric(self, method: str, bits: int, percentile: float = 100.0) -> Grid:
         """The symmetric grid with that range."""
@@ -109,8 +114,8 @@ class Histogram:
 
         minmax: smallest and largest value.
         percentile: the window that leaves out half of the rest on either side.
-        mse: the ends with the least expected squared error over the histogram: both moved together, then
-            each alone, by the ratios of WINDOW_RATIOS.
+        mse, tails: the ends with the least expected error over the histogram: both moved together, then each
+            alone, twice, by the ratios of WINDOW_RATIOS.
         """
         if self.largest == 0.0:
             return Grid.symmetric(float(np.float32(1 / qmax(bits))), bits)
@@ -121,12 +126,15 @@ class Histogram:
                 for side in self.counts
             )
             low, high = max(low, -below * self.limit / BINS), min(high, above * self.limit / BINS)
-        if method == "mse":
+        if method in ("mse", "tails"):
             points, weights = self._points()
-            for a, b in ((1, 1), (0, 1), (1, 0)):  # which ends move
-                ends = [(low * r**a, high * r**b) for r in WINDOW_RATIOS]
-                grids = [Grid.window(*pair, bits) for pair in ends]
-                low, high = ends[int(np.argmin([_error(points, weights, grid) for grid in grids]))]
+            ends, kept, clipping = np.array([low, high]), np.ones(2), _clipping(method, bits)
+            for moved in MOVED_ENDS:
+                ratios = np.where(moved, WINDOW_RATIOS[:, None], kept)
+                grids = [Grid.window(*pair, bits) for pair in (ends * ratios).tolist()]
+                errors = [_error(points, weights, grid, clipping) for grid in grids]
+                kept = ratios[int(np.argmin(errors))]
+            low, high = (ends * kept).tolist()
         return Grid.window(low, high, bits)
 
     def _points(self) -> tuple[F64, F64]:
@@ -137,9 +145,16 @@ class Histogram:
         return np.clip(points, self.low, self.high), self.counts[sign, used][:, None].astype(np.float64)
 
 
-def _error(points: F64, weights: F64, grid: Grid) -> float:
-    error = points - np.clip(np.rint(points / grid.scale), grid.lo, grid.hi) * grid.scale
-    return float((weights * error**2).sum())
+def _clipping(method: str, bits: int) -> float:
+    """How often the error of values counts that a grid of `bits` bits cuts off."""
+    return math.sqrt(1 << bits) if method == "tails" else 1.0
+
+
+def _error(points: F64, weights: F64, grid: Grid, clipping: float) -> float:
+    codes = np.rint(points / grid.scale)
+    kept = np.clip(codes, grid.lo, grid.hi)
+    counted = np.where(codes == kept, weights, clipping * weights)
+    return float((counted * (points - kept * grid.scale) ** 2).sum())
 
 
 def _quantile(counts: npt.NDArray[np.int64], share: float) -> float:

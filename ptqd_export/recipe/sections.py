@@ -70,7 +70,7 @@ class CalibrationSpec:
     held_out: int = 16
     batch_size: int = 8
     seed: int = 0
-    activation_range: Literal["minmax", "percentile", "mse"] = "mse"
+    activation_range: Literal["minmax", "percentile", "mse", "tails"] = "tails"
     weight_range: Literal["minmax", "percentile", "mse"] = "mse"
     percentile: float = 99.99
     trajectory: Literal["full_precision", "own"] = "full_precision"

@@ -80,6 +80,14 @@ def rounding_error(x: np.ndarray, grid: Grid) -> float:
     return float(((x - codes * grid.scale) ** 2).mean())
 
 
+def counted_error(x: np.ndarray, grid: Grid) -> float:
+    """What "tails" makes least: the squared error, where a value that is cut off counts more."""
+    codes = np.rint(x / grid.scale)
+    kept = np.clip(codes, grid.lo, grid.hi)
+    counts = np.where(codes == kept, 1, np.sqrt(grid.hi - grid.lo + 1))
+    return float((counts * (x - kept * grid.scale) ** 2).mean())
+
+
 def decibels(worse: float, better: float) -> float:
     return float(10 * np.log10(worse / better))
 
@@ -118,6 +126,24 @@ def test_mse_windows_are_near_the_best(rng: np.random.Generator, bits: int) -> N
     assert rounding_error(x, h.window("mse", bits)) < 1.05 * best
     if bits == 4:
         assert rounding_error(x, h.window("minmax", bits)) > 1.3 * best
+
+
+@pytest.mark.parametrize(("bits", "wider"), [(4, 1.2), (8, 1.03)])
+def test_tails_are_cut_off_less_than_by_squared_error(
+    rng: np.random.Generator, bits: int, wider: float
+) -> None:
+    """As far as their own measure says, which is near its best."""
+    x = rng.standard_t(5, 50_000)
+    h = histogram(x)
+    window, symmetric, plain = h.window("tails", bits), h.symmetric("tails", bits), h.symmetric("mse", bits)
+    assert wider * plain.scale < symmetric.scale <= h.symmetric("minmax", bits).scale
+    assert window.scale > wider * h.window("mse", bits).scale
+    ends = [(x.min() * a, x.max() * b) for a in np.linspace(0.2, 1, 40) for b in np.linspace(0.2, 1, 40)]
+    best = min(counted_error(x, Grid.window(float(low), float(high), bits)) for low, high in ends)
+    assert counted_error(x, window) < 1.05 * best
+    scales = np.abs(x).max() * np.geomspace(0.05, 1, 400) / qmax(bits)
+    best = min(counted_error(x, Grid.symmetric(float(scale), bits)) for scale in scales)
+    assert counted_error(x, symmetric) < 1.05 * best
 
 
 def test_channel_ranges(rng: np.random.Generator) -> None:
