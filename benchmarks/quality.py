@@ -56,7 +56,7 @@ CONFIGURATIONS: Mapping[str, Mapping[str, object]] = {
     "paper": PAPER,
 }
 TAILS = ("ours", "tails alone")
-"""Configurations whose inputs' ranges are of the kind that is the default; the others' have least squared error."""
+"""Configurations with the default ranges of inputs; those of the others have least squared error."""
 
 PLANS = ("w8a8", "w4a8", "w4a4+", "w4a4")
 

@@ -131,10 +131,10 @@ class Histogram:
             ends, kept, clipping = np.array([low, high]), np.ones(2), _clipping(method, bits)
             for moved in MOVED_ENDS:
                 ratios = np.where(moved, WINDOW_RATIOS[:, None], kept)
-                grids = [Grid.window(*pair, bits) for pair in (ends * ratios).tolist()]
+                grids = [Grid.window(float(a), float(b), bits) for a, b in ends * ratios]
                 errors = [_error(points, weights, grid, clipping) for grid in grids]
                 kept = ratios[int(np.argmin(errors))]
-            low, high = (ends * kept).tolist()
+            low, high = (float(end) for end in ends * kept)
         return Grid.window(low, high, bits)
 
     def _points(self) -> tuple[F64, F64]:
