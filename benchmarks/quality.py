@@ -26,7 +26,7 @@ from report import OUT, REFERENCE_MODEL, machine, read_section, table, write_sec
 from safetensors.numpy import save_file
 
 from ptqd_export.bundle.bundle import Bundle
-from ptqd_export.core.backend import ORT_CPU
+from ptqd_export.core.backend import OPENVINO_FP32, ORT_CPU
 from ptqd_export.core.plan import parse_plan
 from ptqd_export.core.precision import FP32, Precision
 from ptqd_export.core.timing import feeds_to_time, time_calls
@@ -73,7 +73,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that stand together, all at one eta and number of steps; `timed` adds sizes and measured times."""
+    """Rows that stand together, all at one eta and number of steps and on one backend.
+
+    `timed` adds sizes and measured times.
+    """
 
     title: str
     lines: Sequence[Line]
@@ -81,6 +84,7 @@ class Table:
     eta: float = 0.0
     n_steps: int = 20
     timed: bool = False
+    backend: str = ORT_CPU
 
 
 def paper_plan(n: int) -> str:
@@ -94,8 +98,12 @@ def tables() -> dict[str, list[Table]]:
     headline.append(Line("ours", "w8a8", "none"))
     cures = [name for name in CONFIGURATIONS if name not in ("nearest", "paper")]
     ablation = [Line(name, p) for p in ("w8a8", "w4a8", "w4a4") for name in ("first", *cures[2:], "ours")]
+    portable = [Line("ours", p) for p in PLANS[:2]]
     return {
-        "headline": [Table("eta 0, 20 steps", headline, ("fp32", *PLANS))],
+        "headline": [
+            Table("eta 0, 20 steps", headline, ("fp32", *PLANS)),
+            Table("The portable graphs", portable, ("fp32", *PLANS), backend=OPENVINO_FP32),
+        ],
         "ablation": [Table("eta 0, 20 steps", ablation, ("fp32", "w8a8", "w4a8", "w4a4"))],
         "paper": [paper_table(eta, 20) for eta in (0.0, 1.0)],
         "paper-250": [paper_table(eta, 250) for eta in (0.0, 1.0)],
@@ -161,7 +169,7 @@ def measured(of: Table, args: argparse.Namespace) -> list[tuple[Line, Row, Repor
             bundle,
             candidates,
             work=OUT / "samples",
-            backend=ORT_CPU,
+            backend=of.backend,
             num_samples=args.samples,
             workers=args.workers,
             gaps=False,
@@ -282,7 +290,7 @@ def chosen(of: Table, args: argparse.Namespace) -> Table:
     Raises:
         SystemExit: a plan is none.
     """
-    if args.eta is not None and of.eta not in args.eta:
+    if (args.eta and of.eta not in args.eta) or (args.backend and of.backend not in args.backend):
         return replace(of, lines=())
     if not args.plan:
         return of
@@ -296,11 +304,15 @@ def chosen(of: Table, args: argparse.Namespace) -> Table:
 def merged(section: str, of: Table, text: str, rows_alone: bool) -> str:
     """A section with one of its tables measured anew: the whole of it, or rows, and how those were measured.
 
+    A whole table that it does not have is put at its end.
+
     Raises:
-        SystemExit: the section does not have the table or a row.
+        SystemExit: the section does not have the table of some rows, or one of them.
     """
     before, heading, rest = section.partition(f"**{of.title}**\n\n")
     own, following, after = rest.partition("\n\n**")
+    if not heading and not rows_alone:
+        return f"{section}\n\n{text}"
     if not heading:
         sys.exit(f"{of.title}: no such table is there; write all of them first")
     if not rows_alone:
@@ -334,6 +346,8 @@ def main() -> None:
     usual = [name for name in every if name != "paper-250"]  # which takes hours
     parser.add_argument("--only", nargs="+", default=usual, choices=list(every))
     parser.add_argument("--eta", type=float, nargs="+", help="only tables of these; the others are kept")
+    known = (ORT_CPU, OPENVINO_FP32)
+    parser.add_argument("--backend", nargs="+", choices=known, help="as --eta")
     parser.add_argument("--plan", nargs="+", help="only rows of these; what is written keeps the others")
     parser.add_argument("--no-data", action="store_true", help="leave distances to data out")
     parser.add_argument("--write", action="store_true", help="put tables into docs/benchmarks.md")
@@ -345,7 +359,7 @@ def main() -> None:
     for name, of_section in wanted.items():
         texts = [text_of(of, args) for of in of_section]
         text = "\n\n".join(texts)
-        if args.eta or args.plan:
+        if args.eta or args.backend or args.plan:
             text = read_section(SECTIONS[name])
             for of, own in zip(of_section, texts, strict=True):
                 text = merged(text, of, own, bool(args.plan))
