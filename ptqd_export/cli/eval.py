@@ -117,9 +117,9 @@ def evaluate(
     tensors = read_tensors(conditions)
     texts = options.read_texts(prompts, prompts_file, negative_prompt)
     target = check_target(out, "a report", _in_the_way)
-    prompted = encode_prompts(bundle, texts, negative_prompt) if texts else None
     if threads is not None:
         backends.set_threads(threads)
+    prompted = encode_prompts(bundle, texts, negative_prompt) if texts else None
     check_device(ray, device)
     connect = None if ray is None else functools.partial(on_ray, ray, given_workers(workers))
     psnr: dict[str, F64] = {}

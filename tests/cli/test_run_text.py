@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import Built, Invoke, copied, environment, reseal
+from helpers import Built, Invoke, Launch, copied, environment, reseal
 from PIL import Image
 
 
@@ -146,6 +147,15 @@ def test_eval_and_inspect(texts: Built, invoke: Invoke, tmp_path: Path) -> None:
     shown = invoke("inspect", texts.path).out
     assert "text_encoder: prompts of up to 6 tokens to 8x8, fp32" in shown
     assert "vae_decoder: AutoencoderKL, latents to pictures 3x8x8, scaling factor 0.5, fp32" in shown
+
+
+def test_eval_takes_prompts_and_threads(texts: Built, tmp_path: Path, launch: Launch) -> None:
+    """In a process that has opened no engine: encoding prompts opens the first."""
+    words = ("--num-samples", "2", "--resamples", "0", "--prompt", "a cat", "--backend", "ort-cpu")
+    threads = str(len(os.sched_getaffinity(0)) + 1)  # not what engines have by themselves
+    process = launch("eval", texts.path, "--out", tmp_path / "report", *words, "--threads", threads)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
 
 
 def test_another_plan_keeps_the_parts(texts: Built, invoke: Invoke, tmp_path: Path) -> None:
