@@ -311,10 +311,10 @@ def merged(section: str, of: Table, text: str, rows_alone: bool) -> str:
     """
     before, heading, rest = section.partition(f"**{of.title}**\n\n")
     own, following, after = rest.partition("\n\n**")
-    if not heading and not rows_alone:
-        return f"{section}\n\n{text}"
     if not heading:
-        sys.exit(f"{of.title}: no such table is there; write all of them first")
+        if rows_alone:
+            sys.exit(f"{of.title}: no such table is there; write all of them first")
+        return f"{section}\n\n{text}"
     if not rows_alone:
         return f"{before}{text}{following}{after}"
     _, new, note = text.split("\n\n")
