@@ -48,10 +48,11 @@ check: $(INSTALLED)
 	$(BIN)/mypy ptqd_export
 
 # Two halves at once, of one thread each: together they take about as long as the longer one alone.
-# Engines are built in the first, whose fixtures take longest: what needs them is in it.
+# Engines are built in the first, whose fixtures take longest: what needs them is in it. What both need is built once.
 HALF := tests/assemble tests/bench tests/cli tests/farm tests/fuzz tests/evaluate tests/parity/test_machines.py tests/runtime/test_open.py
 test: check
-	@$(MAKE) --no-print-directory -j2 test-builds test-rest
+	@bundles=$$(mktemp -d); trap 'rm -rf "$$bundles"' EXIT; \
+		PTQD_TEST_BUNDLES=$$bundles $(MAKE) --no-print-directory -j2 test-builds test-rest
 
 test-builds:
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(HALF)

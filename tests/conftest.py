@@ -10,6 +10,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
+import fcntl
 import gc
 import io
 import json
@@ -17,25 +18,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bundles
 import numpy as np
 import pytest
-from helpers import (
-    MIXED,
-    PRECISIONS,
-    RTX,
-    SEVERAL,
-    Built,
-    Invoke,
-    Launch,
-    Result,
-    copied,
-    environment,
-    listing,
-)
+from helpers import Built, Invoke, Launch, Once, Result, copied, environment, listing
 
 from ptqd_export import cli
 from ptqd_export.bundle import Bundle
@@ -113,216 +105,77 @@ def launch() -> Iterator[Launch]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def _build(
-    invoke: Invoke,
-    recipe: Path,
-    *options: str,
-    precisions: tuple[str, ...] = PRECISIONS,
-    kind: str = "bundle",
-) -> Built:
-    path = recipe.with_name(f"{recipe.name}.{kind}")
-    every = (*options, *(word for p in precisions for word in ("--precision", p)))
-    result = invoke("build", recipe, "--out", path, *every, "--json")
-    assert (result.code, result.err) == (0, ""), result
-    return Built(recipe, every, path, result.json)
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Once:
+    """once("rgb", make): what `make` builds in an empty folder, which nothing may change.
 
+    Processes with the same folder in PTQD_TEST_BUNDLES, as the two of `make test`, build it once for both.
+    """
 
-def _save_unet(folder: Path, scheduler: Any, **config: Any) -> Path:
-    """A diffusers folder with seeded random weights."""
-    import torch
-    from diffusers import UNet2DModel
+    def call(name: str, make: Callable[[Invoke, Path], Built]) -> Built:
+        shared = os.environ.get("PTQD_TEST_BUNDLES")
+        if shared is None:
+            return make(invoke, tmp_path_factory.mktemp("models"))
+        note = Path(shared, f"{name}.json")
+        with Path(shared, f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not note.exists():
+                built = make(invoke, Path(tempfile.mkdtemp(prefix=f"{name}-", dir=shared)))
+                note.write_text(json.dumps([str(built.recipe), built.options, str(built.path), built.report]))
+        recipe, options, path, report = json.loads(note.read_text())
+        return Built(Path(recipe), tuple(options), Path(path), report)
 
-    small = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
-    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "add_attention": False}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        UNet2DModel(**{**small, **blocks, **config}).save_pretrained(folder / "unet")
-    scheduler.save_pretrained(folder / "scheduler")
-    return folder
+    return call
 
 
 @pytest.fixture(scope="session")
-def rgb(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
+def rgb(once: Once) -> Built:
     """3x16x16 with attention, no classes; a DDPM config with fixed_large variance that clips; four steps, eta
     1, all precisions in turn."""
-    from diffusers import DDPMScheduler
-
-    folder = _save_unet(
-        tmp_path_factory.mktemp("models") / "rgb",
-        DDPMScheduler(variance_type="fixed_large"),
-        sample_size=16, in_channels=3, out_channels=3, block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    return _build(
-        invoke,
-        folder,
-        "--calib-size",
-        "4",
-        "--n-steps",
-        "4",
-        "--solver",
-        "ddim",
-        "--eta",
-        "1",
-        "--plan",
-        MIXED,
-    )
+    return once("rgb", bundles.rgb)
 
 
 @pytest.fixture(scope="session")
-def classes(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
+def classes(once: Once) -> Built:
     """1x8x8, five classes and no null class; three steps, eta 0.5, plan by SNR."""
-    from diffusers import DDIMScheduler
-
-    folder = _save_unet(
-        tmp_path_factory.mktemp("models") / "classes",
-        DDIMScheduler(clip_sample=False),
-        sample_size=8, in_channels=1, out_channels=1, num_class_embeds=5,
-    )  # fmt: skip
-    return _build(
-        invoke,
-        folder,
-        "--calib-size",
-        "4",
-        "--batch-size",
-        "1",
-        "--n-steps",
-        "3",
-        "--eta",
-        "0.5",
-        "--plan",
-        "snr",
-    )
+    return once("classes", bundles.classes)
 
 
 @pytest.fixture(scope="session")
-def guided(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
+def guided(once: Once) -> Built:
     """1x8x8, four classes and a null class, from a recipe: guidance 2, DDPM solver, budget in bit
     operations. Not gated: of four trajectories nothing is significant."""
-    from diffusers import DDIMScheduler
-
-    folder = _save_unet(
-        tmp_path_factory.mktemp("models") / "guided",
-        DDIMScheduler(clip_sample=True, timestep_spacing="trailing"),
-        sample_size=8, in_channels=1, out_channels=1, num_class_embeds=5, add_attention=True,
-    )  # fmt: skip
-    (folder / "recipe.toml").write_text(
-        """
-        [model]
-        source = "."
-        null_class = 4
-        [sampler]
-        solver = "ddpm"
-        eta = 1.0
-        n_steps = 3
-        guidance_scale = 2.0
-        [calibration]
-        size = 4
-        held_out = 2
-        seed = 7
-        [quantization]
-        gate = false
-        [plan]
-        rule = "budget"
-        cost = "bops"
-        budget = 0.3
-        """
-    )
-    return _build(invoke, folder)
-
-
-OWN = '''
-import torch
-from torch import nn
-from torch.nn import functional as F
-
-
-class Own(nn.Module):
-    """Convs without bias, one of them called twice, a linear layer on tokens, a vector condition."""
-
-    def __init__(self):
-        super().__init__()
-        self.inlet = nn.Conv2d(2, 16, 3, padding=1, bias=False)
-        self.clock = nn.Linear(2, 16)
-        self.context = nn.Linear(6, 16, bias=False)
-        self.norm = nn.GroupNorm(4, 16)
-        self.twice = nn.Conv2d(16, 16, 3, padding=1, bias=False)
-        self.tokens = nn.Linear(16, 16)
-        self.outlet = nn.Conv2d(16, 2, 3, padding=1)
-
-    def forward(self, sample, timestep, context):
-        t = timestep[:, None] / 1000.0
-        vector = self.clock(torch.cat([t.sin(), t.cos()], 1)) + self.context(context)
-        h = self.inlet(sample) + vector[:, :, None, None]
-        h = h + self.twice(F.silu(self.twice(F.silu(self.norm(h)))))
-        h = h + self.tokens(h.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(h.shape)
-        return self.outlet(F.silu(h))
-
-
-def make():
-    return Own()
-'''
+    return once("guided", bundles.guided)
 
 
 @pytest.fixture(scope="session")
-def own(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
+def own(once: Once) -> Built:
     """A network of no library, 2x8x8, v-prediction, conditioned on 6 floats, guidance 1.5; plan by hand;
     not gated."""
-    folder = tmp_path_factory.mktemp("models") / "own"
-    folder.mkdir()
-    (folder / "net.py").write_text(OWN)
-    (folder / "scheduler_config.json").write_text(
-        json.dumps({"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"})
-    )
-    np.save(folder / "contexts.npy", np.random.default_rng(0).standard_normal((5, 6)))
-    (folder / "recipe.toml").write_text(
-        """
-        [model]
-        source = "net.py:make"
-        sample_shape = [2, 8, 8]
-        scheduler = "scheduler_config.json"
-        inputs = [{name = "context", dtype = "float32", shape = [6], values = "contexts.npy"}]
-        [sampler]
-        n_steps = 4
-        guidance_scale = 1.5
-        [quantization]
-        gate = false
-        """
-    )
-    # Its engines, which only rebuilds make, are for one GPU: those take less time.
-    return _build(invoke, folder, "--calib-size", "4", "--plan", MIXED, "--compute-capability", "8.9")
+    return once("own", bundles.own)
 
 
 @pytest.fixture(scope="session")
-def texts(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
+def texts(once: Once) -> Built:
     """A tiny Stable Diffusion: 8x8 pictures from 4x4x4 latents, prompts of 6 tokens, guidance 3; three
     steps."""
     pytest.importorskip("transformers")
-    from text_models import save_text_pipeline
-
-    folder = save_text_pipeline(tmp_path_factory.mktemp("models") / "texts")
-    options = ("--calib-size", "2", "--n-steps", "3", "--guidance-scale", "3", "--plan", "w8a8,fp32,fp32")
-    return _build(invoke, folder, *options, precisions=("fp32", "w8a8"))
+    return once("texts", bundles.texts)
 
 
 @pytest.fixture(scope="session")
-def large(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Built:
+def large(once: Once) -> Built:
     """A tiny Stable Diffusion XL: two text encoders and pooled text, whose absence is zeros."""
     pytest.importorskip("transformers")
-    from text_models import save_sdxl_pipeline
-
-    folder = save_sdxl_pipeline(tmp_path_factory.mktemp("models") / "large")
-    options = ("--calib-size", "2", "--n-steps", "3", "--guidance-scale", "3", "--plan", "fp32*3")
-    return _build(invoke, folder, *options, precisions=("fp32",))
+    return once("large", bundles.large)
 
 
 @pytest.fixture(scope="session")
-def several(guided: Built, invoke: Invoke) -> Built:
+def several(once: Once, guided: Built) -> Built:
     """The guided model (noise in every step, two rows a sample) with engines of all kinds of precisions for
     all GPUs. Real builds, which need no GPU."""
     pytest.importorskip("tensorrt_rtx")
-    options = ("--plan", "w8a8,w4a4,w8a8-fp8", "--backend", RTX, "--backend", "ort-cpu")
-    return _build(invoke, guided.recipe, *options, precisions=SEVERAL, kind="several")
+    return once("several", partial(bundles.several, guided))
 
 
 @pytest.fixture

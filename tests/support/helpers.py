@@ -94,6 +94,9 @@ class Built:
         return Bundle.open(self.path)
 
 
+Once = Callable[[str, Callable[[Invoke, Path], Built]], Built]
+
+
 def rms(x: npt.NDArray[np.floating]) -> float:
     return float(np.sqrt((x**2).mean()))
 
