@@ -70,6 +70,10 @@ class Line:
     correction: Any = "folded"
     label: str = ""
 
+    @property
+    def name(self) -> str:
+        return self.label or self.configuration
+
 
 @dataclass(frozen=True)
 class Table:
@@ -248,7 +252,7 @@ def text_of(of: Table, args: argparse.Namespace) -> str:
         paired = row.paired
         to, data = row.to_reference, row.to_data
         return [
-            "full precision" if line is None else line.label or line.configuration,
+            "full precision" if line is None else line.name,
             row.plan,
             "-" if line is None else line.correction,
             show(paired.psnr if paired else None, ".1f"),
@@ -292,46 +296,52 @@ def chosen(of: Table, args: argparse.Namespace) -> Table:
     """
     if (args.eta and of.eta not in args.eta) or (args.backend and of.backend not in args.backend):
         return replace(of, lines=())
-    if not args.plan:
-        return of
     try:
-        plans = [parse_plan(text.replace(" ", ","), of.n_steps) for text in args.plan]
+        plans = [parse_plan(text.replace(" ", ","), of.n_steps) for text in args.plan or ()]
     except RecipeError as error:
         sys.exit(f"--plan: {error}")
-    return replace(of, lines=[line for line in of.lines if parse_plan(line.plan, of.n_steps) in plans])
+    lines = [
+        line
+        for line in of.lines
+        if (not plans or parse_plan(line.plan, of.n_steps) in plans)
+        and (not args.row or line.name in args.row)
+        and (not args.correction or line.correction in args.correction)
+    ]
+    return replace(of, lines=lines)
 
 
-def merged(section: str, of: Table, text: str, rows_alone: bool) -> str:
+def merged(section: str, of: Table, text: str, rows: str) -> str:
     """A section with one of its tables measured anew: the whole of it, or rows, and how those were measured.
 
-    A whole table that it does not have is put at its end.
+    A whole table that it does not have is put at its end, a row at its place. A row that no table has any more
+    goes.
+
+    Args:
+        of: the whole table.
+        rows: what its rows have in common, if not all were measured.
 
     Raises:
-        SystemExit: the section does not have the table of some rows, or one of them.
+        SystemExit: the section does not have the table of some rows.
     """
     before, heading, rest = section.partition(f"**{of.title}**\n\n")
     own, following, after = rest.partition("\n\n**")
     if not heading:
-        if rows_alone:
-            sys.exit(f"{of.title}: no such table is there; write all of them first")
+        if rows:
+            sys.exit(f"{of.title}: no such table is there; write all of it first")
         return f"{section}\n\n{text}"
-    if not rows_alone:
+    if not rows:
         return f"{before}{text}{following}{after}"
     _, new, note = text.split("\n\n")
-    rows = {row_name(line): line for line in new.splitlines()[3:]}  # after the head and full precision
     old, *notes = own.split("\n\n")
-    lines = [rows.pop(row_name(line), line) for line in old.splitlines()]
-    if rows:
-        sys.exit(f"{of.title}: it has no row {' | '.join(next(iter(rows)))}; write all of them first")
-    about = f"{', '.join(dict.fromkeys(line.plan for line in of.lines))}, measured later: "
+    head, known = old.splitlines()[:3], {}  # the head has full precision's row
+    for line in [*old.splitlines()[3:], *new.splitlines()[3:]]:
+        known[tuple(line.strip("| ").split(" | ")[:3])] = line
+    names = [(line.name, str(parse_plan(line.plan, of.n_steps)), line.correction) for line in of.lines]
+    lines = [*head, *(known[name] for name in names if name in known)]
+    about = f"{rows}, measured later: "
     notes = [one for one in notes if not one.startswith(about)]
     notes.append(about + note)
     return "\n\n".join([f"{before}{heading}" + "\n".join(lines), *notes]) + following + after
-
-
-def row_name(line: str) -> tuple[str, ...]:
-    """Row, plan and correction of a line of a table."""
-    return tuple(line.strip("| ").split(" | ")[:3])
 
 
 def main() -> None:
@@ -349,20 +359,25 @@ def main() -> None:
     known = (ORT_CPU, OPENVINO_FP32)
     parser.add_argument("--backend", nargs="+", choices=known, help="as --eta")
     parser.add_argument("--plan", nargs="+", help="only rows of these; what is written keeps the others")
+    parser.add_argument("--row", nargs="+", help="as --plan, by what stands in the first column")
+    parser.add_argument("--correction", nargs="+", help="as --plan")
     parser.add_argument("--no-data", action="store_true", help="leave distances to data out")
     parser.add_argument("--write", action="store_true", help="put tables into docs/benchmarks.md")
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    wanted = {name: [one for of in every[name] if (one := chosen(of, args)).lines] for name in args.only}
+    rows = ", ".join([*(args.row or ()), *(args.plan or ()), *(args.correction or ())])
+    wanted = {
+        name: [(of, one) for of in every[name] if (one := chosen(of, args)).lines] for name in args.only
+    }
     if not any(wanted.values()):
-        sys.exit(f"{', '.join(args.only)}: no rows of --eta {args.eta} and --plan {args.plan}")
+        sys.exit(f"{', '.join(args.only)}: no table has rows that are all of these; see --help")
     for name, of_section in wanted.items():
-        texts = [text_of(of, args) for of in of_section]
+        texts = [text_of(some, args) for _, some in of_section]
         text = "\n\n".join(texts)
-        if args.eta or args.backend or args.plan:
+        if args.eta or args.backend or rows:
             text = read_section(SECTIONS[name])
-            for of, own in zip(of_section, texts, strict=True):
-                text = merged(text, of, own, bool(args.plan))
+            for (of, _), own in zip(of_section, texts, strict=True):
+                text = merged(text, of, own, rows)
         print(text)
         if args.write and texts:
             write_section(SECTIONS[name], text)
