@@ -313,8 +313,8 @@ def chosen(of: Table, args: argparse.Namespace) -> Table:
 def merged(section: str, of: Table, text: str, rows: str) -> str:
     """A section with one of its tables measured anew: the whole of it, or rows, and how those were measured.
 
-    A whole table that it does not have is put at its end, a row at its place. A row that no table has any more
-    goes.
+    A whole table that it does not have is put at its end, a row at its place. A row that the script does not
+    have any more goes.
 
     Args:
         of: the whole table.
