@@ -51,7 +51,7 @@ check: $(INSTALLED)
 # Engines are built in the first, whose fixtures take longest: what needs them is in it. What both need is built once.
 HALF := tests/assemble tests/bench tests/cli tests/farm tests/fuzz tests/evaluate tests/parity/test_machines.py tests/runtime/test_open.py
 test: check
-	@bundles=$$(mktemp -d); trap 'rm -rf "$$bundles"' EXIT; \
+	@bundles=$$(mktemp -d); trap 'rm -rf "$$bundles"' EXIT INT TERM; \
 		PTQD_TEST_BUNDLES=$$bundles $(MAKE) --no-print-directory -j2 test-builds test-rest
 
 test-builds:
