@@ -78,8 +78,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/false_alarms.py --write
 	$(BIN)/python benchmarks/engine_builds.py --write
 	$(BIN)/python benchmarks/input_grids.py --write
-	$(BIN)/python benchmarks/quality.py --only headline --backend ort-cpu --write
-	$(BIN)/python benchmarks/quality.py --only headline --backend openvino-fp32 --samples 512 --write
+	$(BIN)/python benchmarks/quality.py --only headline --write
 	$(BIN)/python benchmarks/quality.py --only ablation --samples 512 --write
 	$(BIN)/python benchmarks/quality.py --only paper --samples 256 --write
 	$(BIN)/python benchmarks/plan_gain.py --samples 64 --write
