@@ -112,10 +112,9 @@ def once(tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Once:
     Processes with the same folder in PTQD_TEST_BUNDLES, as the two of `make test`, build it once for both.
     """
 
+    shared = os.environ.get("PTQD_TEST_BUNDLES") or tmp_path_factory.mktemp("bundles")
+
     def call(name: str, make: Callable[[Invoke, Path], Built]) -> Built:
-        shared = os.environ.get("PTQD_TEST_BUNDLES")
-        if shared is None:
-            return make(invoke, tmp_path_factory.mktemp("models"))
         note = Path(shared, f"{name}.json")
         with Path(shared, f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 from helpers import MIXED, PRECISIONS, RTX, SEVERAL, Built, Invoke
 
-TEXT_OPTIONS = "--calib-size 2 --n-steps 3 --guidance-scale 3"
-
 
 def build(
     invoke: Invoke,
@@ -163,6 +161,9 @@ def own(invoke: Invoke, folder: Path) -> Built:
     (model / "recipe.toml").write_text(OWN_RECIPE)
     # Its engines, which only rebuilds make, are for one GPU: those take less time.
     return build(invoke, model, "--calib-size 4 --compute-capability 8.9", MIXED)
+
+
+TEXT_OPTIONS = "--calib-size 2 --n-steps 3 --guidance-scale 3"
 
 
 def texts(invoke: Invoke, folder: Path) -> Built:
